@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and passes them: style, types, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON_FOR_VENV=${PYTHON:-python3}
+if [ ! -e .venv/installed-test ] || [ requirements.txt -nt .venv/installed-test ] || [ pyproject.toml -nt .venv/installed-test ]; then
+  [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout ruff mypy
+  touch .venv/installed .venv/installed-test
+fi
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimm_jax.models import attention as A
+from unimm_jax.models.language import LanguageConfig, LanguageModel
+
+
+def _qkv(seed, b=2, t=5, s=7, n=3, h=4):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return (
+        jax.random.normal(keys[0], (b, t, n, h)),
+        jax.random.normal(keys[1], (b, s, n, h)),
+        jax.random.normal(keys[2], (b, s, n, h)),
+    )
+
+
+def test_policy_attention_with_everything_allowed_is_attention_but_for_eps():
+    q, k, v = _qkv(0)
+    plain = A.attention(q, k, v)
+    assert jnp.allclose(A.policy_attention(q, k, v, jnp.ones((2, 5, 7)), eps=0.0), plain, atol=1e-5)
+    assert jnp.allclose(A.policy_attention(q, k, v, jnp.ones((2, 5, 7)), eps=1e-6), plain, atol=1e-4)
+
+
+def test_policy_attention_follows_lavits_formula():
+    q, k, v = _qkv(1)
+    allowed = jax.random.bernoulli(jax.random.key(5), 0.5, (2, 5, 7)).astype(jnp.float32).at[0, 0].set(0)
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * np.asarray(allowed)[:, None]
+    probs = (weights + 1e-6 / 7) / (weights.sum(-1, keepdims=True) + 1e-6)
+    expected = np.einsum("bnts,bsnh->btnh", probs, v)
+    assert np.allclose(A.policy_attention(q, k, v, allowed), expected, atol=1e-5)
+    # nothing allowed: uniform over all keys
+    assert np.allclose(expected[0, 0], np.asarray(v)[0].mean(0), atol=1e-5)
+
+
+def test_a_sink_bounds_the_masks_gradient():
+    q, k, v = _qkv(2)
+    none = jnp.zeros((2, 5, 7))
+    grad = jax.grad(lambda m, sink, eps: A.policy_attention(q, k, v, m, eps, sink).sum())
+    assert jnp.abs(grad(none, 0.0, 1e-6)).max() > 1e4
+    assert jnp.abs(grad(none, 1.0, 0.0)).max() < 1e2
+
+
+def test_segment_mask_separates_examples_and_padding():
+    segments = jnp.array([[1, 1, 2, 2, 0]])
+    mask = A.segment_mask(segments, segments, causal=True)[0]
+    assert mask.tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [False, False, True, False, False],
+        [False, False, True, True, False],
+        [False] * 5,
+    ]
+
+
+def test_rotary_depends_on_relative_positions_only():
+    q, k, _ = _qkv(3, t=1, s=1)
+    score = lambda a, b: jnp.einsum(
+        "btnh,bsnh->bn", A.rotary(q, jnp.full((2, 1), a), 1e4), A.rotary(k, jnp.full((2, 1), b), 1e4)
+    )
+    assert jnp.allclose(score(3, 1), score(12, 10), atol=1e-4)
+    assert not jnp.allclose(score(3, 1), score(3, 2), atol=1e-3)
+    # first and second half of the head pair up (the Hugging Face convention)
+    x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
+    turned = A.rotary(x, jnp.ones((1, 1), jnp.int32), 1e4)[0, 0, 0]
+    assert np.allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    from flax import nnx
+
+    c = LanguageConfig(width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, scan=False)
+    return LanguageModel(c, 20, 12, rngs=nnx.Rngs(params=0))
+
+
+def test_the_cache_gives_what_the_whole_sequence_gives(lm):
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
+    positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
+    whole = lm(lm.embed(tokens), positions, segments)
+    cache = lm.empty_cache(2, 9)
+    mask = jnp.broadcast_to(jnp.arange(5)[:, None] >= jnp.arange(9), (2, 5, 9))
+    first, cache = lm.extend(lm.embed(tokens[:, :5]), positions[:, :5], mask, cache, 0)
+    found = [first]
+    for t in range(5, 9):
+        mask = jnp.broadcast_to(jnp.arange(9) <= t, (2, 1, 9))
+        hidden, cache = lm.extend(lm.embed(tokens[:, t : t + 1]), positions[:, t : t + 1], mask, cache, t)
+        found.append(hidden)
+    assert jnp.allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
+
+
+def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
+    import dataclasses
+
+    from flax import nnx
+
+    scanned = LanguageModel(
+        dataclasses.replace(lm.config, scan=True, remat=True), 20, 12, rngs=nnx.Rngs(params=0)
+    )
+    shapes = lambda m: jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
+    assert shapes(scanned) == shapes(lm)
+    x, ones = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.ones((1, 6), jnp.int32)
+    assert jnp.allclose(scanned(x, jnp.arange(6)[None], ones), lm(x, jnp.arange(6)[None], ones), atol=1e-5)

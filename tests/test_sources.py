@@ -1,0 +1,145 @@
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimm_jax.data import scenes, sources, transforms
+from unimm_jax.data.transforms import BadRecord
+
+
+def _bytes(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _rgb(size=(32, 24), colour=(200, 40, 40)):
+    return Image.new("RGB", size, colour)
+
+
+def test_ordinary_and_odd_pictures_become_rgb():
+    cmyk = transforms.to_pixels(_bytes(_rgb().convert("CMYK"), "JPEG"), 16)
+    assert np.abs(cmyk.astype(int).mean((0, 1)) - (200, 40, 40)).max() < 8
+    deep = Image.fromarray(np.full((16, 16), 40000, np.uint16))
+    assert np.abs(transforms.to_pixels(_bytes(deep), 16).astype(int) - 40000 // 257).max() <= 1
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert (transforms.to_pixels(_bytes(clear), 16) == 255).all()
+    half = Image.new("RGBA", (16, 16), (0, 0, 0, 128))
+    assert np.abs(transforms.to_pixels(_bytes(half), 16).astype(int) - 127).max() <= 1
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    assert (transforms.to_pixels(_bytes(palette, transparency=0), 16) == 255).all()
+    frames = _bytes(_rgb((16, 16)), "GIF", save_all=True, append_images=[_rgb((16, 16), (0, 0, 255))])
+    assert np.abs(transforms.to_pixels(frames, 16).astype(int).mean((0, 1)) - (200, 40, 40)).max() < 8
+    grey = Image.new("L", (16, 16), 90)
+    assert (transforms.to_pixels(_bytes(grey), 16) == 90).all()
+    turned = Image.new("RGB", (32, 16), "white")
+    turned.paste((0, 0, 0), (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees: what was left comes to the top
+    upright = transforms.decode_picture(_bytes(turned, "JPEG", exif=exif, quality=95))
+    assert upright.size == (16, 32)
+    assert np.asarray(upright)[:12].mean() < 30 < 220 < np.asarray(upright)[20:].mean()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_bytes(Image.new("RGB", (1, 1))), "too small"),
+        (_bytes(Image.new("L", (20000, 9))), "elongated"),
+        (_bytes(_rgb(), "JPEG")[:300], "not a readable"),
+        (b"", "not a readable"),
+        (b"hello", "not a readable"),
+    ],
+)
+def test_unusable_pictures_say_why(data, reason):
+    with pytest.raises(BadRecord, match=reason):
+        transforms.decode_picture(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(4):
+        (tmp_path / f"good{i}.png").write_bytes(_bytes(_rgb(colour=(i * 40, 10, 10))))
+        (tmp_path / f"good{i}.txt").write_text(f"picture {i}\nanother caption\n")
+    (tmp_path / "lonely.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "cut.jpg").write_bytes(_bytes(_rgb((64, 64)), "JPEG")[:200])
+    (tmp_path / "cut.txt").write_text("cut off")
+    (tmp_path / "latin.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "blank.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "blank.txt").write_text("  \n")
+    return tmp_path
+
+
+def test_bad_records_are_named_once_counted_and_skipped(folder, caplog):
+    pictures = sources.Pictures(sources.open_source(str(folder)), 16)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            found = [pictures[i] for i in range(len(pictures))]
+    assert len(pictures) == 8 and len(pictures.bad) == 4
+    assert all(item["image"].shape == (16, 16, 3) and item["captions"] for item in found)
+    text = "\n".join(r.getMessage() for r in caplog.records)
+    for name, reason in (("lonely", "no caption"), ("cut.jpg", "readable"), ("latin", "UTF-8"), ("blank", "empty")):
+        assert sum(name in line and reason in line for line in text.splitlines()) <= 1
+        assert any(name in str(pictures.source.files[i]) and reason in why for i, why in pictures.bad.items())
+    again = sources.Pictures(sources.open_source(str(folder)), 16)
+    assert [again[i]["key"] for i in range(8)] == [item["key"] for item in found]
+
+
+def test_a_source_with_nothing_usable_stops_with_the_reasons(tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        sources.open_source(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"no usable record among 2: .*1 × no caption file.*"):
+        sources.Pictures(sources.open_source(str(tmp_path)), 16)
+
+
+def test_sources_are_checked_when_opened(tmp_path):
+    with pytest.raises(ValueError, match="neither 'scenes' nor an existing folder"):
+        sources.open_source(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match="no option 'colour'"):
+        sources.open_source("scenes:colour=3")
+    assert len(sources.open_source("scenes:count=7,jitter=9")) == 7
+
+
+def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    good = [sources.FolderSource(str(folder))[i] for i in range(2, 6)]
+
+    class Made(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, record in enumerate(good):
+                yield i, {"image": io.BytesIO(record["picture"]), "caption": record["captions"][0]}
+
+    builder = Made(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
+    builder.download_and_prepare()
+    source = sources.open_source(str(builder.data_path))
+    pictures = sources.Pictures(source, 16)
+    found = {pictures[i]["captions"][0]: pictures[i]["image"] for i in range(4)}
+    expected = {r["captions"][0]: transforms.to_pixels(r["picture"], 16) for r in good}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[k], expected[k]) for k in found)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        sources.open_source(str(builder.data_path), "test")
+
+
+def test_scenes_are_a_source():
+    source = sources.SceneSource("test", count=5)
+    pictures = sources.Pictures(source, 64)
+    scene = scenes.draw_scene(0, "test", 3)
+    assert np.array_equal(pictures[3]["image"], scenes.render(scene))
+    assert pictures[3]["captions"] == scenes.captions(scene)

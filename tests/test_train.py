@@ -1,0 +1,167 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, arguments, tiny
+
+from unimm_jax import checkpoint, metrics
+from unimm_jax.train import NonFinite, train
+
+
+def _command(config, stage, workdir):
+    return [
+        sys.executable, "-m", "unimm_jax.main", f"--config=configs/{stage}.py:laptop", f"--workdir={workdir}",
+        *arguments(config, stage),
+    ]  # fmt: skip
+
+
+def _digest(workdir):
+    return jax.tree.map(np.asarray, checkpoint.read_params(workdir))
+
+
+def _equal(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def _link(run, root, *names):
+    root.mkdir(exist_ok=True)
+    for name in names:
+        (root / name).symlink_to(run / name)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "stage3"])
+def test_a_killed_run_resumes_to_the_same_bits_twice(run, tmp_path, stage):
+    """SIGKILL at an arbitrary step, resumed, killed again, resumed: equal to the uninterrupted run (EMA codebook and
+    packed, mixed rows included)."""
+    config = tiny(stage, train__steps=60, train__checkpoint_every=5)
+    _link(run, tmp_path, "selector", "records", "stage2")
+    whole, broken = tmp_path / f"whole_{stage}", tmp_path / f"broken_{stage}"
+    train(config, whole)
+    rng = random.Random(stage)
+    command = _command(config, stage, broken)
+    kills = 0
+    for least in (8, 25):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        target = least + rng.randrange(12)
+        for line in process.stdout:
+            found = line.split("/60")[0].split()
+            if line.startswith(stage) and found[-1].isdigit() and int(found[-1]) >= target:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.wait()
+    assert kills == 2
+    assert not (broken / "done.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "goes on from step" in done.stdout, done.stdout + done.stderr
+    assert _equal(_digest(whole), _digest(broken))
+    steps = [row["step"] for row in metrics.read(broken)]
+    assert steps == sorted(set(steps)) == list(range(1, 61))
+    losses = lambda workdir: [row["loss"] for row in metrics.read(workdir)]
+    assert losses(whole) == losses(broken)
+
+
+def test_sigterm_saves_at_once_and_exits_zero(run, tmp_path):
+    config = tiny("tokenizer", train__steps=100_000, train__checkpoint_every=100_000)
+    _link(run, tmp_path, "selector")
+    workdir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        _command(config, "tokenizer", workdir), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("tokenizer") and " 5/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0, rest
+    assert rest.count("stopped by SIGTERM, saved step") == 1 and "same command again" in rest
+    step = checkpoint.find(workdir)
+    assert int(step.name) >= 5
+    assert f"saved step {step.name}" in rest
+
+
+def test_each_function_compiles_once(run, tmp_path, caplog):
+    """A packed stage with varying token counts: one compilation of the step over the whole run."""
+    _link(run, tmp_path, "records", "stage2")
+    config = tiny("stage3", train__steps=12, train__batch_size=2)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level("WARNING", logger="jax"):
+            train(config, tmp_path / "stage3")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() and "step_fn" in r.getMessage()]
+    assert len(compiled) == 1, compiled
+
+
+def test_a_run_says_and_writes_what_it_does(run):
+    rows = metrics.read(run / "tokenizer")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "perplexity", "codes_used", "kept", "cosine", "learning_rate", "step_ms"} <= rows[-1].keys()
+    assert {"rate_sampled", "rate_argmax"} <= metrics.read(run / "selector")[-1].keys()
+    assert {"text_ce", "code_ce", "fill"} <= metrics.read(run / "stage3")[-1].keys()
+    assert (run / "tokenizer" / "pictures" / "kept_patches.png").exists()
+    assert list((run / "tokenizer" / "tensorboard").iterdir())
+    assert json.loads((run / "stage3" / "done.json").read_text())["steps"] == 6
+
+
+def test_frozen_parameters_stay(run):
+    before, after = checkpoint.read_params(run / "selector"), checkpoint.read_params(run / "tokenizer")
+    for part in ("encoder", "selector"):
+        assert _equal(before[part], after[part])
+    assert not _equal(before["merger"], after["merger"])
+    assert not np.array_equal(before["quantizer"]["codebook"], after["quantizer"]["codebook"])
+    start = checkpoint.read_params(run / "text")
+    assert _equal(start["encoder"], after["encoder"]) and _equal(start["merger"], after["merger"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(run, tmp_path):
+    _link(run, tmp_path, "encoder")
+    config = tiny("selector", optimizer__rate=1e30, optimizer__muon_rate=1e30, optimizer__clip=0.0)
+    with pytest.raises(NonFinite, match=r"not finite since step \d+"):
+        train(config, tmp_path / "selector")
+    assert not list((tmp_path / "selector" / "checkpoints").glob("[0-9]*")) or checkpoint.find(tmp_path / "selector")
+
+
+def test_changed_data_is_refused_on_resume(run, tmp_path):
+    _link(run, tmp_path, "encoder")
+    train(tiny("selector"), tmp_path / "selector")
+    with pytest.raises(ValueError, match="data of .* changed"):
+        train(tiny("selector", train__steps=8, data__sources="scenes:count=40"), tmp_path / "selector")
+
+
+def test_a_finished_run_does_nothing_more(run, tmp_path):
+    _link(run, tmp_path, "encoder")
+    train(tiny("selector"), tmp_path / "selector")
+    before = (tmp_path / "selector" / "metrics.jsonl").read_text()
+    began = time.time()
+    train(tiny("selector"), tmp_path / "selector")
+    assert (tmp_path / "selector" / "metrics.jsonl").read_text() == before and time.time() - began < 60
+    assert os.listdir(tmp_path / "selector" / "checkpoints") == ["4", "6"] or checkpoint.find(tmp_path / "selector")
+
+
+def test_illumes_semantic_variant_trains_with_the_same_code(run, tmp_path):
+    """Every patch kept, smooth-L1 + cosine, all features through an MLP adapter."""
+    from unimm_jax.pretokenize import pretokenize
+
+    _link(run, tmp_path, "encoder")
+    fixed = dict(model__tokenizer__selection="all", loss__reconstruction="cosine+smooth_l1")
+    train(tiny("selector", **fixed), tmp_path / "selector")
+    train(tiny("tokenizer", **fixed), tmp_path / "tokenizer")
+    pretokenize(str(tmp_path / "tokenizer"), str(tmp_path / "records"), "", "", 400, 32)
+    settings = dict(
+        model__tokenizer__selection="all", model__unified__way_in="features", data__image_targets=0.0,
+        optimizer__rules=[("encoder/.*", None), ("adapter.*", 1.0), ("language/.*", 1.0)],
+        init_from=(dict(checkpoint="../tokenizer", rename=[("encoder/", "encoder/")]),),
+    )  # fmt: skip
+    last = train(tiny("stage2", **settings), tmp_path / "stage2")
+    assert np.isfinite(last["loss"])
+    assert checkpoint.read_meta(tmp_path / "stage2")["data"]["selection"] == "all"

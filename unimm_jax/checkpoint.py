@@ -1,0 +1,236 @@
+"""Checkpoints: Orbax behind one door, every save with digests of its files, verified before anything is restored.
+
+Layout of a step: `<workdir>/checkpoints/<step>/` as Orbax writes it (`state`, `meta`), plus `digests.json`. Orbax stores
+arrays without a checksum; a step without digests, or with files that do not match them, is not restored.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import pathlib
+import re
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from unimm_jax.sharding import flatten, unflatten
+
+DIGESTS = "digests.json"
+Tree = Any
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not what was written; the message names them."""
+
+
+def write_digests(step: pathlib.Path) -> None:
+    """Writes SHA-256 digests of every file of a committed step; the last entry protects the list itself."""
+    files = sorted(f for f in step.rglob("*") if f.is_file() and f.name != DIGESTS)
+    found = {str(f.relative_to(step)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    body = json.dumps(found, indent=0, sort_keys=True)
+    text = json.dumps({"files": found, "self": hashlib.sha256(body.encode()).hexdigest()})
+    partial = step / (DIGESTS + ".partial")
+    partial.write_text(text)
+    partial.rename(step / DIGESTS)
+
+
+def verify(step: pathlib.Path) -> None:
+    """Compares a step's files with its digests.
+
+    Raises:
+      Damaged: names every file that is missing, changed or unexpected, and the parameter where the name tells it.
+    """
+    try:
+        text = (step / DIGESTS).read_text()
+        listed = json.loads(text)
+        files, own = dict(listed["files"]), listed["self"]
+        canonical = json.dumps({"files": files, "self": own})
+    except FileNotFoundError:
+        raise Damaged(f"{step} has no {DIGESTS}: the save did not finish") from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise Damaged(f"{step / DIGESTS} is damaged: {error}") from None
+    body = json.dumps(files, indent=0, sort_keys=True)
+    if text != canonical or hashlib.sha256(body.encode()).hexdigest() != own:
+        raise Damaged(f"{step / DIGESTS} is damaged: it does not match its own digest")
+    problems = []
+    for name, digest in files.items():
+        file = step / name
+        if not file.exists():
+            problems.append(f"{name} is missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            held = re.match(r"state/([^/]+)/", name)
+            holds = f" (holds {held.group(1)})" if held and "." in held.group(1) and "ocdbt" not in name else ""
+            problems.append(f"{name} has changed{holds}")
+    known = {*files, DIGESTS}
+    names = (str(f.relative_to(step)) for f in step.rglob("*") if f.is_file())
+    problems += [f"{name} was not there when it was saved" for name in names if name not in known]
+    if problems:
+        raise Damaged(f"{step}: " + "; ".join(problems))
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args (constructor):
+      keep: how many of the newest stay.
+      use_previous: restore the previous complete step when the newest is damaged; otherwise raise.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True):
+        self.root = (pathlib.Path(workdir) / "checkpoints").absolute()
+        self.use_previous = use_previous
+        # One more than asked for: until its digests are written, a new step does not count.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep + 1, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.root, options=options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._digest: concurrent.futures.Future | None = None
+
+    def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
+        """Starts saving (arrays are copied before this returns); an unfinished earlier save is waited for."""
+        self.wait()
+        if step in self._manager.all_steps():
+            if (self.root / str(step) / DIGESTS).exists():
+                return
+            self._manager.delete(step)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+
+        def finish() -> None:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_digests(self.root / str(step))
+
+        self._digest = self._thread.submit(finish)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, digests included."""
+        if self._digest is not None:
+            self._digest.result()
+            self._digest = None
+
+    def newest(self) -> int | None:
+        """The newest step that verifies. Damaged ones are reported; see `use_previous`.
+
+        Raises:
+          Damaged: the newest is damaged and `use_previous` is off, or every one is damaged.
+        """
+        reports = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                verify(self.root / str(step))
+                return step
+            except Damaged as error:
+                if not self.use_previous:
+                    raise
+                reports.append(str(error))
+                logging.warning("checkpoint not used: %s", error)
+        if reports and not all("did not finish" in r for r in reports):
+            raise Damaged("no complete checkpoint is left:\n  " + "\n  ".join(reports))
+        return None
+
+    def restore(self, step: int, target: Tree) -> tuple[Tree, dict[str, Any]]:
+        """(state, meta) of a verified step, laid out as `target` (abstract arrays with shardings) says."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=items)
+        return found["state"], found["meta"]
+
+    def close(self) -> None:
+        """Waits for the last save and lets go."""
+        self.wait()
+        self._manager.close()
+        self._thread.shutdown()
+
+
+def find(path: str | pathlib.Path) -> pathlib.Path:
+    """The newest verified step directory under a workdir, or the step directory itself.
+
+    Raises:
+      ValueError: nothing there.
+      Damaged: what is there is damaged.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / DIGESTS).exists() or (path / "state").exists():
+        verify(path)
+        return path
+    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+    reports = []
+    for step in sorted(steps, key=lambda p: -int(p.name)):
+        try:
+            verify(step)
+            return step
+        except Damaged as error:
+            reports.append(str(error))
+            logging.warning("checkpoint not used: %s", error)
+    if reports:
+        raise Damaged("no complete checkpoint is left:\n  " + "\n  ".join(reports))
+    raise ValueError(f"no checkpoint in {path}; give the workdir of a stage that has run")
+
+
+def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint (config, text tokenizer, fingerprints)."""
+    step = find(path)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(step / "meta")
+
+
+def read_params(path: str | pathlib.Path, shardings: Tree | None = None) -> Tree:
+    """All parameters of a checkpoint as a nested dict; optimiser state is not read.
+
+    Args:
+      shardings: path → sharding for paths that shall lie on a mesh, as a flat dict; others go to the first device.
+    """
+    step = find(path)
+    shardings = shardings or {}
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    held = reader.metadata(step / "state").item_metadata.tree["params"]
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in flatten(held)
+    }
+    item = {"params": unflatten(target)}
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    params = reader.restore(step / "state", args=args)["params"]
+    reader.close()
+    return params
+
+
+def init_from(params: Tree, shardings: Tree, entries: list[dict[str, Any]], workdir: str | pathlib.Path) -> Tree:
+    """Overlays parameters from other checkpoints.
+
+    Args:
+      params: freshly initialised parameters; entries: each {checkpoint, rename: [(regex, replacement)], optional:
+        regex}. A source path that matches a rename goes to its new name; others are not read. Relative paths are seen
+        from the workdir.
+
+    Raises:
+      ValueError: a renamed parameter that this model lacks, a shape that differs, or a rename that finds nothing; all
+        of them at once.
+    """
+    flat, places = dict(flatten(params)), dict(flatten(shardings))
+    problems: list[str] = []
+    for entry in entries:
+        path = (pathlib.Path(workdir) / entry["checkpoint"]).resolve()
+        source = dict(flatten(read_params(path)))
+        for pattern, replacement in entry["rename"]:
+            hits = 0
+            for name, value in source.items():
+                if not re.match(pattern, name):
+                    continue
+                hits += 1
+                target = re.sub(pattern, replacement, name, count=1)
+                if target not in flat:
+                    if not re.fullmatch(entry.get("optional") or "(?!)", target):
+                        problems.append(f"{target} (from {name} of {path}) is not in this model")
+                elif flat[target].shape != value.shape:
+                    problems.append(f"{target} is {flat[target].shape} here and {value.shape} in {path}")
+                else:
+                    flat[target] = jax.device_put(value.astype(flat[target].dtype), places[target])
+            if not hits:
+                problems.append(f"{pattern!r} matches no parameter of {path}")
+    if problems:
+        raise ValueError("config.init_from:\n  " + "\n  ".join(problems))
+    return unflatten(flat)

@@ -1,0 +1,437 @@
+"""Records, examples and the packing plan.
+
+`pretokenize` stores what the frozen tokenizer said of every picture (keep mask, codes) beside its bytes and texts. From
+the stored lengths a deterministic plan says which examples share a row: a function of (seed, epoch) alone, so a row
+number is all the state that input has, whatever the number of processes.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from unimm_jax.data import transforms
+from unimm_jax.data.sources import CACHE_BYTES
+from unimm_jax.text import TextTokenizer
+from unimm_jax.vocabulary import Vocabulary
+
+TASKS = ("text", "caption", "reconstruct", "text_to_image", "question")
+IGNORED = -1  # source row of a position that is not a picture feature
+
+
+class RecordWriter:
+    """Writes records of one split to a directory: `data.array_record`, `index.npz`, then `header.json` last.
+
+    A directory without its header is unfinished and refused by `Records`.
+    """
+
+    def __init__(self, path: str, tokenizer: TextTokenizer):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.path, self.tokenizer = pathlib.Path(path), tokenizer
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "header.json").unlink(missing_ok=True)
+        self._writer = ArrayRecordWriter(str(self.path / "data.array_record"), "group_size:1")
+        self._kept: list[int] = []
+        self._captions: list[list[int]] = []
+        self._questions: list[list[int]] = []
+
+    def write(self, item: dict, keep: np.ndarray, codes: np.ndarray) -> None:
+        """Adds one record: `keep` boolean [P], `codes` int [P] (stored for kept patches only)."""
+        picture = item["picture"]
+        data = {
+            "key": item["key"],
+            "picture": picture if isinstance(picture, bytes) else transforms.encode_png(picture),
+            "keep": np.packbits(keep).tobytes(),
+            "codes": codes[keep].astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes(),
+            "captions": item["captions"],
+            "questions": item["questions"],
+        }
+        self._writer.write(msgpack.packb(data))
+        self._kept.append(int(keep.sum()))
+        self._captions.append([len(self.tokenizer.encode(c)) for c in item["captions"]])
+        self._questions.append(
+            [len(self.tokenizer.encode(q)) + len(self.tokenizer.encode(a)) + 1 for q, a, _ in item["questions"]]
+        )
+
+    def close(self, header: dict[str, Any]) -> None:
+        """Finishes the directory. `header` holds at least `fingerprint`, `patches`, `codes` and `image_size`."""
+        self._writer.close()
+        flat = lambda lists: np.array([n for row in lists for n in row], np.uint16)  # noqa: E731
+        ends = lambda lists: np.cumsum([0] + [len(row) for row in lists])  # noqa: E731
+        np.savez(
+            self.path / "index.npz",
+            kept=np.array(self._kept, np.int32),
+            captions=flat(self._captions),
+            caption_ends=ends(self._captions),
+            questions=flat(self._questions),
+            question_ends=ends(self._questions),
+        )
+        header = header | {"records": len(self._kept), "text_tokenizer": self.tokenizer.payload}
+        (self.path / "header.json").write_text(json.dumps(header))
+
+
+class Records:
+    """Random access to a directory that `pretokenize` wrote.
+
+    Raises (constructor):
+      ValueError: no finished records there.
+    """
+
+    def __init__(self, path: str):
+        self.path = pathlib.Path(path)
+        if not (self.path / "header.json").exists():
+            raise ValueError(f"{path} holds no finished records; write them with python -m unimm_jax.pretokenize")
+        self.header: dict[str, Any] = json.loads((self.path / "header.json").read_text())
+        self.tokenizer = TextTokenizer(self.header["text_tokenizer"])
+        index = np.load(self.path / "index.npz")
+        self.kept: np.ndarray = index["kept"]
+        self.captions = _Ragged(index["captions"], index["caption_ends"])
+        self.questions = _Ragged(index["questions"], index["question_ends"])
+        self._reader: Any = None
+        self._items: dict[int, dict] = {}
+        self._images: dict[int, np.ndarray] = {}
+        self._small = len(self) * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES  # then all stays in memory
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> dict:
+        """{key, picture (bytes), keep boolean [P], codes int32 [P], captions, questions}; do not change it."""
+        if index in self._items:
+            return self._items[index]
+        with self._lock:
+            if self._reader is None:
+                from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+                self._reader = ArrayRecordDataSource(str(self.path / "data.array_record"))
+            item = msgpack.unpackb(self._reader[index])
+        patches = self.header["patches"]
+        item["keep"] = np.unpackbits(np.frombuffer(item["keep"], np.uint8), count=patches).astype(bool)
+        width = "<u2" if len(item["codes"]) == 2 * item["keep"].sum() else "<u4"
+        codes = np.zeros(patches, np.int32)
+        codes[item["keep"]] = np.frombuffer(item["codes"], width)
+        item["codes"] = codes
+        if self._small:
+            self._items[index] = item
+        return item
+
+    def image(self, index: int) -> np.ndarray:
+        """The decoded picture of a record, uint8 [S, S, 3]; do not change it."""
+        if index in self._images:
+            return self._images[index]
+        image = transforms.to_pixels(self[index]["picture"], self.header["image_size"])
+        if self._small:
+            self._images[index] = image
+        return image
+
+
+class _Ragged:
+    """Lists of lengths, stored flat."""
+
+    def __init__(self, values: np.ndarray, ends: np.ndarray):
+        self.values, self.ends = values.astype(np.int32), ends
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.ends[index] : self.ends[index + 1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How examples become rows.
+
+    Attributes:
+      length: tokens a row T. slots: pictures a row R whose features the model computes. budget: feature rows a picture S.
+      weights: task → share of the examples.
+      turns: questions a `question` example holds at most, of different kinds.
+      prompt_dropout: share of text-to-image examples without their text (guidance; 0.1 in ILLUME+'s code).
+      image_targets: loss weight of the code targets at picture positions (LaVIT's [image, text]; 0 for ILLUME).
+      text_targets: loss weight of the prompt's own words in text-to-image.
+      question_kinds: kinds of question used; () for all.
+    """
+
+    length: int
+    slots: int
+    budget: int
+    weights: tuple[tuple[str, float], ...]
+    turns: int = 3
+    prompt_dropout: float = 0.1
+    image_targets: float = 1.0
+    text_targets: float = 1.0
+    question_kinds: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One example of the plan: which record, which task, and the seed of its choices (caption, questions)."""
+
+    record: int
+    task: str
+    variant: int
+
+
+def example_length(records: Records, example: Example, layout: Layout, vocabulary: Vocabulary, bos: int) -> int:
+    """Tokens an example takes, from stored lengths alone.
+
+    Args:
+      bos: 1 where the text tokenizer has a beginning-of-text token.
+    """
+    kept = int(min(records.kept[example.record], layout.budget))
+    written = 2 + kept * (2 if vocabulary.patches else 1)
+    captions = records.captions[example.record]
+    if example.task == "text":
+        return bos + int(captions[example.variant % len(captions)]) + 1
+    if example.task == "caption":
+        return 2 + kept + int(captions[0]) + 1
+    if example.task == "reconstruct":
+        return 2 + kept + written
+    if example.task == "text_to_image":
+        dropped = _dropped(example, layout)
+        return (0 if dropped else bos + int(captions[example.variant % len(captions)])) + written
+    turns = chosen_turns(len(records.questions[example.record]), example, layout)
+    return 2 + kept + int(sum(records.questions[example.record][t] for t in turns))
+
+
+def _dropped(example: Example, layout: Layout) -> bool:
+    return (example.variant >> 8) % 1000 < layout.prompt_dropout * 1000
+
+
+def chosen_turns(count: int, example: Example, layout: Layout) -> list[int]:
+    """Which of a record's `count` questions an example asks, in order; of the first two (yes, no) one at most."""
+    rng = np.random.default_rng(example.variant)
+    order = [int(i) for i in rng.permutation(count)]
+    pair = next((i for i in order if i < 2), None)
+    return [i for i in order if i >= 2 or i == pair][: layout.turns]
+
+
+@dataclasses.dataclass
+class Tokens:
+    """An example in tokens; arrays of its length. `feature` is the row of the picture's features or IGNORED."""
+
+    ids: np.ndarray
+    targets: np.ndarray  # what this position is as a target (codes at feature positions)
+    weights: np.ndarray  # loss weight of predicting it
+    feature: np.ndarray
+    image: np.ndarray | None
+    keep: np.ndarray | None
+
+
+def build_example(
+    records: Records, example: Example, layout: Layout, vocabulary: Vocabulary
+) -> Tokens:
+    """Writes an example in tokens.
+
+    text: `<s> words </s>`; caption: `[IMG] features [/IMG] words </s>`; reconstruct: `[IMG] features [/IMG] [IMG] codes
+    [/IMG]`; text_to_image: `<s> words [IMG] codes [/IMG]`, or from `[IMG]` on where the prompt is dropped; question:
+    `[IMG] features [/IMG]` and then `question answer </s>` for each turn, answers alone in the loss.
+    """
+    item, tokenizer = records[example.record], records.tokenizer
+    ids: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    feature: list[int] = []
+
+    def put(tokens: Sequence[int], weight: float) -> None:
+        ids.extend(tokens)
+        targets.extend(tokens)
+        weights.extend([weight] * len(tokens))
+        feature.extend([IGNORED] * len(tokens))
+
+    patches = np.flatnonzero(item["keep"])[: layout.budget]
+    codes = item["codes"][patches]
+
+    def read() -> None:
+        put([vocabulary.start], 0.0)
+        ids.extend([vocabulary.start] * len(patches))
+        targets.extend((codes + vocabulary.first_code).tolist())
+        weights.extend([layout.image_targets] * len(patches))
+        feature.extend(range(len(patches)))
+        put([vocabulary.end], layout.image_targets)
+
+    def write(first_weight: float) -> None:
+        put([vocabulary.start], first_weight)
+        put(vocabulary.write_image(patches, codes).tolist(), 1.0)
+        put([vocabulary.end], 1.0)
+
+    captions = item["captions"]
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    if example.task == "text":
+        put([*bos, *tokenizer.encode(captions[example.variant % len(captions)]), tokenizer.eos], 1.0)
+    elif example.task == "caption":
+        read()
+        put([*tokenizer.encode(captions[0]), tokenizer.eos], 1.0)
+    elif example.task == "reconstruct":
+        read()
+        write(0.0)
+    elif example.task == "text_to_image":
+        if _dropped(example, layout):
+            write(0.0)
+        else:
+            words = tokenizer.encode(captions[example.variant % len(captions)])
+            put([*bos, *words], layout.text_targets)
+            write(layout.text_targets)
+    else:
+        read()
+        for turn in chosen_turns(len(item["questions"]), example, layout):
+            question, answer, _ = item["questions"][turn]
+            put(tokenizer.encode(question), 0.0)
+            put([*tokenizer.encode(answer), tokenizer.eos], 1.0)
+    reads = example.task in ("caption", "reconstruct", "question")
+    return Tokens(
+        np.array(ids, np.int32),
+        np.array(targets, np.int32),
+        np.array(weights, np.float32),
+        np.array(feature, np.int32),
+        records.image(example.record) if reads else None,
+        item["keep"] if reads else None,
+    )
+
+
+def reads_picture(task: str) -> bool:
+    """Whether a task's examples need a slot for picture features."""
+    return task in ("caption", "reconstruct", "question")
+
+
+class Plan:
+    """Which examples share which row. Row r of the endless plan is a function of (records, layout, seed, r).
+
+    Each epoch is a permutation of the records with a task each, packed first-fit into rows of `layout.length` tokens and
+    `layout.slots` pictures. Examples longer than a row are left out and counted in `cut`.
+    """
+
+    OPEN = 64  # rows kept open while packing
+
+    def __init__(self, records: Records, layout: Layout, vocabulary: Vocabulary, seed: int):
+        self.records, self.layout, self.vocabulary, self.seed = records, layout, vocabulary, seed
+        self.bos = int(records.tokenizer.bos is not None)
+        self.cut = 0
+        self._starts = [0]
+        self._lock = threading.Lock()
+        self._epochs: dict[int, list[list[Example]]] = {}
+
+    def __getitem__(self, row: int) -> list[Example]:
+        with self._lock:
+            epoch = 0
+            while True:
+                if len(self._starts) <= epoch + 1:
+                    self._starts.append(self._starts[epoch] + len(self._rows(epoch)))
+                if row < self._starts[epoch + 1]:
+                    return self._rows(epoch)[row - self._starts[epoch]]
+                epoch += 1
+
+    def _rows(self, epoch: int) -> list[list[Example]]:
+        if epoch not in self._epochs:
+            if len(self._epochs) >= 2:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = self.pack(epoch)
+        return self._epochs[epoch]
+
+    def examples(self, epoch: int) -> list[Example]:
+        """The epoch's examples in order, before packing."""
+        rng = np.random.default_rng([self.seed, epoch])
+        count = len(self.records)
+        names = [name for name, weight in self.layout.weights if weight > 0]
+        shares = np.array([weight for _, weight in self.layout.weights if weight > 0], np.float64)
+        tasks = rng.choice(len(names), count, p=shares / shares.sum())
+        variants = rng.integers(2**31, size=count)
+        order = rng.permutation(count)
+        asked = np.diff(self.records.questions.ends) > 0
+        found = []
+        for record in order:
+            task = names[tasks[record]]
+            if task == "question" and not asked[record]:
+                task = "caption"
+            found.append(Example(int(record), task, int(variants[record])))
+        return found
+
+    def pack(self, epoch: int) -> list[list[Example]]:
+        """First-fit over the epoch's examples: rows in the order in which they were opened."""
+        layout = self.layout
+        rows: list[list[Example]] = []
+        room: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
+        cut = 0
+        for example in self.examples(epoch):
+            length = example_length(self.records, example, layout, self.vocabulary, self.bos)
+            slot = int(reads_picture(example.task))
+            if length > layout.length or slot > layout.slots:
+                cut += 1
+                continue
+            for row, left in room.items():
+                if left[0] >= length and left[1] >= slot:
+                    break
+            else:
+                row = len(rows)
+                rows.append([])
+                room[row] = left = [layout.length, layout.slots]
+                if len(room) > self.OPEN:
+                    room.popitem(last=False)
+            rows[row].append(example)
+            left[0] -= length
+            left[1] -= slot
+            if left[0] < 4:
+                room.pop(row, None)
+        self.cut = cut
+        if not rows:
+            raise ValueError(f"no example fits a row of {layout.length} tokens and {layout.slots} pictures")
+        return rows
+
+
+def build_row(examples: list[Tokens], layout: Layout, image_size: int, patches: int) -> dict[str, np.ndarray]:
+    """Lays examples into one row.
+
+    Returns:
+      tokens, targets, segments, positions, feature_index int32 [T]; weights float32 [T]; images uint8 [R, H, W, 3];
+      keep boolean [R, P]. Targets are shifted: position t holds what follows it. Segment 0 is padding.
+    """
+    length = layout.length
+    row = {
+        "tokens": np.zeros(length, np.int32),
+        "targets": np.zeros(length, np.int32),
+        "weights": np.zeros(length, np.float32),
+        "segments": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+        "feature_index": np.full(length, IGNORED, np.int32),
+        "images": np.zeros((layout.slots, image_size, image_size, 3), np.uint8),
+        "keep": np.zeros((layout.slots, patches), bool),
+    }
+    row["keep"][:, 0] = True  # an empty slot keeps one patch: nothing downstream divides by zero
+    at = slot = 0
+    for segment, example in enumerate(examples, 1):
+        size = len(example.ids)
+        span = slice(at, at + size)
+        row["tokens"][span] = example.ids
+        row["targets"][at : at + size - 1] = example.targets[1:]
+        row["weights"][at : at + size - 1] = example.weights[1:]
+        row["segments"][span] = segment
+        row["positions"][span] = np.arange(size)
+        if example.image is not None:
+            shifted = np.where(example.feature >= 0, example.feature + slot * layout.budget, IGNORED)
+            row["feature_index"][span] = shifted
+            row["images"][slot], row["keep"][slot] = example.image, example.keep
+            slot += 1
+        at += size
+    return row
+
+
+class RowSource:
+    """The plan as a random-access source of finished rows, for Grain."""
+
+    def __init__(self, records: Records, layout: Layout, vocabulary: Vocabulary, seed: int, rows: int):
+        self.plan, self.rows = Plan(records, layout, vocabulary, seed), rows
+        self.build = functools.partial(build_example, records, layout=layout, vocabulary=vocabulary)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        records = self.plan.records
+        examples = [self.build(e) for e in self.plan[index]]
+        return build_row(examples, self.plan.layout, records.header["image_size"], records.header["patches"])

@@ -1,0 +1,198 @@
+"""Grain pipelines: from a config's data section to batches of numpy arrays. Order is a function of (seed, step).
+
+Whoever iterates holds a Grain iterator; its state is the index of the next batch.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+
+from unimm_jax import text
+from unimm_jax.data.packing import Layout, Records, RowSource
+from unimm_jax.data.sources import Pictures, open_source
+from unimm_jax.text import TextTokenizer
+from unimm_jax.vocabulary import Vocabulary
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Input:
+    """What a stage reads.
+
+    Attributes:
+      dataset: Grain data set of global batches.
+      tokenizer: text tokenizer, or None where the stage has no text.
+      vocabulary: token layout, or None likewise.
+      records: the pretokenized records of a language stage, or None.
+      header: what identifies the data (fingerprint and shapes), kept in checkpoints.
+    """
+
+    dataset: grain.MapDataset
+    tokenizer: TextTokenizer | None = None
+    vocabulary: Vocabulary | None = None
+    records: Records | None = None
+    header: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def iterate(self) -> Any:
+        """A fresh iterator over batches, two threads ahead of the consumer."""
+        return iter(self.dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def open_pictures(data: Any, split: str = "train") -> list[Pictures]:
+    """Opens every source of `data.sources` (separated by ';')."""
+    specs = [s.strip() for s in data.sources.split(";") if s.strip()]
+    if not specs:
+        raise ValueError("config.data.sources is empty; give 'scenes', a folder of pictures or a TFDS directory")
+    return [Pictures(open_source(spec, split), data.image_size) for spec in specs]
+
+
+def text_tokenizer(config: Any, pictures: list[Pictures]) -> TextTokenizer:
+    """The configured text tokenizer, or one trained on the first 4,000 records' texts."""
+    if config.text.path:
+        return text.load(config.text.path)
+    return text.train(sorted(set(all_texts(pictures))), config.text.size)
+
+
+def all_texts(pictures: list[Pictures], limit: int = 4_000) -> list[str]:
+    """Captions, questions and answers of up to `limit` records."""
+    found: list[str] = []
+    for source in pictures:
+        for index in range(min(len(source), limit)):
+            try:
+                record = source.source[index]
+            except ValueError:
+                continue
+            found += record["captions"]
+            for question, answer, _ in record["questions"]:
+                found += [question, answer]
+    return found
+
+
+class PictureBatches:
+    """Global batches of single pictures as a random-access source: batch `index` is a function of (seed, index).
+
+    Sources are read in proportion to their size; every epoch is a new permutation.
+
+    Args (constructor):
+      read: index of a record → its arrays, given the item and a generator for what is drawn afresh at each visit.
+    """
+
+    def __init__(self, sources: list[Any], batch: int, seed: int, steps: int, read: Any):
+        self.sources, self.batch, self.seed, self.steps, self.read = sources, batch, seed, steps, read
+        self.ends = np.cumsum([len(s) for s in sources])
+
+    def __len__(self) -> int:
+        return self.steps
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.seed, index, 1])
+        visits = np.arange(index * self.batch, (index + 1) * self.batch)
+        rows = []
+        for visit in visits:
+            record = int(self._order(int(visit // self.ends[-1]))[visit % self.ends[-1]])
+            source = int(np.searchsorted(self.ends, record, side="right"))
+            start = int(self.ends[source - 1]) if source else 0
+            rows.append(self.read(self.sources[source][record - start], rng))
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _input_of(config: Any, sources: list[Any], read: Any) -> grain.MapDataset:
+    steps = config.train.steps + 10_000  # room for what `prepare` reads
+    return grain.MapDataset.source(PictureBatches(sources, config.train.batch_size, config.seed, steps, read))
+
+
+def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[Pictures]) -> Input:
+    """Batches {images uint8 [B, H, W, 3]} and, with a text tokenizer, {tokens int32, valid boolean [B, T]}.
+
+    Each visit draws one of the captions.
+    """
+    length = config.model.get("text_tower", {}).get("max_length", 0)
+
+    def read(item: dict, rng: np.random.Generator) -> Batch:
+        if tokenizer is None:
+            return {"images": item["image"]}
+        ids = tokenizer.encode(item["captions"][rng.integers(len(item["captions"]))])[:length]
+        tokens = np.zeros(length, np.int32)
+        tokens[: len(ids)] = ids
+        return {"images": item["image"], "tokens": tokens, "valid": np.arange(length) < len(ids)}
+
+    header = {"sources": config.data.sources, "records": [len(p) for p in pictures]}
+    return Input(_input_of(config, pictures, read), tokenizer, None, None, header)
+
+
+class _Decoded:
+    """Records as arrays."""
+
+    def __init__(self, records: Records):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        item = self.records[index]
+        return {"images": self.records.image(index), "codes": item["codes"], "keep": item["keep"]}
+
+
+def record_input(config: Any) -> Input:
+    """Batches {images, codes int32 [B, P], keep boolean [B, P]} from records (the detokenizer's input)."""
+    records = Records(config.data.records)
+
+    batches = _input_of(config, [_Decoded(records)], lambda item, _: item)
+    return Input(batches, records.tokenizer, None, records, records.header)
+
+
+def packed_input(config: Any) -> Input:
+    """Batches of packed rows (see `packing.build_row`), each array with a leading [B]."""
+    records = Records(config.data.records)
+    vocabulary = vocabulary_of(records)
+    rows = (config.train.steps + 1) * config.train.batch_size
+    source = RowSource(records, layout_of(config), vocabulary, config.seed, rows)
+    dataset = grain.MapDataset.source(source).batch(config.train.batch_size)
+    return Input(dataset, records.tokenizer, vocabulary, records, records.header)
+
+
+def vocabulary_of(records: Records) -> Vocabulary:
+    """The token layout that a set of records implies."""
+    grid = records.header["positions"] == "grid" and records.header["selection"] != "all"
+    return Vocabulary(records.tokenizer.size, records.header["codes"], records.header["patches"] if grid else 0)
+
+
+def layout_of(config: Any) -> Layout:
+    """The packing layout of a language stage's config."""
+    data = config.data
+    return Layout(
+        length=data.row_length,
+        slots=data.row_pictures,
+        budget=config.model.unified.budget,
+        weights=tuple(sorted(data.tasks.items())),
+        turns=data.turns,
+        prompt_dropout=data.prompt_dropout,
+        image_targets=data.image_targets,
+        text_targets=data.text_targets,
+    )
+
+
+def open_input(config: Any, tokenizer: TextTokenizer | None = None) -> Input:
+    """Opens the input that the config's objective needs.
+
+    Args:
+      tokenizer: a text tokenizer from an earlier stage, preferred to training one.
+
+    Raises:
+      ValueError: sources or records that are not there or not usable.
+    """
+    if config.objective in ("contrastive", "tokenization"):
+        pictures = open_pictures(config.data)
+        if config.objective == "tokenization":
+            return picture_input(config, None, pictures)
+        return picture_input(config, tokenizer or text_tokenizer(config, pictures), pictures)
+    return record_input(config) if config.objective in ("denoising", "pixel_decoding") else packed_input(config)

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each: the official format read, the official rule applied."""

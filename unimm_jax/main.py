@@ -1,0 +1,61 @@
+"""Trains one stage: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2"""
+
+import logging
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+
+
+def prepare_process() -> None:
+    """Settings of this process that must precede the first use of JAX: quiet logs, compilation cache, CPU preset."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
+        preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {preset}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path.home() / ".cache" / "unimm_jax" / "xla")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    for name in ("absl", "orbax", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet() -> None:
+    """Silences libraries below errors (absl sets its level anew when an app starts)."""
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def run(command) -> None:
+    """Runs a command; what the user can mend is one message and exit status 1, not a traceback."""
+    from unimm_jax.checkpoint import Damaged
+    from unimm_jax.config import ConfigError
+    from unimm_jax.train import NonFinite
+
+    try:
+        command()
+    except (ConfigError, Damaged, NonFinite, ValueError) as error:
+        if os.environ.get("UNIMM_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def main(_: list[str]) -> None:
+    """Trains the stage that the flags name."""
+    from unimm_jax.train import train
+
+    quiet()
+    run(lambda: train(CONFIG.value, WORKDIR.value))
+
+
+if __name__ == "__main__":
+    prepare_process()
+    from ml_collections import config_flags
+
+    WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures of the stage go.")
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's config, configs/STAGE.py[:SIZE].")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,122 @@
+"""What a run says: console lines with speed and ETA, `metrics.jsonl`, TensorBoard scalars and pictures."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+class Writer:
+    """Writes a stage's metrics.
+
+    Args (constructor):
+      workdir: gets `metrics.jsonl`, TensorBoard events under `tensorboard/` and pictures under `pictures/`.
+      steps: total, for the ETA. start: step at which this process began.
+      active: False on all processes but the first: nothing is written.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, name: str, steps: int, start: int, active: bool = True):
+        self.name, self.steps, self.active = name, steps, active
+        self.workdir = pathlib.Path(workdir)
+        self._last = (start, time.perf_counter())
+        self._interactive = sys.stdout.isatty()
+        if active:
+            import tensorboardX
+
+            _drop_after(self.workdir / "metrics.jsonl", start)
+            self._lines = open(self.workdir / "metrics.jsonl", "a", buffering=1)
+            self._board = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
+
+    def scalars(self, step: int, values: dict[str, Any], examples: int) -> dict[str, float]:
+        """Logs one step: adds step time and speed (`examples` a step), prints the console line; returns all values."""
+        then, clock = self._last
+        now = time.perf_counter()
+        self._last = (step, now)
+        seconds = (now - clock) / max(step - then, 1)
+        row = {k: float(np.asarray(v)) for k, v in values.items()}
+        row |= {"step_ms": seconds * 1e3, "examples_per_second": examples / max(seconds, 1e-9)}
+        if self.active:
+            self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
+            for key, value in row.items():
+                self._board.add_scalar(key, value, step)
+            left = (self.steps - step) * seconds
+            hidden = ("loss", "step_ms", "examples_per_second", "learning_rate", "grad_norm")
+            rest = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in hidden)
+            print(
+                f"{self.name}  {step:>6}/{self.steps}  loss {row.get('loss', float('nan')):.4f}  {rest}  "
+                f"{row['examples_per_second']:.0f}/s  ETA {int(left // 60)}:{int(left % 60):02d}",
+                flush=True,
+            )
+        return row
+
+    def pause(self) -> None:
+        """Leaves out of the speed what happens between `pause` and the next step (saves, pictures)."""
+        self._last = (self._last[0], time.perf_counter())
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 [H, W, 3], to TensorBoard and to `pictures/<name>.png` (the newest)."""
+        if not self.active:
+            return
+        from PIL import Image
+
+        self._board.add_image(name, image, step, dataformats="HWC")
+        folder = self.workdir / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{name}.png")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self.active:
+            self._lines.close()
+            self._board.close()
+
+
+def _drop_after(file: pathlib.Path, step: int) -> None:
+    """Cuts lines that an interrupted run wrote past the step from which it now goes on."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # a line cut off by a kill
+            continue
+    file.write_text("".join(line + "\n" for line in kept))
+
+
+def read(workdir: str | pathlib.Path) -> list[dict[str, float]]:
+    """The rows of a workdir's `metrics.jsonl`."""
+    file = pathlib.Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def grid(images: list[np.ndarray], columns: int, scale: int = 2, gap: int = 2) -> np.ndarray:
+    """Lays uint8 pictures of one size in rows on white: uint8 [H, W, 3], each enlarged by `scale`."""
+    h, w = (n * scale for n in images[0].shape[:2])
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = image.repeat(scale, 0).repeat(scale, 1)
+    return sheet
+
+
+def kept_patches(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The picture with dropped patches faded to white and a dark edge round the kept ones.
+
+    Args:
+      image: uint8 [S, S, 3]; keep: boolean [P].
+    """
+    side = round(len(keep) ** 0.5)
+    size = image.shape[0] // side
+    big = keep.reshape(side, side).repeat(size, 0).repeat(size, 1)
+    shown = np.where(big[..., None], image, 255 - (255 - image.astype(int)) // 5).astype(np.uint8)
+    for p in np.flatnonzero(keep):
+        y, x = p // side * size, p % side * size
+        shown[[y, y + size - 1], x : x + size] = (30, 30, 30)
+        shown[y : y + size, [x, x + size - 1]] = (30, 30, 30)
+    return shown

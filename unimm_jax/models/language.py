@@ -1,0 +1,128 @@
+"""The language model: a LLaMA-shaped decoder over text and visual codes, with and without a key/value cache."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unimm_jax.models.attention import attention, rotary, segment_mask
+from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stack, truncated
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Shape of the decoder; the defaults are LLaMA-7B's.
+
+    `kv_heads` divides `heads`; `remat` recomputes layers in the backward pass; `scan` compiles one layer only.
+    """
+
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_width: int = 128
+    mlp_width: int = 11008
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    scan: bool = True
+    remat: bool = False
+
+
+class SelfAttention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
+        self.theta = c.rope_theta
+        axes = ("embed", "heads", None)
+        self.q = Linear(c.width, (c.heads, c.head_width), axes=axes, rngs=rngs, bias=False)
+        self.k = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias=False)
+        self.v = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias=False)
+        self.o = Merge(c.heads, c.head_width, c.width, rngs=rngs, bias=False)
+
+    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        q = rotary(self.q(x_BTD), positions_BT, self.theta)
+        k = rotary(self.k(x_BTD), positions_BT, self.theta)
+        v = self.v(x_BTD)
+        if cache is not None:
+            at, old_k, old_v = cache
+            k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), at, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), at, 1)
+        return self.o(attention(q, k, v, mask_BTS)), (k, v)
+
+
+class DecoderLayer(nnx.Module):
+    """RMSNorm, attention, RMSNorm, SwiGLU."""
+
+    def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = RMSNorm(c.width, eps=c.eps), RMSNorm(c.width, eps=c.eps)
+        self.attention = SelfAttention(c, rngs=rngs)
+        self.gate = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=False)
+        self.up = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=False)
+        self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=False)
+
+    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        y_BTD, kv = self.attention(self.norm1(x_BTD), positions_BT, mask_BTS, cache)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = self.norm2(x_BTD)
+        return x_BTD + self.down(jax.nn.silu(self.gate(y_BTD)) * self.up(y_BTD)), kv
+
+
+class LanguageModel(nnx.Module):
+    """Decoder over one vocabulary whose text rows and visual rows are separate parameters.
+
+    So "train the visual rows only" (ILLUME stage 1) is a matter of parameter names, and frozen text rows have no
+    optimiser state. Ids below `text_rows` are text, the others visual; embedding and head are untied.
+    """
+
+    def __init__(self, config: LanguageConfig, text_rows: int, visual_rows: int, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.text_rows, self.visual_rows = text_rows, visual_rows
+        rows = lambda n: nnx.Param(truncated(rngs.params(), (n, c.width)), axes=("vocab", "embed"))  # noqa: E731
+        self.embed_text, self.embed_visual = rows(text_rows), rows(visual_rows)
+        self.layers = stack(lambda r: DecoderLayer(c, rngs=r), c.layers, rngs)
+        self.norm = RMSNorm(c.width, eps=c.eps)
+        self.head_text, self.head_visual = rows(text_rows), rows(visual_rows)
+
+    def embed(self, tokens_BT: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """Token ids → [B, T, D] in `dtype`."""
+        table = jnp.concatenate([self.embed_text[...], self.embed_visual[...]]).astype(dtype)
+        return table[tokens_BT]
+
+    def head(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The output matrix over the whole vocabulary: [V, D]."""
+        return jnp.concatenate([self.head_text[...], self.head_visual[...]]).astype(dtype)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """Input embeddings of packed rows → final hidden states [B, T, D] (multiply by `head` for logits).
+
+        Args:
+          segments_BT: 0 is padding; a position reads earlier positions of its own segment only.
+        """
+        mask = segment_mask(segments_BT, segments_BT, causal=True)
+        step = lambda layer, x: layer(x, positions_BT, mask)[0]  # noqa: E731
+        x_BTD = run_stack(self.layers, x_BTD, step, scan=self.config.scan, remat=self.config.remat)
+        return self.norm(x_BTD)
+
+    def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """Keys and values, each [L, B, length, K, H]."""
+        c = self.config
+        shape = (c.layers, batch, length, c.kv_heads, c.head_width)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def extend(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: tuple, at: jax.Array | int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Runs T new positions against the cache, writing them at slot `at`: (hidden [B, T, D], new cache).
+
+        Args:
+          mask_BTS: which cache slots each new position may read (its own included).
+        """
+
+        def step(x, layer_and_cache):
+            layer, k, v = layer_and_cache
+            return layer(x, positions_BT, mask_BTS, (at, k, v))
+
+        x_BTD, cache = jax.lax.scan(step, x_BTD, (self.layers, *cache))
+        return self.norm(x_BTD), cache

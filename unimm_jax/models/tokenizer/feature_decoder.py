@@ -1,0 +1,76 @@
+"""The feature decoder: codes back to the encoder's features (LaVIT §3.1, Eq. 4's x_rec)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unimm_jax.models.transformer import Attention, LayerNorm, Linear, Mlp, run_stack, stack
+
+
+class DecoderBlock(nnx.Module):
+    """Self-attention among the queries, cross-attention to the code embeddings, feed-forward."""
+
+    def __init__(self, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
+        self.norm0, self.norm1, self.norm2 = (LayerNorm(width) for _ in range(3))
+        self.attention = Attention(width, heads, rngs=rngs)
+        self.cross = Attention(width, heads, rngs=rngs)
+        self.mlp = Mlp(width, hidden, rngs=rngs)
+
+    def __call__(self, q_BPD, codes_BSD, valid_BPS, sink: float):
+        q_BPD = q_BPD + self.attention(self.norm0(q_BPD))
+        y = self.norm1(q_BPD)
+        if sink:
+            q_BPD = q_BPD + self.cross.with_policy(y, codes_BSD, valid_BPS, 0.0, sink)
+        else:
+            q_BPD = q_BPD + self.cross(y, codes_BSD, valid_BPS > 0.5)
+        return q_BPD + self.mlp(self.norm2(q_BPD))
+
+
+class FeatureDecoder(nnx.Module):
+    """Learned queries, one a patch, read the code embeddings and become features.
+
+    Args (constructor):
+      sink: zero key in the cross-attention (`policy_attention`), through which a mask can get a gradient; 0 is LaVIT's
+        plain masked softmax, where it gets none.
+    """
+
+    def __init__(
+        self,
+        code_width: int,
+        width: int,
+        heads: int,
+        hidden: int,
+        depth: int,
+        patches: int,
+        *,
+        rngs: nnx.Rngs,
+        sink: float = 0.0,
+        scan: bool = True,
+        remat: bool = False,
+    ):
+        self.sink, self.scan, self.remat = sink, scan, remat
+        # Unit code vectors and positions start at a scale at which attention can tell patches apart.
+        start = nnx.initializers.truncated_normal(0.3)
+        self.inner = Linear(code_width, width, axes=(None, "embed"), rngs=rngs, init=start)
+        self.positions = nnx.Param(start(rngs.params(), (patches, width)), axes=(None, "embed"))
+        self.queries = nnx.Param(start(rngs.params(), (patches, width)), axes=(None, "embed"))
+        self.blocks = stack(lambda r: DecoderBlock(width, heads, hidden, rngs=r), depth, rngs)
+        self.norm = LayerNorm(width)
+        self.out1 = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
+        self.out2 = Linear(width, width, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, z_BSC: jax.Array, index_BS: jax.Array, valid_BS: jax.Array) -> jax.Array:
+        """Code rows → reconstructed features [B, P, D].
+
+        Args:
+          z_BSC: codebook rows.
+          index_BS: which learned position each row gets: its order among the kept (LaVIT) or its patch.
+          valid_BS: float, 1 for rows that exist; may carry a gradient.
+        """
+        x_BSD = self.inner(z_BSC) + self.positions[...].astype(z_BSC.dtype)[index_BS]
+        queries = self.queries[...].astype(z_BSC.dtype)
+        q_BPD = jnp.broadcast_to(queries, (z_BSC.shape[0], *queries.shape))
+        valid_BPS = jnp.broadcast_to(valid_BS[:, None], (z_BSC.shape[0], queries.shape[0], z_BSC.shape[1]))
+        step = lambda block, q: block(q, x_BSD, valid_BPS, self.sink)  # noqa: E731
+        q_BPD = self.norm(run_stack(self.blocks, q_BPD, step, scan=self.scan, remat=self.remat))
+        return self.out2(jnp.tanh(self.out1(q_BPD)))

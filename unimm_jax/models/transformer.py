@@ -1,0 +1,194 @@
+"""The parts that every network here is made of: linear layers, norms, feed-forward, stacks of equal layers.
+
+Parameters are `nnx.Param(value, axes=...)`; `axes` are logical names that `unimm_jax.sharding` maps to the mesh. Layers
+of a stack are stored as [L, ...] whether they are scanned or unrolled. Every layer computes in the dtype of its input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unimm_jax.models.attention import attention, policy_attention
+
+Initializer = Callable[..., jax.Array]
+truncated = nnx.initializers.truncated_normal(0.02)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x[..., D] @ w[D, F]. Its gradient contracts rows directly: XLA's CPU backend would transpose a copy of x."""
+    return jnp.einsum("...d,df->...f", x, w)
+
+
+def _linear_fwd(x, w):
+    return linear(x, w), (x, w)
+
+
+def _linear_bwd(residuals, dy):
+    x, w = residuals
+    rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dw = jax.lax.dot_general(rows, drows, (((0,), (0,)), ((), ())))
+    return jnp.einsum("...f,df->...d", dy, w), dw.astype(w.dtype)
+
+
+linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis. `out` may have several axes; the kernel is [D, *out], the bias [*out]."""
+
+    def __init__(
+        self,
+        d_in: int,
+        out: int | tuple[int, ...],
+        *,
+        axes: tuple[str | None, ...],
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: Initializer = truncated,
+    ):
+        self.out = (out,) if isinstance(out, int) else tuple(out)
+        size = 1
+        for n in self.out:
+            size *= n
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, size)).reshape(d_in, *self.out), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(self.out), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = linear(x, kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:-1], *self.out)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Merge(nnx.Module):
+    """[..., N, H] → [..., D]: the output projection of attention, kernel [N, H, D]."""
+
+    def __init__(self, heads: int, head_width: int, d_out: int, *, rngs: nnx.Rngs, bias: bool = True):
+        kernel = truncated(rngs.params(), (heads * head_width, d_out)).reshape(heads, head_width, d_out)
+        self.kernel = nnx.Param(kernel, axes=("heads", None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((d_out,)), axes=(None,)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = linear(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation in float32. `affine=False` leaves out scale and bias."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5, affine: bool = True):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,)), axes=(None,)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((width,)), axes=(None,)) if affine else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        if self.scale is not None and self.bias is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32 (LLaMA)."""
+
+    def __init__(self, width: int, *, eps: float = 1e-5):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,)), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+}
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an activation between: [..., D] → [..., D]."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu"):
+        self.activation = activation
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of ViT kind, self or cross.
+
+    Args (constructor):
+      biases: which of q, k, v carry a bias ("qkv"; EVA has "qv").
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, biases: str = "qkv", kv_width: int | None = None):
+        shape = (heads, width // heads)
+        axes = ("embed", "heads", None)
+        self.q = Linear(width, shape, axes=axes, rngs=rngs, bias="q" in biases)
+        self.k = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="k" in biases)
+        self.v = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="v" in biases)
+        self.o = Merge(heads, width // heads, width, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, kv_BSD: jax.Array | None = None, mask_BTS: jax.Array | None = None):
+        kv_BSD = x_BTD if kv_BSD is None else kv_BSD
+        return self.o(attention(self.q(x_BTD), self.k(kv_BSD), self.v(kv_BSD), mask_BTS))
+
+    def with_policy(self, x_BTD: jax.Array, kv_BSD: jax.Array, allowed_BTS: jax.Array, eps: float, sink: float):
+        """The same through `policy_attention`."""
+        return self.o(policy_attention(self.q(x_BTD), self.k(kv_BSD), self.v(kv_BSD), allowed_BTS, eps, sink))
+
+
+class Block(nnx.Module):
+    """Pre-norm encoder block: self-attention, then feed-forward (ViT)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float = 1e-6,
+        biases: str = "qkv",
+        activation: str = "gelu",
+    ):
+        self.norm1 = LayerNorm(width, eps=eps)
+        self.attention = Attention(width, heads, rngs=rngs, biases=biases)
+        self.norm2 = LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, rngs=rngs, activation=activation)
+
+    def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD), mask_BTS=mask_BTS)
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
+    """Builds `layers` equal modules as one whose parameters are [L, ...]."""
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))
+
+
+def run_stack(
+    layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: bool = False
+) -> Any:
+    """x → apply(layer, x) through every layer of a stack; `scan` compiles one layer, otherwise all are unrolled.
+
+    `remat` recomputes a layer's activations in the backward pass.
+    """
+    step = jax.checkpoint(apply, prevent_cse=not scan) if remat else apply
+    if scan:
+        return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), x, layers)[0]
+    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+        x = step(jax.tree.map(lambda leaf: leaf[index], layers), x)  # noqa: B023
+    return x

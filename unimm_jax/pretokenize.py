@@ -1,0 +1,129 @@
+"""Writes records: what the frozen tokenizer says of every picture, so that language stages can pack exactly.
+
+python -m unimm_jax.pretokenize --tokenizer=runs/tokenizer --output=runs/records [--sources=...]
+"""
+
+import hashlib
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from ml_collections import ConfigDict
+
+from unimm_jax import main as process
+from unimm_jax import text
+from unimm_jax.checkpoint import find, read_meta, read_params
+from unimm_jax.data import pipeline, transforms
+from unimm_jax.data.packing import RecordWriter
+from unimm_jax.models.tokenizer import VisualTokenizer
+from unimm_jax.models.vit import normalize_pixels
+from unimm_jax.objectives.base import models
+
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Workdir of the tokenizer stage.")
+OUTPUT = flags.DEFINE_string("output", None, "Directory that gets the records.")
+SOURCES = flags.DEFINE_string("sources", "", "Data sources; those that the tokenizer was trained on if empty.")
+TEXT = flags.DEFINE_string("text_tokenizer", "", "tokenizer.json or sentencepiece model; one is trained if empty.")
+TEXT_SIZE = flags.DEFINE_integer("text_size", 512, "Ids of the text tokenizer that is trained.")
+BATCH = flags.DEFINE_integer("batch_size", 256, "Pictures at a time.")
+
+
+def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, nnx.Module, Any, str]:
+    """A tokenizer stage's (config, graph, parameters, fingerprint); the fingerprint covers weights and preprocessing."""
+    step = find(workdir)
+    config = ConfigDict(json.loads(read_meta(step)["config"]))
+    m = models(config)
+    model = nnx.eval_shape(lambda: VisualTokenizer(m["encoder"], m["tokenizer"], rngs=nnx.Rngs(params=0)))
+    params = read_params(step)
+    digest = hashlib.sha256(transforms.PREPROCESSING.encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return config, nnx.graphdef(model), params, digest.hexdigest()[:16]
+
+
+def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_size: int, batch: int) -> None:
+    """Tokenizes every usable record of the sources and writes them to `output`; does nothing if that is already done.
+
+    Raises:
+      ValueError: no tokenizer, no data, or finished records of another tokenizer in `output`.
+    """
+    started = time.perf_counter()
+    config, graph, params, fingerprint = open_tokenizer(tokenizer)
+    header_file = pathlib.Path(output) / "header.json"
+    sources = sources or config.data.sources
+    if header_file.exists():
+        header = json.loads(header_file.read_text())
+        if (header["fingerprint"], header["sources"]) != (fingerprint, sources):
+            raise ValueError(
+                f"{output} holds records of another tokenizer or of other data; remove it or give another --output"
+            )
+        print(f"records: {header['records']} are already in {output}")
+        return
+    config.data.sources = sources
+    pictures = pipeline.open_pictures(config.data)
+    words = text.load(text_path) if text_path else text.train(sorted(set(pipeline.all_texts(pictures))), text_size)
+    encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(normalize_pixels(images)))
+    writer = RecordWriter(output, words)
+    total, done, kept, began = sum(len(p) for p in pictures), 0, 0, time.perf_counter()
+    pending: list[dict] = []
+
+    def flush() -> None:
+        nonlocal kept
+        images = np.stack([item["image"] for item in pending])
+        images = np.pad(images, ((0, batch - len(pending)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+        keep, codes = map(np.asarray, encode(params, images))
+        for item, k, c in zip(pending, keep, codes, strict=False):
+            writer.write(item, k, c)
+            kept += int(k.sum())
+        pending.clear()
+
+    for source in pictures:
+        for index in range(len(source)):
+            item = source.load(index)
+            if item is None:
+                continue
+            pending.append(item)
+            done += 1
+            if len(pending) == batch:
+                flush()
+                speed = done / (time.perf_counter() - began)
+                if done // batch % 10 == 0:
+                    print(f"records  {done}/{total}  {speed:.0f}/s  ETA {(total - done) / speed:.0f} s", flush=True)
+    if pending:
+        flush()
+    m = models(config)
+    writer.close(
+        {
+            "fingerprint": fingerprint,
+            "sources": sources,
+            "patches": m["encoder"].patches,
+            "codes": m["tokenizer"].codes,
+            "positions": m["tokenizer"].positions,
+            "selection": m["tokenizer"].selection,
+            "image_size": config.data.image_size,
+            "skipped": sum(len(p.bad) for p in pictures),
+        }
+    )
+    skipped = sum(len(p.bad) for p in pictures)
+    (pathlib.Path(output) / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - started, 1)}))
+    print(f"records: {done} written to {output}, {kept / done:.2f} tokens a picture, {skipped} skipped", flush=True)
+
+
+def main(_: list[str]) -> None:
+    """Runs the command."""
+    process.quiet()
+    process.run(
+        lambda: pretokenize(
+            TOKENIZER.value, OUTPUT.value, SOURCES.value, TEXT.value, TEXT_SIZE.value, BATCH.value
+        )
+    )
+
+
+if __name__ == "__main__":
+    process.prepare_process()
+    flags.mark_flags_as_required(["tokenizer", "output"])
+    app.run(main)

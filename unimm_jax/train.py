@@ -1,0 +1,226 @@
+"""The training loop of every stage, top to bottom.
+
+Order of one turn: save if due, take a batch, step, log. A run is a function of its config: data by (seed, step), noise
+by (seed, step), so that a resumed run ends with the same bits as an uninterrupted one.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unimm_jax import config as config_lib
+from unimm_jax import objectives, optim, sharding
+from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
+from unimm_jax.data import pipeline
+from unimm_jax.metrics import Writer
+from unimm_jax.text import TextTokenizer
+
+GIB = 2**30
+
+
+class NonFinite(RuntimeError):
+    """The loss stopped being a number; the message names the step."""
+
+
+def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+    """Trains one stage to its last step and returns the last logged metrics.
+
+    Goes on from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns.
+
+    Raises:
+      ConfigError: the config is wrong. ValueError: data, weights or mesh do not fit. NonFinite: the loss diverged.
+    """
+    # ---- Settings and data -------------------------------------------------------------------------------------
+    began = time.perf_counter()
+    workdir = pathlib.Path(workdir)
+    config_lib.check(config, workdir)
+    config = config.copy_and_resolve_references()
+    if "records" in config.data:
+        config.data.records = str(config_lib.resolve(config.data.records, workdir))
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, config.train.keep, config.train.use_previous_checkpoint)
+    newest = checkpoints.newest()
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+    data = pipeline.open_input(config, _tokenizer_of(workdir if newest is not None else None))
+    objective = objectives.build(config, data)
+
+    # ---- Mesh, parameters, optimiser: shapes first, nothing is ever whole on one device ------------------------
+    mesh = sharding.make_mesh(tuple(config.mesh))
+    rules = [(pattern, value) for pattern, value in config.optimizer.rules]
+    abstract = jax.eval_shape(objective.init, jax.random.key(0))
+    trained, _, multipliers = optim.split(abstract, rules)
+    _refuse_what_does_not_fit(config, abstract, trained)
+    tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
+    places = sharding.param_shardings(objective.abstract, mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    trained_places = optim.split(places, rules)[0]
+    opt_places = sharding.like_params(jax.eval_shape(tx.init, trained), trained, trained_places, mesh)
+
+    # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
+    state: dict[str, Any]
+    with jax.set_mesh(mesh):
+        batches, seconds_before = data.iterate(), 0.0
+        if newest is not None:
+            opt = jax.tree.map(_abstract, jax.eval_shape(tx.init, trained), opt_places)
+            params = jax.tree.map(_abstract, abstract, places)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+            target = {"params": params, "opt": opt, "step": scalar, "bad_step": scalar}
+            state, meta = checkpoints.restore(newest, target)
+            if meta["data"] != _jsonable(data.header):
+                raise ValueError(
+                    f"the data of {workdir} changed since step {newest} was saved (sources, records or tokenizer "
+                    "differ); restore the data or start in a new workdir"
+                )
+            batches.set_state(json.loads(meta["iterator"]))
+            seconds_before = meta["seconds"]
+            print(f"{config.name}: goes on from step {newest}", flush=True)
+        else:
+            params = jax.jit(objective.init, out_shardings=places)(jax.random.key(config.seed))
+            params = init_from(params, places, [dict(e) for e in config.init_from], workdir)
+            params = objective.prepare(params, _on_mesh(data.iterate(), mesh))
+            opt = jax.jit(tx.init, out_shardings=opt_places)(optim.split(params, rules)[0])
+            zero = jax.device_put(jnp.asarray(0, jnp.int32), replicated)
+            state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
+        start = int(state["step"])
+
+        # ---- One step ------------------------------------------------------------------------------------------
+        def step_fn(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+            trained, frozen, _ = optim.split(state["params"], rules)
+            key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+
+            def loss_of(trained):
+                return objective.loss(optim.join(trained, frozen), batch, key, state["step"])
+
+            (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+            updates, opt = tx.update(grads, state["opt"], trained)
+            trained = optax.apply_updates(trained, updates)
+            flat = dict(sharding.flatten(optim.join(trained, frozen))) | aux.updates
+            bad = jnp.where((state["bad_step"] < 0) & ~jnp.isfinite(loss), state["step"] + 1, state["bad_step"])
+            metrics = {"loss": loss} | aux.metrics | {"grad_norm": optim.global_norm(grads)}
+            params = sharding.unflatten(flat)
+            return {"params": params, "opt": opt, "step": state["step"] + 1, "bad_step": bad}, metrics
+
+        state_places = jax.tree.map(lambda x: x.sharding, state)
+        train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_places, replicated))
+
+        # ---- The loop ------------------------------------------------------------------------------------------
+        writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
+        rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.rate)
+        last: dict[str, float] = {}
+        metrics: dict[str, jax.Array] = {}
+        host_batch: dict[str, np.ndarray] = {}
+
+        def save(step: int) -> None:
+            if (bad := int(state["bad_step"])) >= 0:
+                raise NonFinite(
+                    f"{config.name}: the loss is not finite since step {bad}; the last good checkpoint is kept. Lower "
+                    "config.optimizer.rate or look at the data of that step"
+                )
+            meta = {
+                "config": config.to_json_best_effort(),
+                "data": _jsonable(data.header),
+                "iterator": json.dumps(batches.get_state()),
+                "tokenizer": json.dumps(data.tokenizer.payload if data.tokenizer else None),
+                "step": step,
+                "seconds": seconds_before + time.perf_counter() - began,
+            }
+            checkpoints.save(step, state, meta)
+
+        loop_began, compile_seconds = time.perf_counter(), 0.0
+        with _stop_flag() as stop:
+            step = start
+            while step < config.train.steps and not stop:
+                if step > start and step % config.train.checkpoint_every == 0:
+                    save(step)
+                    writer.pause()
+                host_batch = next(batches)
+                state, metrics = train_step(state, sharding.put_batch(host_batch, mesh))
+                step += 1
+                if step == start + 1:
+                    jax.block_until_ready(state["step"])
+                    compile_seconds = time.perf_counter() - loop_began
+                    writer.pause()
+                if step % config.train.log_every == 0 or step == config.train.steps:
+                    values = dict(metrics) | {"learning_rate": rate(step)}
+                    if step <= start + config.train.log_every:
+                        values["compile_seconds"] = compile_seconds
+                    last = writer.scalars(step, values, config.train.batch_size)
+                    if int(state["bad_step"]) >= 0:
+                        save(step)  # raises, naming the step
+                if step % config.train.picture_every == 0 or step == config.train.steps:
+                    for name, image in objective.pictures(state["params"], host_batch).items():
+                        writer.picture(step, name, image)
+                    writer.pause()
+            if step > start:
+                save(step)
+            checkpoints.close()
+            writer.close()
+            if step == config.train.steps and jax.process_index() == 0:
+                seconds = round(seconds_before + time.perf_counter() - began, 1)
+                (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
+    if stop:
+        print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to go on", flush=True)
+    return last
+
+
+def _on_mesh(batches: Any, mesh: jax.sharding.Mesh) -> Any:
+    return (sharding.put_batch(batch, mesh) for batch in batches)
+
+
+def _abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _jsonable(header: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in header.items() if k != "text_tokenizer"}))
+
+
+def _tokenizer_of(workdir: pathlib.Path | None) -> TextTokenizer | None:
+    """The text tokenizer that travels in a workdir's checkpoint, if any."""
+    payload = json.loads(read_meta(workdir)["tokenizer"]) if workdir is not None else None
+    return TextTokenizer(payload) if payload else None
+
+
+@contextlib.contextmanager
+def _stop_flag():
+    """A list that becomes non-empty when SIGTERM arrives; the loop looks at it after every step."""
+    flag: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: flag.append(number))
+    except ValueError:  # not the main thread: nobody can send us the signal
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_what_does_not_fit(config: Any, params: Any, trained: Any) -> None:
+    """Raises with one sentence where parameters, gradients and moments alone exceed the memory there is."""
+    size = lambda tree: sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))  # noqa: E731
+    needed = size(params) + 3 * size(trained)
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        there = stats["bytes_limit"] * jax.device_count()
+        what = f"{jax.device_count()} × {device.device_kind}"
+    else:
+        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    if needed > 0.9 * there:
+        raise config_lib.ConfigError(
+            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimiser state, {what} has "
+            f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, or more "
+            "devices"
+        )
+    logging.info("parameters %.2f GiB, with gradients and moments %.2f GiB", size(params) / GIB, needed / GIB)
