@@ -1,0 +1,1 @@
+"""One file a stage; `get_config(size)` gives its ConfigDict."""

@@ -1,7 +1,7 @@
 """What all stages share: the sizes, and who trains when.
 
-Sizes: `7b` (published; the default), `lavit-7b` and `illume-7b` (each paper's own combination), `one_gpu` (30 minutes on
-one data-centre GPU), `laptop` (two CPU cores, minutes).
+Sizes: `7b` (published; the default), `lavit-7b` and `illume-7b` (each paper's own combination), `one_gpu` (30 minutes
+on one data-centre GPU), `laptop` (two CPU cores, minutes).
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,13 @@ _WAY_IN = "adapter.*"
 _ENCODER, _MERGER = "encoder/.*", "merger/.*"
 
 PUBLISHED_RULES = {
-    ("lavit", "stage1"): [(_ENCODER, FROZEN), (_MERGER, FROZEN), (_WAY_IN, 5.0), (_VISUAL_ROWS, 1.0), (_LM_REST, FROZEN)],
+    ("lavit", "stage1"): [
+        (_ENCODER, FROZEN),
+        (_MERGER, FROZEN),
+        (_WAY_IN, 5.0),
+        (_VISUAL_ROWS, 1.0),
+        (_LM_REST, FROZEN),
+    ],
     ("illume", "stage1"): [(_ENCODER, FROZEN), (_WAY_IN, 5.0), (_VISUAL_ROWS, 1.0), (_LM_REST, FROZEN)],
     ("lavit", "stage2"): [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
     ("illume", "stage2"): [(_ENCODER, FROZEN), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
@@ -36,7 +42,12 @@ SCRATCH_RULES = {
 _CODEBOOK = "quantizer/(codebook|count)"
 TOKENIZER_RULES = {
     "selector": [(_ENCODER, FROZEN), (_CODEBOOK, FROZEN), (f"(?!encoder/|{_CODEBOOK}).*", 1.0)],
-    "tokenizer": [(_ENCODER, FROZEN), ("selector/.*", FROZEN), (_CODEBOOK, FROZEN), (f"(?!encoder/|selector/|{_CODEBOOK}).*", 1.0)],
+    "tokenizer": [
+        (_ENCODER, FROZEN),
+        ("selector/.*", FROZEN),
+        (_CODEBOOK, FROZEN),
+        (f"(?!encoder/|selector/|{_CODEBOOK}).*", 1.0),
+    ],
 }
 
 
@@ -53,7 +64,7 @@ def check_size(size: str | None) -> str:
 
 
 def flavour(size: str) -> str:
-    """"lavit" or "illume": how pictures enter and whether image positions are targets. The default is LaVIT's dynamic
+    """ "lavit" or "illume": how pictures enter and whether image positions are targets. The default is LaVIT's dynamic
     tokenizer under ILLUME's schedule."""
     return "illume" if size == "illume-7b" else "lavit"
 
@@ -105,19 +116,37 @@ def encoder(size: str) -> ConfigDict:
     if size == "laptop":
         return ConfigDict(
             dict(
-                image_size=64, patch_size=16, width=128, depth=3, heads=4, mlp_width=512,
-                biases="qkv", activation="relu2", output_norm="plain", scan=False,
+                image_size=64,
+                patch_size=16,
+                width=128,
+                depth=3,
+                heads=4,
+                mlp_width=512,
+                biases="qkv",
+                activation="relu2",
+                output_norm="plain",
+                scan=False,
             )
         )
     if size == "one_gpu":
         return ConfigDict(
             dict(
-                image_size=64, patch_size=16, width=256, depth=6, heads=8, mlp_width=1024,
-                biases="qkv", activation="relu2", output_norm="plain", scan=True,
+                image_size=64,
+                patch_size=16,
+                width=256,
+                depth=6,
+                heads=8,
+                mlp_width=1024,
+                biases="qkv",
+                activation="relu2",
+                output_norm="plain",
+                scan=True,
             )
         )
     if size == "illume-7b":
-        return ConfigDict(dict(width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat=True))
+        return ConfigDict(
+            dict(width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat=True)
+        )
     return ConfigDict(dict(remat=True))
 
 
@@ -126,15 +155,35 @@ def tokenizer(size: str) -> ConfigDict:
     if size == "laptop":
         return ConfigDict(
             dict(
-                heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=512, code_width=32,
-                selection="argmax", positions="grid", eps=0.0, sink=1.0, decoder_sink=1.0, scan=False,
+                heads=4,
+                mlp_width=256,
+                merger_depth=1,
+                decoder_depth=2,
+                codes=512,
+                code_width=32,
+                selection="argmax",
+                positions="grid",
+                eps=0.0,
+                sink=1.0,
+                decoder_sink=1.0,
+                scan=False,
             )
         )
     if size == "one_gpu":
         return ConfigDict(
             dict(
-                heads=8, mlp_width=1024, merger_depth=2, decoder_depth=4, codes=1024, code_width=32,
-                selection="argmax", positions="grid", eps=0.0, sink=1.0, decoder_sink=1.0, scan=True,
+                heads=8,
+                mlp_width=1024,
+                merger_depth=2,
+                decoder_depth=4,
+                codes=1024,
+                code_width=32,
+                selection="argmax",
+                positions="grid",
+                eps=0.0,
+                sink=1.0,
+                decoder_sink=1.0,
+                scan=True,
             )
         )
     if size == "illume-7b":
@@ -145,13 +194,9 @@ def tokenizer(size: str) -> ConfigDict:
 def language(size: str) -> ConfigDict:
     """The language model."""
     if size == "laptop":
-        return ConfigDict(
-            dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False)
-        )
+        return ConfigDict(dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False))
     if size == "one_gpu":
-        return ConfigDict(
-            dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408)
-        )
+        return ConfigDict(dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408))
     return ConfigDict(dict(remat=True))
 
 

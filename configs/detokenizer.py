@@ -30,11 +30,15 @@ def get_config(size=None):
     if small:
         base = 48 if size == "laptop" else 128
         c.model.unet = dict(
-            in_channels=channels, out_channels=channels, block_out_channels=(base, 2 * base),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(base, 2 * base),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1 if size == "laptop" else 2, attention_head_dim=4,
-            cross_attention_dim=width, norm_num_groups=8,
+            layers_per_block=1 if size == "laptop" else 2,
+            attention_head_dim=4,
+            cross_attention_dim=width,
+            norm_num_groups=8,
         )
     else:
         c.model.unet = dict(in_channels=channels, out_channels=channels, cross_attention_dim=width)

@@ -22,6 +22,8 @@ def get_config(size=None):
     c.optimizer.rules = [("tokenizer/.*", common.FROZEN), ("direct/.*", 1.0)]
     c.init_from = (dict(checkpoint="../tokenizer", rename=[("", "tokenizer/")]),)
     width = {"laptop": 128, "one_gpu": 256}.get(size, 1408)
-    c.model.pixel_decoder = dict(width=width, depth=1 if size == "laptop" else 4, heads=width // 32, mlp_width=4 * width)
+    c.model.pixel_decoder = dict(
+        width=width, depth=1 if size == "laptop" else 4, heads=width // 32, mlp_width=4 * width
+    )
     c.loss = ConfigDict()
     return c

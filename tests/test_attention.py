@@ -43,6 +43,15 @@ def test_a_sink_bounds_the_masks_gradient():
     assert jnp.abs(grad(none, 1.0, 0.0)).max() < 1e2
 
 
+def test_a_sink_stands_any_scores():
+    q, k, v = _qkv(4)
+    for allowed in (jnp.zeros((2, 5, 7)), jnp.ones((2, 5, 7)).at[:, :, 2].set(0)):
+        value, grad = jax.value_and_grad(
+            lambda q, m: A.policy_attention(q * 300, k, v, m, 0.0, 1.0).sum(), argnums=(0, 1)
+        )(q, allowed)
+        assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grad)
+
+
 def test_segment_mask_separates_examples_and_padding():
     segments = jnp.array([[1, 1, 2, 2, 0]])
     mask = A.segment_mask(segments, segments, causal=True)[0]
@@ -96,9 +105,7 @@ def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
 
     from flax import nnx
 
-    scanned = LanguageModel(
-        dataclasses.replace(lm.config, scan=True, remat=True), 20, 12, rngs=nnx.Rngs(params=0)
-    )
+    scanned = LanguageModel(dataclasses.replace(lm.config, scan=True, remat=True), 20, 12, rngs=nnx.Rngs(params=0))
     shapes = lambda m: jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
     assert shapes(scanned) == shapes(lm)
     x, ones = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.ones((1, 6), jnp.int32)

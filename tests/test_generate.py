@@ -43,7 +43,8 @@ def test_a_prompts_picture_does_not_depend_on_its_neighbours(generator):
     assert np.array_equal(together[0], alone[0])
     guided = Sampling(guidance=2.0)
     assert np.array_equal(
-        generator.draw_ids(["a red circle", "a cross"], guided, 1)[0], generator.draw_ids(["a red circle"], guided, 1)[0]
+        generator.draw_ids(["a red circle", "a cross"], guided, 1)[0],
+        generator.draw_ids(["a red circle"], guided, 1)[0],
     )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: Orbax behind one door, every save with digests of its files, verified before anything is restored.
 
-Layout of a step: `<workdir>/checkpoints/<step>/` as Orbax writes it (`state`, `meta`), plus `digests.json`. Orbax stores
-arrays without a checksum; a step without digests, or with files that do not match them, is not restored.
+Layout of a step: `<workdir>/checkpoints/<step>/` as Orbax writes it (`state`, `meta`), plus `digests.json`. Orbax
+stores arrays without a checksum; a step without digests, or with files that do not match them, is not restored.
 """
 
 import concurrent.futures
@@ -186,9 +186,7 @@ def read_params(path: str | pathlib.Path, shardings: Tree | None = None) -> Tree
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     held = reader.metadata(step / "state").item_metadata.tree["params"]
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in flatten(held)
-    }
+    target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in flatten(held)}
     item = {"params": unflatten(target)}
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

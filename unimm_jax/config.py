@@ -50,7 +50,10 @@ def check(config: Any, workdir: str | pathlib.Path) -> None:
         if name in config.model:
             section = config.model[name]
             width = section.get("width", encoder.width)
-            need(width % section.heads == 0, f"config.model.{name}: width {width} does not divide by {section.heads} heads")
+            need(
+                width % section.heads == 0,
+                f"config.model.{name}: width {width} does not divide by {section.heads} heads",
+            )
     if "language" in config.model:
         m = config.model.language
         need(m.heads % m.kv_heads == 0, f"config.model.language: {m.kv_heads} kv_heads do not divide {m.heads} heads")

@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,7 @@ from unimm_jax import main as process
 from unimm_jax import vocabulary as vocab
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.data import transforms
-from unimm_jax.models.tokenizer import VisualTokenizer
 from unimm_jax.models.vit import normalize_pixels
-from unimm_jax.objectives.base import models
 from unimm_jax.objectives.denoising import Denoising, PixelDecoding
 from unimm_jax.objectives.language_modeling import LanguageModeling
 from unimm_jax.pretokenize import open_tokenizer
@@ -104,12 +101,16 @@ class Generator:
       ValueError: no such checkpoint, or companions that belong to another tokenizer.
     """
 
-    def __init__(self, checkpoint: str | pathlib.Path, batch: int = 32, prompt_length: int = 64, answer_length: int = 40):
+    def __init__(
+        self, checkpoint: str | pathlib.Path, batch: int = 32, prompt_length: int = 64, answer_length: int = 40
+    ):
         step = find(checkpoint)
         meta = read_meta(step)
         self.config = config = ConfigDict(json.loads(meta["config"]))
         if config.objective != "language_modeling":
-            raise ValueError(f"{checkpoint} is a checkpoint of {config.name}; give one of a language stage (stage1 to 3)")
+            raise ValueError(
+                f"{checkpoint} is a checkpoint of {config.name}; give one of a language stage (stage1 to 3)"
+            )
         self.header = meta["data"]
         self.text = TextTokenizer(json.loads(meta["tokenizer"]))
         grid = self.header["positions"] == "grid" and self.header["selection"] != "all"
@@ -285,7 +286,9 @@ class Generator:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
         if images is None:
             size = self.config.data.image_size
-            images = np.zeros((len(rows), size, size, 3), np.uint8) if not drawing else np.zeros((len(rows), 0), np.uint8)
+            images = (
+                np.zeros((len(rows), size, size, 3), np.uint8) if not drawing else np.zeros((len(rows), 0), np.uint8)
+            )
             keep = np.zeros((len(rows), 0), bool)
         found = []
         for at in range(0, len(rows), self.batch):

@@ -55,7 +55,7 @@ if __name__ == "__main__":
     prepare_process()
     from ml_collections import config_flags
 
-    WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures of the stage go.")
+    WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and pictures of the stage go.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's config, configs/STAGE.py[:SIZE].")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

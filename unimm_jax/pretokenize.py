@@ -24,16 +24,9 @@ from unimm_jax.models.tokenizer import VisualTokenizer
 from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.base import models
 
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Workdir of the tokenizer stage.")
-OUTPUT = flags.DEFINE_string("output", None, "Directory that gets the records.")
-SOURCES = flags.DEFINE_string("sources", "", "Data sources; those that the tokenizer was trained on if empty.")
-TEXT = flags.DEFINE_string("text_tokenizer", "", "tokenizer.json or sentencepiece model; one is trained if empty.")
-TEXT_SIZE = flags.DEFINE_integer("text_size", 512, "Ids of the text tokenizer that is trained.")
-BATCH = flags.DEFINE_integer("batch_size", 256, "Pictures at a time.")
 
-
-def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, nnx.Module, Any, str]:
-    """A tokenizer stage's (config, graph, parameters, fingerprint); the fingerprint covers weights and preprocessing."""
+def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, Any, str]:
+    """A tokenizer stage's (config, graph, parameters, fingerprint of weights and preprocessing)."""
     step = find(workdir)
     config = ConfigDict(json.loads(read_meta(step)["config"]))
     m = models(config)
@@ -116,14 +109,16 @@ def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_
 def main(_: list[str]) -> None:
     """Runs the command."""
     process.quiet()
-    process.run(
-        lambda: pretokenize(
-            TOKENIZER.value, OUTPUT.value, SOURCES.value, TEXT.value, TEXT_SIZE.value, BATCH.value
-        )
-    )
+    f = flags.FLAGS
+    process.run(lambda: pretokenize(f.tokenizer, f.output, f.sources, f.text_tokenizer, f.text_size, f.batch_size))
 
 
 if __name__ == "__main__":
     process.prepare_process()
-    flags.mark_flags_as_required(["tokenizer", "output"])
+    flags.DEFINE_string("tokenizer", None, "Workdir of the tokenizer stage.", required=True)
+    flags.DEFINE_string("output", None, "Directory that gets the records.", required=True)
+    flags.DEFINE_string("sources", "", "Data sources; those that the tokenizer was trained on if empty.")
+    flags.DEFINE_string("text_tokenizer", "", "tokenizer.json or sentencepiece model; one is trained if empty.")
+    flags.DEFINE_integer("text_size", 512, "Ids of the text tokenizer that is trained.", lower_bound=300)
+    flags.DEFINE_integer("batch_size", 256, "Pictures at a time.", lower_bound=1)
     app.run(main)

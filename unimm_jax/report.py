@@ -44,14 +44,15 @@ def curve(name: str, rows: list[dict[str, float]], key: str = "loss") -> str:
     width, height, left, low_edge = 330, 150, 8, 22
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     low, high = min(ys), max(ys)
-    x = lambda v: left + (v - xs[0]) / max(xs[-1] - xs[0], 1) * (width - 2 * left)  # noqa: E731
-    y = lambda v: 24 + (high - v) / max(high - low, 1e-9) * (height - 24 - low_edge)  # noqa: E731
+    x = lambda v: left + (v - xs[0]) / max(xs[-1] - xs[0], 1) * (width - 2 * left)
+    y = lambda v: 24 + (high - v) / max(high - low, 1e-9) * (height - 24 - low_edge)
+    end = f'<text x="{width - left}" y="{height - 6}" font-size="11" fill="#5b6675" text-anchor="end">{xs[-1]}</text>'
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
     return (
         f'<svg width="{width}" height="{height}"><polyline fill="none" stroke="#2457c5" stroke-width="1.6" '
         f'points="{path}"/><text x="{left}" y="15" font-size="12">{name}: {key} {ys[0]:.3g} → {ys[-1]:.3g}</text>'
         f'<text x="{left}" y="{height - 6}" font-size="11" fill="#5b6675">step {xs[0]}</text>'
-        f'<text x="{width - left}" y="{height - 6}" font-size="11" fill="#5b6675" text-anchor="end">{xs[-1]}</text></svg>'
+        f"{end}</svg>"
     )
 
 
@@ -63,9 +64,7 @@ def seconds_of(run: pathlib.Path) -> dict[str, float]:
 
 def score_rows(scores: dict[str, Any]) -> str:
     """The score table as HTML rows."""
-    row = lambda name, *values: (  # noqa: E731
-        f"<tr><td>{name}</td>" + "".join(f'<td class="n">{v}</td>' for v in values) + "</tr>"
-    )
+    row = lambda name, *values: f"<tr><td>{name}</td>" + "".join(f'<td class="n">{v}</td>' for v in values) + "</tr>"
     rows = ['<tr><th>text to image</th><th class="n">right</th><th class="n">nothing superfluous</th></tr>']
     for task, value in scores["text_to_image"].items():
         rows.append(row(task.replace("_", " "), f"{value:.3f}", f"{scores['text_to_image_strict'][task]:.3f}"))
@@ -119,7 +118,9 @@ def build(run: pathlib.Path) -> pathlib.Path:
             f"{f['questions']['overall']:.3f}, captions {f['caption']['content_words']:.3f}, reconstruction "
             f"{f['reconstruction']:.3f}.</small></p>"
         )
-    parts.append("<h2>Which patches are kept</h2><p>Dropped patches are faded; their content is merged into kept ones.</p>")
+    parts.append(
+        "<h2>Which patches are kept</h2><p>Dropped patches are faded; their content is merged into kept ones.</p>"
+    )
     parts.append(f'<div class="wide">{picture(folder / "kept.png")}</div>')
     for file in sorted(folder.glob("reconstruction_*.png")):
         name = "U-Net" if "unet" in file.name else "direct decoder"
@@ -130,9 +131,13 @@ def build(run: pathlib.Path) -> pathlib.Path:
         if item["task"] != task:
             task = item["task"]
             parts.append(f"<h3>{(task or '').replace('_', ' ')}</h3>")
-        mark = "" if item.get("right") is None else (
-            f'<span class="{"ok" if item["right"] else "no"}">{"✓" if item["right"] else "✗"}'
-            f'{"" if item["strict"] or not item["right"] else " (something more)"}</span> '
+        mark = (
+            ""
+            if item.get("right") is None
+            else (
+                f'<span class="{"ok" if item["right"] else "no"}">{"✓" if item["right"] else "✗"}'
+                f"{'' if item['strict'] or not item['right'] else ' (something more)'}</span> "
+            )
         )
         parts.append(f"<figure>{picture(folder / item['file'])}{mark}{html.escape(item['prompt'])}</figure>")
     if examples["questions"]:
@@ -140,7 +145,7 @@ def build(run: pathlib.Path) -> pathlib.Path:
         for item in examples["questions"]:
             ok = item["reply"] == item["truth"]
             parts.append(
-                f"<figure>{picture(folder / ('question_%d.png' % item['scene']))}{html.escape(item['question'])}<br>"
+                f"<figure>{picture(folder / item['file'])}{html.escape(item['question'])}<br>"
                 f'<b class="{"ok" if ok else "no"}">{html.escape(item["reply"])}</b>'
                 f"{'' if ok else ' (' + html.escape(item['truth']) + ')'}</figure>"
             )
@@ -148,9 +153,9 @@ def build(run: pathlib.Path) -> pathlib.Path:
     for item in examples["captions"]:
         ok = item["caption"] == item["truth"]
         parts.append(
-            f"<figure>{picture(folder / item['file'])}<span class=\"{'ok' if ok else 'no'}\">"
-            f"{html.escape(item['caption'])}</span>{'' if ok else '<br><small>' + html.escape(item['truth']) + '</small>'}"
-            "</figure>"
+            f'<figure>{picture(folder / item["file"])}<span class="{"ok" if ok else "no"}">'
+            f"{html.escape(item['caption'])}</span>"
+            f"{'' if ok else '<br><small>' + html.escape(item['truth']) + '</small>'}</figure>"
         )
     parts.append("<h2>Curves</h2>")
     parts += [curve(stage, read(run / stage)) for stage in STAGES]

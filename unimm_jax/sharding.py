@@ -55,7 +55,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> Tree:
       model: an abstract model (`nnx.eval_shape`).
     """
     state = nnx.state(model, nnx.Param)
-    leaf = lambda v: NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh))  # noqa: E731
+    leaf = lambda v: NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh))
     return nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
@@ -86,7 +86,7 @@ def flatten(tree: Tree) -> list[tuple[str, Any]]:
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """The inverse of `flatten`, for nested dicts (keys of digits stay strings or become ints as NNX lists have them)."""
+    """The inverse of `flatten`, for nested dicts; keys of digits become ints, as NNX lists have them."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = [int(k) if re.fullmatch(r"\d+", k) else k for k in path.split("/")]

@@ -1,4 +1,4 @@
-"""Text tokenizers behind one class: a `tokenizer.json`, a sentencepiece model, or one trained on the data's captions."""
+"""Text tokenizers behind one class: a `tokenizer.json`, a sentencepiece model, or one trained on the captions."""
 
 import base64
 import functools
@@ -27,7 +27,7 @@ class TextTokenizer:
 
             self._fast: Any = tokenizers.Tokenizer.from_str(payload["model"])
             self.size: int = self._fast.get_vocab_size()
-            find = lambda *names: next((i for i in map(self._fast.token_to_id, names) if i is not None), None)  # noqa: E731
+            find = lambda *names: next((i for i in map(self._fast.token_to_id, names) if i is not None), None)
             bos = find(BOS, "<|begin_of_text|>", "<bos>")
             eos = find(EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
             pad = find(PAD, "<|finetune_right_pad_id|>", "<unk>")
@@ -36,7 +36,9 @@ class TextTokenizer:
 
             self._piece = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(payload["model"]))
             self.size = self._piece.get_piece_size()
-            bos, eos, pad = (i if i >= 0 else None for i in (self._piece.bos_id(), self._piece.eos_id(), self._piece.pad_id()))
+            bos, eos, pad = (
+                i if i >= 0 else None for i in (self._piece.bos_id(), self._piece.eos_id(), self._piece.pad_id())
+            )
         if eos is None:
             raise ValueError("the text tokenizer has no end-of-text token (</s>, <|end_of_text|>, <|endoftext|>)")
         self.bos: int | None = bos

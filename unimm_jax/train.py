@@ -208,7 +208,7 @@ def _stop_flag():
 
 def _refuse_what_does_not_fit(config: Any, params: Any, trained: Any) -> None:
     """Raises with one sentence where parameters, gradients and moments alone exceed the memory there is."""
-    size = lambda tree: sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))  # noqa: E731
+    size = lambda tree: sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))
     needed = size(params) + 3 * size(trained)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
@@ -220,7 +220,7 @@ def _refuse_what_does_not_fit(config: Any, params: Any, trained: Any) -> None:
     if needed > 0.9 * there:
         raise config_lib.ConfigError(
             f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimiser state, {what} has "
-            f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, or more "
-            "devices"
+            f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
+            "or more devices"
         )
     logging.info("parameters %.2f GiB, with gradients and moments %.2f GiB", size(params) / GIB, needed / GIB)

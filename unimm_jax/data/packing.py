@@ -64,8 +64,8 @@ class RecordWriter:
     def close(self, header: dict[str, Any]) -> None:
         """Finishes the directory. `header` holds at least `fingerprint`, `patches`, `codes` and `image_size`."""
         self._writer.close()
-        flat = lambda lists: np.array([n for row in lists for n in row], np.uint16)  # noqa: E731
-        ends = lambda lists: np.cumsum([0] + [len(row) for row in lists])  # noqa: E731
+        flat = lambda lists: np.array([n for row in lists for n in row], np.uint16)
+        ends = lambda lists: np.cumsum([0] + [len(row) for row in lists])
         np.savez(
             self.path / "index.npz",
             kept=np.array(self._kept, np.int32),
@@ -149,7 +149,7 @@ class Layout:
     """How examples become rows.
 
     Attributes:
-      length: tokens a row T. slots: pictures a row R whose features the model computes. budget: feature rows a picture S.
+      length: tokens a row T. slots: pictures a row R whose features the model computes. budget: features a picture S.
       weights: task → share of the examples.
       turns: questions a `question` example holds at most, of different kinds.
       prompt_dropout: share of text-to-image examples without their text (guidance; 0.1 in ILLUME+'s code).
@@ -224,9 +224,7 @@ class Tokens:
     keep: np.ndarray | None
 
 
-def build_example(
-    records: Records, example: Example, layout: Layout, vocabulary: Vocabulary
-) -> Tokens:
+def build_example(records: Records, example: Example, layout: Layout, vocabulary: Vocabulary) -> Tokens:
     """Writes an example in tokens.
 
     text: `<s> words </s>`; caption: `[IMG] features [/IMG] words </s>`; reconstruct: `[IMG] features [/IMG] [IMG] codes
@@ -303,8 +301,8 @@ def reads_picture(task: str) -> bool:
 class Plan:
     """Which examples share which row. Row r of the endless plan is a function of (records, layout, seed, r).
 
-    Each epoch is a permutation of the records with a task each, packed first-fit into rows of `layout.length` tokens and
-    `layout.slots` pictures. Examples longer than a row are left out and counted in `cut`.
+    Each epoch is a permutation of the records with a task each, packed first-fit into rows of `layout.length` tokens
+    and `layout.slots` pictures. Examples longer than a row are left out and counted in `cut`.
     """
 
     OPEN = 64  # rows kept open while packing
@@ -364,16 +362,15 @@ class Plan:
             if length > layout.length or slot > layout.slots:
                 cut += 1
                 continue
-            for row, left in room.items():
-                if left[0] >= length and left[1] >= slot:
-                    break
-            else:
-                row = len(rows)
+            fits = (r for r, left in room.items() if left[0] >= length and left[1] >= slot)
+            row = next(fits, len(rows))
+            if row == len(rows):
                 rows.append([])
-                room[row] = left = [layout.length, layout.slots]
+                room[row] = [layout.length, layout.slots]
                 if len(room) > self.OPEN:
                     room.popitem(last=False)
             rows[row].append(example)
+            left = room[row]
             left[0] -= length
             left[1] -= slot
             if left[0] < 4:
@@ -392,7 +389,7 @@ def build_row(examples: list[Tokens], layout: Layout, image_size: int, patches: 
       keep boolean [R, P]. Targets are shifted: position t holds what follows it. Segment 0 is padding.
     """
     length = layout.length
-    row = {
+    row: dict[str, np.ndarray] = {
         "tokens": np.zeros(length, np.int32),
         "targets": np.zeros(length, np.int32),
         "weights": np.zeros(length, np.float32),

@@ -94,7 +94,7 @@ def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
 
 def _draw_layout(rng: np.random.Generator, jitter: float) -> tuple[str, list[SceneObject]]:
     kind = ("single", "two", "count", "mixed")[int(np.searchsorted((0.25, 0.60, 0.85), rng.random(), side="right"))]
-    pick = lambda: (SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)])  # noqa: E731
+    pick = lambda: (SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)])
     if kind == "single":
         looks = [pick()]
     elif kind == "two":
@@ -189,7 +189,7 @@ def offset_relations(dx: float, dy: float, widths: float, heights: float) -> tup
 
 
 def relation_phrase(relation: str) -> str:
-    """"left" → "left of"; "above" stays."""
+    """ "left" → "left of"; "above" stays."""
     return f"{relation} of" if relation in ("left", "right") else relation
 
 

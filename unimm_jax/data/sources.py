@@ -104,7 +104,9 @@ class TfdsSource:
         fields = set(builder.info.features)
         self.text = next((f for f in ("captions", "caption", "text") if f in fields), None)
         if "image" not in fields or self.text is None:
-            raise ValueError(f"{path} needs the features image and caption (or captions, text); it has {sorted(fields)}")
+            raise ValueError(
+                f"{path} needs the features image and caption (or captions, text); it has {sorted(fields)}"
+            )
 
     def __len__(self) -> int:
         return len(self.data)

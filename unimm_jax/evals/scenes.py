@@ -1,6 +1,6 @@
 """The scenes benchmark: reads generated pictures back and scores them; needs no network and no learned judge.
 
-Rules: `judge` is GenEval's (superfluous objects are punished in counting only); `strict` also wants nothing superfluous.
+Rules: `judge` is GenEval's (superfluous objects are punished in counting only); strict also wants nothing more.
 Questions are exact matches, captions a multiset overlap of content words, reconstruction the share of objects found
 again in shape, colour and place.
 """
@@ -31,7 +31,7 @@ class Detection:
     height: float
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _template(shape: str, height: int, width: int) -> np.ndarray:
     """The shape's mask as it looks in a bounding box of `height` × `width` pixels; boolean."""
     axis = np.linspace(-1.1, 1.1, 221)
@@ -39,7 +39,10 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     sub = (np.arange(6) + 0.5) / 6
-    index = [((np.arange(n)[:, None] + sub).reshape(-1) * size / n).astype(int) for n, size in zip((height, width), box.shape)]
+    index = [
+        ((np.arange(n)[:, None] + sub).reshape(-1) * size / n).astype(int)
+        for n, size in zip((height, width), box.shape)
+    ]
     return box[np.ix_(*index)].reshape(height, 6, width, 6).mean((1, 3)) > 0.45
 
 
@@ -90,8 +93,7 @@ def judge(prompt: scenes.Prompt, found: list[Detection]) -> tuple[bool, bool]:
         right = len(matches[0]) == len(prompt.objects)
     if right and prompt.relation:
         right = any(
-            prompt.relation
-            in scenes.offset_relations(b.x - a.x, b.y - a.y, a.width + b.width, a.height + b.height)
+            prompt.relation in scenes.offset_relations(b.x - a.x, b.y - a.y, a.width + b.width, a.height + b.height)
             for a in matches[0]
             for b in matches[1]
         )
@@ -102,7 +104,7 @@ def objects_right(scene: scenes.Scene, found: list[Detection]) -> int:
     """How many objects of a scene are found again: same shape and colour, centre within 1/16 of the side."""
     left, right = list(found), 0
     for item in scene.objects:
-        near = lambda d, o=item: max(abs(d.x - o.x), abs(d.y - o.y)) <= 1 / 16  # noqa: E731
+        near = lambda d, o=item: max(abs(d.x - o.x), abs(d.y - o.y)) <= 1 / 16
         hit = next((d for d in left if (d.shape, d.colour) == (item.shape, item.colour) and near(d)), None)
         if hit:
             left.remove(hit)

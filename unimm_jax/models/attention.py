@@ -42,7 +42,8 @@ def policy_attention(
         P = (exp(s - m) A + eps / S) / (sum_k exp(s - m) A + eps + sink exp(-m))
 
     LaVIT uses eps = 1e-6 and no sink: a masked key still gets about eps / S, and the gradient with respect to A grows
-    as 1 / eps where nothing is allowed. A sink is a further key with score 0 and value 0; it bounds that gradient.
+    as 1 / eps where nothing is allowed. A sink is a further key with score 0 and value 0; it bounds that gradient. With
+    a sink, m is taken over the allowed keys and 0 instead, and exp is cut at 1 (which concerns masked keys only).
 
     Args:
       allowed_BTS: float, 1 where query t may read key s, broadcastable to [B, T, S].
@@ -54,11 +55,14 @@ def policy_attention(
     """
     scale = q_BTNH.shape[-1] ** -0.5
     scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * scale
-    top = scores.max(-1, keepdims=True)
+    allowed = allowed_BTS[:, None].astype(jnp.float32)
     if sink:
-        top = jnp.maximum(top, 0.0)
+        # Over the allowed keys and the sink: the denominator is at least 1, whatever the scores of masked keys.
+        top = jnp.maximum(jnp.where(allowed > 0, scores, 0.0).max(-1, keepdims=True), 0.0)
+    else:
+        top = scores.max(-1, keepdims=True)
     top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(scores - top) * allowed_BTS[:, None].astype(jnp.float32)
+    weights = jnp.exp(jnp.minimum(scores - top, 0.0)) * allowed
     total = weights.sum(-1, keepdims=True) + eps
     if sink:
         total = total + sink * jnp.exp(-top)

@@ -46,11 +46,10 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((c_out,)), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C_in] → [B, H', W', C_out]."""
         kernel = self.kernel[...].astype(x.dtype)
         pad = ((kernel.shape[0] // 2,) * 2,) * 2
-        y = jax.lax.conv_general_dilated(
-            x, kernel, (self.stride,) * 2, pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + self.bias[...].astype(x.dtype)
 
 
@@ -63,6 +62,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ..., C], normalised; same shape and dtype."""
         b, *space, c = x.shape
         y = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
         y = y - y.mean((1, 3), keepdims=True)
@@ -81,6 +81,7 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = Conv(c_in, c_out, rngs=rngs, size=1) if c_in != c_out else None
 
     def __call__(self, x: jax.Array, time_BD: jax.Array) -> jax.Array:
+        """[B, H, W, C_in] and time embedding [B, X] → [B, H, W, C_out]."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = y + self.time_emb_proj(jax.nn.silu(time_BD))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
@@ -98,6 +99,7 @@ class CrossAttention(nnx.Module):
         self.to_out = Merge(heads, width // heads, width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array) -> jax.Array:
+        """Queries [B, T, D] read the context [B, S, X] → [B, T, D]."""
         return self.to_out(attention(self.to_q(x_BTD), self.to_k(context_BSD), self.to_v(context_BSD)))
 
 
@@ -112,6 +114,7 @@ class SpatialBlock(nnx.Module):
         self.ff_out = Linear(4 * width, width, axes=("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array) -> jax.Array:
+        """Positions [B, T, D] and context [B, S, X] → [B, T, D]."""
         y = self.norm1(x_BTD)
         x_BTD = x_BTD + self.attn1(y, y)
         x_BTD = x_BTD + self.attn2(self.norm2(x_BTD), context_BSD)
@@ -132,6 +135,7 @@ class SpatialTransformer(nnx.Module):
         self.proj_out = Linear(channels, channels, axes=("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: jax.Array, context_BSD: jax.Array) -> jax.Array:
+        """[B, H, W, C] and context [B, S, X] → [B, H, W, C]."""
         b, h, w, ch = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, ch))
         for block in self.blocks:
@@ -145,8 +149,8 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         widths, groups, time = c.block_out_channels, c.norm_num_groups, 4 * c.block_out_channels[0]
-        resnet = lambda i, o: ResnetBlock(i, o, time, groups, rngs=rngs)  # noqa: E731
-        mixer = lambda ch, kind: SpatialTransformer(ch, c, rngs=rngs) if "CrossAttn" in kind else None  # noqa: E731
+        resnet = lambda i, o: ResnetBlock(i, o, time, groups, rngs=rngs)
+        mixer = lambda ch, kind: SpatialTransformer(ch, c, rngs=rngs) if "CrossAttn" in kind else None
         self.time_embedding1 = Linear(widths[0], time, axes=("embed", "mlp"), rngs=rngs)
         self.time_embedding2 = Linear(time, time, axes=("embed", "mlp"), rngs=rngs)
         self.conv_in = Conv(c.in_channels, widths[0], rngs=rngs)
@@ -181,6 +185,7 @@ class UNet(nnx.Module):
         self.conv_out = Conv(widths[0], c.out_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array, steps_B: jax.Array, context_BSD: jax.Array) -> jax.Array:
+        """Predicts the noise; see the class."""
         time = self.time_embedding1(sinusoid(steps_B, self.config.block_out_channels[0]).astype(x.dtype))
         time = self.time_embedding2(jax.nn.silu(time))
         x = self.conv_in(x)

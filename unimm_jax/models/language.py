@@ -42,6 +42,7 @@ class SelfAttention(nnx.Module):
         self.o = Merge(c.heads, c.head_width, c.width, rngs=rngs, bias=False)
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        """[B, T, D] → ([B, T, D], (keys, values)); `cache` is (slot, keys, values) to extend."""
         q = rotary(self.q(x_BTD), positions_BT, self.theta)
         k = rotary(self.k(x_BTD), positions_BT, self.theta)
         v = self.v(x_BTD)
@@ -63,6 +64,7 @@ class DecoderLayer(nnx.Module):
         self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=False)
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+        """[B, T, D] → ([B, T, D], (keys, values)); see `SelfAttention`."""
         y_BTD, kv = self.attention(self.norm1(x_BTD), positions_BT, mask_BTS, cache)
         x_BTD = x_BTD + y_BTD
         y_BTD = self.norm2(x_BTD)
@@ -79,7 +81,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: LanguageConfig, text_rows: int, visual_rows: int, *, rngs: nnx.Rngs):
         c = self.config = config
         self.text_rows, self.visual_rows = text_rows, visual_rows
-        rows = lambda n: nnx.Param(truncated(rngs.params(), (n, c.width)), axes=("vocab", "embed"))  # noqa: E731
+        rows = lambda n: nnx.Param(truncated(rngs.params(), (n, c.width)), axes=("vocab", "embed"))
         self.embed_text, self.embed_visual = rows(text_rows), rows(visual_rows)
         self.layers = stack(lambda r: DecoderLayer(c, rngs=r), c.layers, rngs)
         self.norm = RMSNorm(c.width, eps=c.eps)
@@ -101,7 +103,7 @@ class LanguageModel(nnx.Module):
           segments_BT: 0 is padding; a position reads earlier positions of its own segment only.
         """
         mask = segment_mask(segments_BT, segments_BT, causal=True)
-        step = lambda layer, x: layer(x, positions_BT, mask)[0]  # noqa: E731
+        step = lambda layer, x: layer(x, positions_BT, mask)[0]
         x_BTD = run_stack(self.layers, x_BTD, step, scan=self.config.scan, remat=self.config.remat)
         return self.norm(x_BTD)
 

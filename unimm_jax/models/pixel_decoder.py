@@ -30,5 +30,6 @@ class PixelDecoder(nnx.Module):
         self.out = Linear(c.width, patch_size * patch_size * 3, axes=("embed", None), rngs=rngs)
 
     def __call__(self, features_BPD: jax.Array) -> jax.Array:
+        """[B, P, D] → [B, H, W, 3] in [0, 1]."""
         x = run_stack(self.blocks, self.inner(features_BPD), lambda block, y: block(y))
         return unpatchify(jax.nn.sigmoid(self.out(x)), self.patch_size)

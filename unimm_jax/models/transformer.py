@@ -58,6 +58,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(self.out), axes=axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., *out]."""
         kernel = self.kernel[...].astype(x.dtype)
         y = linear(x, kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:-1], *self.out)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -72,6 +73,7 @@ class Merge(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,)), axes=(None,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., N, H] → [..., D]."""
         kernel = self.kernel[...].astype(x.dtype)
         y = linear(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -86,6 +88,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,)), axes=(None,)) if affine else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., D], same dtype."""
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
@@ -102,6 +105,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,)), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., D], same dtype."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
@@ -123,6 +127,7 @@ class Mlp(nnx.Module):
         self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., D]."""
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
@@ -142,6 +147,7 @@ class Attention(nnx.Module):
         self.o = Merge(heads, width // heads, width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, kv_BSD: jax.Array | None = None, mask_BTS: jax.Array | None = None):
+        """x [B, T, D] reads `kv_BSD` (itself if None) → [B, T, D]; mask boolean [B, T, S]."""
         kv_BSD = x_BTD if kv_BSD is None else kv_BSD
         return self.o(attention(self.q(x_BTD), self.k(kv_BSD), self.v(kv_BSD), mask_BTS))
 
@@ -170,6 +176,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, hidden, rngs=rngs, activation=activation)
 
     def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
+        """[B, T, D] → [B, T, D]; mask boolean [B, T, T]."""
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD), mask_BTS=mask_BTS)
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
@@ -179,9 +186,7 @@ def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))
 
 
-def run_stack(
-    layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: bool = False
-) -> Any:
+def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: bool = False) -> Any:
     """x → apply(layer, x) through every layer of a stack; `scan` compiles one layer, otherwise all are unrolled.
 
     `remat` recomputes a layer's activations in the backward pass.

@@ -50,9 +50,7 @@ class UnifiedModel(nnx.Module):
         self.encoder = ViT(encoder, rngs=rngs)
         t, merges = tokenizer, config.way_in == "merger"
         options: dict = dict(eps=t.eps, sink=t.sink, scan=t.scan, remat=t.remat)
-        self.merger = (
-            Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
-        )
+        self.merger = Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
         if not merges:
             self.adapter_inner = Linear(width, language.width, axes=("embed", "mlp"), rngs=rngs)
         d_in = width if merges else language.width

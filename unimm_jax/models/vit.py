@@ -45,7 +45,7 @@ class ViT(nnx.Module):
         self.patch_embed = Linear(patch, c.width, axes=(None, "embed"), rngs=rngs)
         self.cls = nnx.Param(truncated(rngs.params(), (c.width,)), axes=(None,))
         self.positions = nnx.Param(truncated(rngs.params(), (c.patches + 1, c.width)), axes=(None, "embed"))
-        make = lambda r: Block(  # noqa: E731
+        make = lambda r: Block(
             c.width, c.heads, c.mlp_width, rngs=r, eps=c.eps, biases=c.biases, activation=c.activation
         )
         self.blocks = stack(make, c.depth, rngs)

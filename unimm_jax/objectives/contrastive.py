@@ -20,6 +20,7 @@ class Contrastive(Objective):
         super().__init__(config, lambda r: ContrastiveModel(m["encoder"], m["text_tower"], size, rngs=r))
 
     def loss(self, params, batch, key, step):
+        """The stage's loss; see `Objective.loss`."""
         model = self.module(params)
         pixels = normalize_pixels(batch["images"], self.dtype)
         features = model.encoder(pixels)

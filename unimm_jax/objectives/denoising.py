@@ -57,6 +57,7 @@ class PixelDecoding(_FromCodes):
     """Direct decoding: L1 + 2 MSE on pixels in [0, 1]."""
 
     def loss(self, params, batch, key, step):
+        """The stage's loss; see `Objective.loss`."""
         model = self.module(params)
         found = model.direct(self.features(model, batch)).astype(jnp.float32)
         gap = found - batch["images"].astype(jnp.float32) / 255
@@ -75,6 +76,7 @@ class Denoising(_FromCodes):
     """
 
     def loss(self, params, batch, key, step):
+        """The stage's loss; see `Objective.loss`."""
         model, c = self.module(params), self.config.loss
         k1, k2, k3 = jax.random.split(key, 3)
         x = pixel_unshuffle(batch["images"].astype(jnp.float32) / 127.5 - 1, c.unshuffle)

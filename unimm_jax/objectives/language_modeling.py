@@ -76,10 +76,11 @@ class LanguageModeling(Objective):
         return chunked_cross_entropy(flat, head, batch["targets"].reshape(-1), self.used, chunk).reshape(b, t)
 
     def loss(self, params, batch, key, step):
+        """The stage's loss; see `Objective.loss`."""
         ce_BT = self.cross_entropy(params, batch)
         weights = batch["weights"]
         visual = batch["targets"] >= self.vocabulary.text
-        mean = lambda mask: (ce_BT * mask).sum() / jnp.maximum(mask.sum(), 1)  # noqa: E731
+        mean = lambda mask: (ce_BT * mask).sum() / jnp.maximum(mask.sum(), 1)
         metrics = {
             "text_ce": mean((weights > 0) & ~visual),
             "code_ce": mean((weights > 0) & visual),

@@ -40,6 +40,7 @@ class Tokenization(Objective):
         self._projected = jax.jit(self._project)
 
     def loss(self, params, batch, key, step):
+        """The stage's loss; see `Objective.loss`."""
         c, model = self.config.loss, self.module(params)
         x_BPD = jax.lax.stop_gradient(model.encoder(normalize_pixels(batch["images"], self.dtype)))
         if c.phase == "selector":
@@ -116,7 +117,7 @@ class Tokenization(Objective):
         z_MC = np.concatenate(found)
         start = z_MC[np.random.default_rng(self.config.seed).choice(len(z_MC), codes, replace=False)]
         means, hits = jax.jit(cosine_kmeans)(jnp.asarray(z_MC), jnp.asarray(start))
-        place = lambda old, new: jax.device_put(new.astype(old.dtype), old.sharding)  # noqa: E731
+        place = lambda old, new: jax.device_put(new.astype(old.dtype), old.sharding)
         book = params["quantizer"]
         params["quantizer"] = book | {
             "codebook": place(book["codebook"], means),

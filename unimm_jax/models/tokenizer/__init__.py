@@ -52,9 +52,7 @@ class VisualTokenizer(nnx.Module):
         self.encoder = ViT(encoder, rngs=rngs)
         self.selector = Selector(width, rngs=rngs)
         run = dict(scan=c.scan, remat=c.remat)
-        self.merger = Merger(
-            width, c.heads, c.mlp_width, c.merger_depth, rngs=rngs, eps=c.eps, sink=c.sink, **run
-        )
+        self.merger = Merger(width, c.heads, c.mlp_width, c.merger_depth, rngs=rngs, eps=c.eps, sink=c.sink, **run)
         self.quantizer = Quantizer(width, c.codes, c.code_width, rngs=rngs)
         self.decoder = FeatureDecoder(
             c.code_width,

@@ -17,6 +17,7 @@ class DecoderBlock(nnx.Module):
         self.mlp = Mlp(width, hidden, rngs=rngs)
 
     def __call__(self, q_BPD, codes_BSD, valid_BPS, sink: float):
+        """Queries [B, P, D], code embeddings [B, S, D], valid float [B, P, S] → [B, P, D]."""
         q_BPD = q_BPD + self.attention(self.norm0(q_BPD))
         y = self.norm1(q_BPD)
         if sink:
@@ -71,6 +72,6 @@ class FeatureDecoder(nnx.Module):
         queries = self.queries[...].astype(z_BSC.dtype)
         q_BPD = jnp.broadcast_to(queries, (z_BSC.shape[0], *queries.shape))
         valid_BPS = jnp.broadcast_to(valid_BS[:, None], (z_BSC.shape[0], queries.shape[0], z_BSC.shape[1]))
-        step = lambda block, q: block(q, x_BSD, valid_BPS, self.sink)  # noqa: E731
+        step = lambda block, q: block(q, x_BSD, valid_BPS, self.sink)
         q_BPD = self.norm(run_stack(self.blocks, q_BPD, step, scan=self.scan, remat=self.remat))
         return self.out2(jnp.tanh(self.out1(q_BPD)))

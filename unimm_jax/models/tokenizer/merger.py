@@ -17,6 +17,7 @@ class MergerBlock(nnx.Module):
         self.mlp = Mlp(width, hidden, rngs=rngs)
 
     def __call__(self, x_BTD, source_BPD, allowed_BTT, allowed_BTP, eps: float, sink: float):
+        """Rows [B, T, D], normalised features [B, P, D], float masks [B, T, T] and [B, T, P] → [B, T, D]."""
         y = self.norm0(x_BTD)
         x_BTD = x_BTD + self.causal.with_policy(y, y, allowed_BTT, eps, sink)
         x_BTD = x_BTD + self.cross.with_policy(self.norm1(x_BTD), source_BPD, allowed_BTP, eps, sink)
@@ -75,7 +76,7 @@ class Merger(nnx.Module):
 
     def _run(self, x_BTD, features_BPD, allowed_BTT, allowed_BTP):
         source_BPD = self.source_norm(features_BPD)
-        step = lambda block, x: block(x, source_BPD, allowed_BTT, allowed_BTP, self.eps, self.sink)  # noqa: E731
+        step = lambda block, x: block(x, source_BPD, allowed_BTT, allowed_BTP, self.eps, self.sink)
         return self.norm(run_stack(self.blocks, x_BTD, step, scan=self.scan, remat=self.remat))
 
 

@@ -22,7 +22,8 @@ class Selector(nnx.Module):
         self.out3 = Linear(half // 2, 2, axes=("embed", None), rngs=rngs)
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
-        gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+        """[B, P, D] → log-probabilities float32 [B, P, 2]."""
+        gelu = lambda x: jax.nn.gelu(x, approximate=False)
         u = gelu(self.inner(self.norm(x_BPD)))
         local, glob = jnp.split(u, 2, axis=-1)
         glob = jnp.broadcast_to(glob.mean(1, keepdims=True), glob.shape)
