@@ -37,7 +37,7 @@ SCRATCH_RULES = {
     "text": [(_ENCODER, FROZEN), (_MERGER, FROZEN), (_WAY_IN, FROZEN), (_LM_ALL, 1.0)],
     "stage1": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
     "stage2": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    "stage3": [(_ENCODER, 0.1), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
+    "stage3": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
 }
 _CODEBOOK = "quantizer/(codebook|count)"
 TOKENIZER_RULES = {
@@ -217,7 +217,7 @@ def language_stage(stage: str, size: str) -> ConfigDict:
     c.data.row_pictures = 3 if small else 8  # picture slots a row
     c.data.turns = 3  # questions an example
     c.data.prompt_dropout = 0.1
-    c.data.image_targets = 1.0 if flavour(size) == "lavit" else 0.0
+    c.data.image_targets = (0.1 if small else 1.0) if flavour(size) == "lavit" else 0.0
     c.data.text_targets = 1.0 if not small else 0.1
     c.data.tasks = ConfigDict()
     if not small:

@@ -80,10 +80,10 @@ class LanguageModeling(Objective):
         ce_BT = self.cross_entropy(params, batch)
         weights = batch["weights"]
         visual = batch["targets"] >= self.vocabulary.text
-        mean = lambda mask: (ce_BT * mask).sum() / jnp.maximum(mask.sum(), 1)
+        mean = lambda w: (ce_BT * w).sum() / jnp.maximum(w.sum(), 1e-6)
         metrics = {
-            "text_ce": mean((weights > 0) & ~visual),
-            "code_ce": mean((weights > 0) & visual),
+            "text_ce": mean(weights * ~visual),
+            "code_ce": mean(weights * visual),
             "fill": (batch["segments"] > 0).mean(),
         }
-        return (ce_BT * weights).sum() / jnp.maximum(weights.sum(), 1), Aux(metrics)
+        return mean(weights), Aux(metrics)
