@@ -219,6 +219,7 @@ def language_stage(stage: str, size: str) -> ConfigDict:
     c.data.prompt_dropout = 0.1
     c.data.image_targets = (0.1 if small else 1.0) if flavour(size) == "lavit" else 0.0
     c.data.text_targets = 1.0 if not small else 0.1
+    c.data.code_targets = 1.0
     c.data.tasks = ConfigDict()
     if not small:
         text_only = [("(?!language/).*", FROZEN), (_LM_ALL, 1.0)]

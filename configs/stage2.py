@@ -12,10 +12,12 @@ from configs import common
 def get_config(size=None):
     """Config of stage 2."""
     c = common.language_stage("stage2", size)
-    c.train.steps = {"laptop": 900, "one_gpu": 8000}.get(c.size, 15_000)
+    c.train.steps = {"laptop": 700, "one_gpu": 8000}.get(c.size, 15_000)
     c.train.batch_size = {"laptop": 16, "one_gpu": 128}.get(c.size, 1024)
     c.data.tasks = dict(caption=0.35, text_to_image=0.55, text=0.1)
     c.optimizer.rate = {"laptop": 4e-3, "one_gpu": 1e-3}.get(c.size, 5e-5)
     c.optimizer.muon_rate = 8e-3
+    if c.size in ("laptop", "one_gpu"):
+        c.optimizer.schedule = "constant"  # stage 3 goes on at the same rate and decays
     c.init_from = (common.start_from("stage1"),)
     return c

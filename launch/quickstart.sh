@@ -29,18 +29,21 @@ step() { # step DIRECTORY COMMAND...: runs the command unless the directory is d
 }
 train() { step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --workdir="$RUN/$1" --config.seed="$SEED" "${@:2}"; }
 
+# Real pictures hold more than scenes do: own sources keep half of the patches and get more words and longer rows.
+OWN_SELECTOR=() OWN_RECORDS=() OWN_ROWS=()
+if [ "${SOURCES%%:*}" != scenes ]; then
+  OWN_SELECTOR=("--config.loss.rate=(1.0, 0.7, 0.7, 0.5)") OWN_RECORDS=(--text_size=2048)
+  OWN_ROWS=(--config.data.row_length=128 --config.train.batch_size=8)
+fi
 train encoder --config.data.sources="$SOURCES"
-train selector --config.data.sources="$SOURCES"
+train selector --config.data.sources="$SOURCES" "${OWN_SELECTOR[@]}"
 train tokenizer --config.data.sources="$SOURCES"
-step "$RUN/records" -m unimm_jax.pretokenize --tokenizer="$RUN/tokenizer" --output="$RUN/records"
+step "$RUN/records" -m unimm_jax.pretokenize --tokenizer="$RUN/tokenizer" --output="$RUN/records" "${OWN_RECORDS[@]}"
 train pixel_decoder
 train detokenizer
-train text
-train stage1
-train stage2
-train stage3
+for stage in text stage1 stage2 stage3; do train "$stage" "${OWN_ROWS[@]}"; done
 step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation"
-if [ "$SOURCES" = scenes ]; then
+if [ "${SOURCES%%:*}" = scenes ]; then
   step "$RUN/evaluation_free" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_free" --jitter=9
 fi
 mv "$COMMANDS.new" "$COMMANDS"

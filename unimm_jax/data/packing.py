@@ -155,7 +155,7 @@ class Layout:
       prompt_dropout: share of text-to-image examples without their text (guidance; 0.1 in ILLUME+'s code).
       image_targets: loss weight of the code targets at picture positions (LaVIT's [image, text]; 0 for ILLUME).
       text_targets: loss weight of the prompt's own words in text-to-image.
-      question_kinds: kinds of question used; () for all.
+      code_targets: loss weight of the codes that are to be written.
     """
 
     length: int
@@ -166,7 +166,7 @@ class Layout:
     prompt_dropout: float = 0.1
     image_targets: float = 1.0
     text_targets: float = 1.0
-    question_kinds: tuple[str, ...] = ()
+    code_targets: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +256,8 @@ def build_example(records: Records, example: Example, layout: Layout, vocabulary
 
     def write(first_weight: float) -> None:
         put([vocabulary.start], first_weight)
-        put(vocabulary.write_image(patches, codes).tolist(), 1.0)
-        put([vocabulary.end], 1.0)
+        put(vocabulary.write_image(patches, codes).tolist(), layout.code_targets)
+        put([vocabulary.end], layout.code_targets)
 
     captions = item["captions"]
     bos = [] if tokenizer.bos is None else [tokenizer.bos]

@@ -178,6 +178,7 @@ def layout_of(config: Any) -> Layout:
         prompt_dropout=data.prompt_dropout,
         image_targets=data.image_targets,
         text_targets=data.text_targets,
+        code_targets=data.code_targets,
     )
 
 

@@ -206,20 +206,30 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def _reading_order(item: SceneObject) -> tuple[int, float]:
+    return int(item.y * GRID), item.x
+
+
 def _grouped(objects: tuple[SceneObject, ...], with_colour: bool) -> str:
     """All objects in reading order (rows of cells, then columns), equal ones counted together."""
     counts: dict[tuple[str, str | None], int] = {}
-    for item in sorted(objects, key=lambda o: (int(o.y * GRID), o.x)):
+    for item in sorted(objects, key=_reading_order):
         look = (item.shape, item.colour if with_colour else None)
         counts[look] = counts.get(look, 0) + 1
     return _join([_noun(n, s, c) for (s, c), n in counts.items()])
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every caption of a scene; each is true and names every object. The first is the fullest (with colours)."""
+    """Every caption of a scene; each is true and names every object.
+
+    The first is the fullest: with colours, in reading order, and for two objects with their relation if it is clear.
+    """
     found = [_grouped(scene.objects, True), _grouped(scene.objects, False)]
     if scene.kind == "two":
-        a, b = scene.objects
+        a, b = sorted(scene.objects, key=_reading_order)
+        for relation in relations(a, b)[:1]:
+            words = (_noun(1, a.shape, a.colour), relation_phrase(relation), _noun(1, b.shape, b.colour))
+            found.insert(0, " ".join(words))
         for first, second in ((a, b), (b, a)):
             found.append(_join([_noun(1, first.shape, first.colour), _noun(1, second.shape, second.colour)]))
             for relation in relations(first, second):
