@@ -18,23 +18,23 @@ def get_config(size=None):
     small = size in ("laptop", "one_gpu")
     c.model.tokenizer = common.tokenizer(size)
     c.data.records = "../records"
-    c.train.steps = {"laptop": 400, "one_gpu": 10_000}.get(size, 20_000)
-    c.train.batch_size = {"laptop": 32, "one_gpu": 256}.get(size, 2048)
+    c.train.steps = {"laptop": 200, "one_gpu": 10_000}.get(size, 20_000)
+    c.train.batch_size = {"laptop": 16, "one_gpu": 256}.get(size, 2048)
     c.optimizer.name = "adamw"
-    c.optimizer.rate = 2e-3 if size == "laptop" else 3e-4 if small else 1e-4
+    c.optimizer.rate = 1e-3 if size == "laptop" else 3e-4 if small else 1e-4
     c.optimizer.rules = [("tokenizer/.*", common.FROZEN), ("unet/.*", 1.0)]
     c.init_from = (dict(checkpoint="../tokenizer", rename=[("", "tokenizer/")]),)
     c.loss = ConfigDict(dict(unshuffle=4 if small else 2, context_dropout=0.1, guidance=1.5, sampling_steps=20))
     width = c.model.encoder.get("width", 1408)
     channels = 3 * c.loss.unshuffle**2
     if small:
-        base = 48 if size == "laptop" else 128
+        base = 64 if size == "laptop" else 128
         c.model.unet = dict(
             in_channels=channels,
             out_channels=channels,
-            block_out_channels=(base, 2 * base),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(base, base + base // 2),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1 if size == "laptop" else 2,
             attention_head_dim=4,
             cross_attention_dim=width,

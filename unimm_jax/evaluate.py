@@ -24,6 +24,7 @@ from unimm_jax.metrics import grid, kept_patches
 # Fixed beforehand, the same for every model: unsharpened sampling, mild guidance.
 SAMPLING = Sampling(guidance=1.5, temperature=1.0)
 EVALUATION_SEED = 1000
+UNET_PICTURES = 64
 
 
 def evaluate(
@@ -46,7 +47,6 @@ def evaluate(
 
     # Reconstruction from codes, by every decoder there is; the better one draws for the rest.
     codes, keep = generator.tokenize(images)
-    objects = sum(len(s.objects) for s in test)
     reconstruction, drawn = {}, {}
     for name in generator.decoders:
         drawn[name] = generator.decode(codes, keep, name)
@@ -54,6 +54,9 @@ def evaluate(
             benchmark.objects_right(s, benchmark.detect(x)) for s, x in zip(test, drawn[name], strict=True)
         )
         reconstruction[name] = found_again / objects
+    # The same number of tokens a picture, chosen by chance instead of by the selector, through the same weights.
+    chance = np.argsort(np.random.default_rng(seed).random(keep.shape), -1).argsort(-1) < keep.sum(-1, keepdims=True)
+    by_chance = generator.decode(generator.tokenize(images, chance)[0], chance)
     best = max(reconstruction, key=lambda name: reconstruction[name])
     counts = np.array([len(s.objects) for s in test])
     tokens = keep.sum(-1)
@@ -88,6 +91,7 @@ def evaluate(
         "caption": {"content_words": float(np.mean(caption)), "exact": float(np.mean(np.equal(captions, truths)))},
         "reconstruction": reconstruction[best],
         "reconstruction_by_decoder": reconstruction,
+        "reconstruction_random_selection": _objects_found(test, by_chance),
         "decoder": best,
         "tokens_per_image": float(tokens.mean()),
         "tokens_follow_objects": rank_correlation(tokens, counts),
@@ -132,6 +136,14 @@ def evaluate(
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))
     (folder / "done.json").write_text("{}")
     return scores
+
+
+def _objects_found(test: list[scenes.Scene], drawn: np.ndarray) -> float:
+    """Share of the objects of the scenes drawn that are found again."""
+    pairs = list(zip(test, drawn, strict=False))
+    return sum(benchmark.objects_right(s, benchmark.detect(x)) for s, x in pairs) / sum(
+        len(s.objects) for s, _ in pairs
+    )
 
 
 def evaluate_pictures(checkpoint: str, output: str) -> dict[str, Any]:
@@ -204,6 +216,7 @@ def table(scores: dict[str, Any]) -> str:
     rows.append(f"{'reconstruction from codes':34s} {scores['reconstruction']:7.3f}")
     for name, value in scores["reconstruction_by_decoder"].items():
         rows.append(f"  {'U-Net' if name == 'unet' else 'direct decoder':32s} {value:7.3f}")
+    rows.append(f"{'  patches kept by chance instead':34s} {scores['reconstruction_random_selection']:7.3f}")
     rows.append(f"{'tokens a picture':34s} {scores['tokens_per_image']:7.2f}")
     rows.append(f"{'  rank correlation with objects':34s} {scores['tokens_follow_objects']:7.2f}")
     return "\n".join(rows)

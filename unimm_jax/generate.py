@@ -134,6 +134,7 @@ class Generator:
                 config_of = ConfigDict(json.loads(read_meta(places[name])["config"]))
                 self.decoders[name] = (kind(config_of, None), read_params(places[name]))
         self._encode = jax.jit(lambda p, x: self._tokenizer(p).encode(normalize_pixels(x)))
+        self._encode_kept = jax.jit(self._codes_of)
         self._run = jax.jit(self._generate, static_argnames=("drawing", "sampling"))
 
     # ---- What is jitted, with one shape for all prompts ----------------------------------------------------------
@@ -203,6 +204,11 @@ class Generator:
         start = (hidden[:, -1], cache, slots, zero + v.start, zero - 1, zero, zero > 0)
         return jax.lax.scan(body, start, jnp.arange(steps))[1].T
 
+    def _codes_of(self, params, images_and_keep):
+        images, keep = images_and_keep
+        tokenizer = self._tokenizer(params)
+        return keep, tokenizer.codes_of(tokenizer.encoder(normalize_pixels(images)), keep)
+
     @functools.cached_property
     def _patches(self) -> int:
         return min(self.header["patches"], self.budget)
@@ -247,11 +253,17 @@ class Generator:
 
     # ---- Reading -------------------------------------------------------------------------------------------------
 
-    def tokenize(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 [N, S, S, 3] → (codes int32 [N, P], keep boolean [N, P])."""
+    def tokenize(self, images: np.ndarray, keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures uint8 [N, S, S, 3] → (codes int32 [N, P], keep boolean [N, P]).
+
+        Args:
+          keep: keep masks to use instead of the selector's.
+        """
+        x = images if keep is None else (images, keep)
         keeps, codes = [], []
         for at in range(0, len(images), self.batch):
-            k, c = self._encode(self.tokenizer_params, _pad(images[at : at + self.batch], self.batch))
+            part = jax.tree.map(lambda array, at=at: _pad(array[at : at + self.batch], self.batch), x)
+            k, c = (self._encode if keep is None else self._encode_kept)(self.tokenizer_params, part)
             keeps.append(np.asarray(k))
             codes.append(np.asarray(c))
         return np.concatenate(codes)[: len(images)], np.concatenate(keeps)[: len(images)]

@@ -48,14 +48,16 @@ def main(_: list[str]) -> None:
     from unimm_jax.train import train
 
     quiet()
-    run(lambda: train(CONFIG.value, WORKDIR.value))
+    run(lambda: train(CONFIG.value, WORKDIR.value or ""))
 
 
 if __name__ == "__main__":
     prepare_process()
     from ml_collections import config_flags
 
-    WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and pictures of the stage go.")
+    WORKDIR = flags.DEFINE_string(
+        "workdir", None, "Where checkpoints, metrics and pictures of the stage go.", required=True
+    )
     CONFIG = config_flags.DEFINE_config_file("config", None, "The stage's config, configs/STAGE.py[:SIZE].")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main)

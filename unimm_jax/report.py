@@ -75,6 +75,8 @@ def score_rows(scores: dict[str, Any]) -> str:
     for name, value in scores["reconstruction_by_decoder"].items():
         label = "U-Net, 20 DDIM steps" if name == "unet" else "direct decoder"
         rows.append(row(f"objects reconstructed from codes, {label}", f"{value:.3f}"))
+    chance = scores["reconstruction_random_selection"]
+    rows.append(row("the same with as many patches kept by chance (direct decoder)", f"{chance:.3f}"))
     rows.append(row("tokens a picture", f"{scores['tokens_per_image']:.2f}"))
     rows.append(row("rank correlation of tokens and objects", f"{scores['tokens_follow_objects']:.2f}"))
     return "\n".join(rows)

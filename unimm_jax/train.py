@@ -6,7 +6,6 @@ by (seed, step), so that a resumed run ends with the same bits as an uninterrupt
 
 import contextlib
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -19,11 +18,12 @@ import numpy as np
 import optax
 
 from unimm_jax import config as config_lib
-from unimm_jax import objectives, optim, sharding
+from unimm_jax import objectives, optim, sharding, text
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.data import pipeline
 from unimm_jax.metrics import Writer
 from unimm_jax.text import TextTokenizer
+from unimm_jax.vocabulary import Vocabulary
 
 GIB = 2**30
 
@@ -43,6 +43,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     # ---- Settings and data -------------------------------------------------------------------------------------
     began = time.perf_counter()
     workdir = pathlib.Path(workdir)
+    refuse_what_does_not_fit(config)
     config_lib.check(config, workdir)
     config = config.copy_and_resolve_references()
     if "records" in config.data:
@@ -59,7 +60,6 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     rules = [(pattern, value) for pattern, value in config.optimizer.rules]
     abstract = jax.eval_shape(objective.init, jax.random.key(0))
     trained, _, multipliers = optim.split(abstract, rules)
-    _refuse_what_does_not_fit(config, abstract, trained)
     tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
     places = sharding.param_shardings(objective.abstract, mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -206,15 +206,22 @@ def _stop_flag():
         signal.signal(signal.SIGTERM, before)
 
 
-def _refuse_what_does_not_fit(config: Any, params: Any, trained: Any) -> None:
-    """Raises with one sentence where parameters, gradients and moments alone exceed the memory there is."""
+def refuse_what_does_not_fit(config: Any) -> None:
+    """Raises with one sentence where parameters, gradients and moments alone exceed the memory there is.
+
+    Needs no data and builds nothing: vocabulary sizes are the published ones.
+    """
+    if config.size == "laptop":
+        return
+    stand_in = pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(32000, 16384))
+    params = jax.eval_shape(objectives.build(config, stand_in).init, jax.random.key(0))
+    trained = optim.split(params, [(p, v) for p, v in config.optimizer.rules])[0]
     size = lambda tree: sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))
     needed = size(params) + 3 * size(trained)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        there = stats["bytes_limit"] * jax.device_count()
-        what = f"{jax.device_count()} × {device.device_kind}"
+        there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"
     else:
         there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if needed > 0.9 * there:
@@ -223,4 +230,3 @@ def _refuse_what_does_not_fit(config: Any, params: Any, trained: Any) -> None:
             f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
             "or more devices"
         )
-    logging.info("parameters %.2f GiB, with gradients and moments %.2f GiB", size(params) / GIB, needed / GIB)

@@ -31,7 +31,7 @@ class Input:
       header: what identifies the data (fingerprint and shapes), kept in checkpoints.
     """
 
-    dataset: grain.MapDataset
+    dataset: Any
     tokenizer: TextTokenizer | None = None
     vocabulary: Vocabulary | None = None
     records: Records | None = None

@@ -43,7 +43,7 @@ def policy_attention(
 
     LaVIT uses eps = 1e-6 and no sink: a masked key still gets about eps / S, and the gradient with respect to A grows
     as 1 / eps where nothing is allowed. A sink is a further key with score 0 and value 0; it bounds that gradient. With
-    a sink, m is taken over the allowed keys and 0 instead, and exp is cut at 1 (which concerns masked keys only).
+    a sink, m is taken over the allowed keys and 0 instead, and s - m is cut at 10 (which concerns masked keys only).
 
     Args:
       allowed_BTS: float, 1 where query t may read key s, broadcastable to [B, T, S].
@@ -62,7 +62,7 @@ def policy_attention(
     else:
         top = scores.max(-1, keepdims=True)
     top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(jnp.minimum(scores - top, 0.0)) * allowed
+    weights = jnp.exp(jnp.minimum(scores - top, 10.0)) * allowed
     total = weights.sum(-1, keepdims=True) + eps
     if sink:
         total = total + sink * jnp.exp(-top)

@@ -85,7 +85,7 @@ class Tokenization(Objective):
             p_BP = jnp.exp(log_probs[..., KEEP])
             unsure = (p_BP * (1 - p_BP)).mean()
             hard_BP = argmax_mask(log_probs)
-            extra = c.rate_weight * rate_loss + c.sureness * done**3 * unsure
+            extra = c.rate_weight * rate_loss + c.sureness * done**4 * unsure
             metrics = {
                 "rate_sampled": keep_BP.mean(),
                 "rate_argmax": hard_BP.mean(),
