@@ -137,7 +137,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             checkpoints.save(step, state, meta)
 
         loop_began, compile_seconds = time.perf_counter(), 0.0
-        with _stop_flag() as stop:
+        with contextlib.closing(checkpoints), contextlib.closing(writer), _stop_flag() as stop:
             step = start
             while step < config.train.steps and not stop:
                 if step > start and step % config.train.checkpoint_every == 0:
@@ -163,8 +163,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                     writer.pause()
             if step > start:
                 save(step)
-            checkpoints.close()
-            writer.close()
+            checkpoints.wait()
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
                 (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
