@@ -220,7 +220,11 @@ def language_stage(stage: str, size: str) -> ConfigDict:
     c.data.image_targets = (0.1 if small else 1.0) if flavour(size) == "lavit" else 0.0
     c.data.text_targets = 1.0 if not small else 0.1
     c.data.code_targets = 1.0
-    c.data.tasks = ConfigDict()
+    c.data.tasks = ConfigDict()  # task → share of the examples
+    c.data.tasks_end = (
+        ConfigDict()
+    )  # where the shares move to, over `passes` passes over the records; empty is constant
+    c.data.passes = 1
     if not small:
         text_only = [("(?!language/).*", FROZEN), (_LM_ALL, 1.0)]
         c.optimizer.rules = text_only if stage == "text" else PUBLISHED_RULES[flavour(size), stage]

@@ -47,6 +47,13 @@ def test_the_plan_is_a_function_of_seed_and_row(records, layout, vocabulary):
     assert rows != a.pack(1)
 
 
+def test_the_mixture_moves_over_the_passes(records, vocabulary):
+    layout = Layout(96, 4, 16, (("caption", 1.0),), weights_end=(("text_to_image", 1.0),), passes=3)
+    plan = Plan(records, layout, vocabulary, 0)
+    shares = [np.mean([e.task == "caption" for e in plan.examples(epoch)]) for epoch in range(5)]
+    assert shares[0] == 1 and 0.3 < shares[1] < 0.7 and shares[2:] == [0, 0, 0]
+
+
 def test_rows_are_well_filled(records, layout, vocabulary):
     source = RowSource(records, layout, vocabulary, 0, 1000)
     count = len(source.plan.pack(0)) - 2  # the last rows of an epoch stay open

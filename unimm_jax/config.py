@@ -60,7 +60,7 @@ def check(config: Any, workdir: str | pathlib.Path) -> None:
         need(m.head_width % 2 == 0, f"config.model.language.head_width {m.head_width} must be even (rotary pairs)")
     if config.objective == "language_modeling":
         tasks = config.data.tasks
-        unknown = [t for t in tasks if t not in TASKS]
+        unknown = [t for t in (*tasks, *config.data.tasks_end) if t not in TASKS]
         need(not unknown, f"config.data.tasks names {unknown}; known tasks are {TASKS}")
         need(any(w > 0 for w in tasks.values()), "config.data.tasks gives every task the weight 0")
     if config.objective in ("language_modeling", "denoising", "pixel_decoding"):

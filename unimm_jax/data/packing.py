@@ -150,7 +150,8 @@ class Layout:
 
     Attributes:
       length: tokens a row T. slots: pictures a row R whose features the model computes. budget: features a picture S.
-      weights: task → share of the examples.
+      weights: task → share of the examples, in the first pass over the records.
+      weights_end, passes: where the shares move to, linearly, over that many passes; () keeps them.
       turns: questions a `question` example holds at most, of different kinds.
       prompt_dropout: share of text-to-image examples without their text (guidance; 0.1 in ILLUME+'s code).
       image_targets: loss weight of the code targets at picture positions (LaVIT's [image, text]; 0 for ILLUME).
@@ -167,6 +168,15 @@ class Layout:
     image_targets: float = 1.0
     text_targets: float = 1.0
     code_targets: float = 1.0
+    weights_end: tuple[tuple[str, float], ...] = ()
+    passes: int = 1
+
+    def shares(self, epoch: int) -> dict[str, float]:
+        """task → share of the examples of a pass over the records."""
+        start, end = dict(self.weights), dict(self.weights_end or self.weights)
+        done = min(epoch / max(self.passes - 1, 1), 1.0)
+        mixed = {t: (1 - done) * start.get(t, 0.0) + done * end.get(t, 0.0) for t in TASKS}
+        return {task: share for task, share in mixed.items() if share > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,8 +346,8 @@ class Plan:
         """The epoch's examples in order, before packing."""
         rng = np.random.default_rng([self.seed, epoch])
         count = len(self.records)
-        names = [name for name, weight in self.layout.weights if weight > 0]
-        shares = np.array([weight for _, weight in self.layout.weights if weight > 0], np.float64)
+        names = list(mixture := self.layout.shares(epoch))
+        shares = np.array([mixture[name] for name in names])
         tasks = rng.choice(len(names), count, p=shares / shares.sum())
         variants = rng.integers(2**31, size=count)
         order = rng.permutation(count)

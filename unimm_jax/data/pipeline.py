@@ -179,6 +179,8 @@ def layout_of(config: Any) -> Layout:
         image_targets=data.image_targets,
         text_targets=data.text_targets,
         code_targets=data.code_targets,
+        weights_end=tuple(sorted(data.tasks_end.items())),
+        passes=data.passes,
     )
 
 
