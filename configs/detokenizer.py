@@ -24,7 +24,15 @@ def get_config(size=None):
     c.optimizer.rate = 1e-3 if size == "laptop" else 3e-4 if small else 1e-4
     c.optimizer.rules = [("tokenizer/.*", common.FROZEN), ("unet/.*", 1.0)]
     c.init_from = (dict(checkpoint="../tokenizer", rename=[("", "tokenizer/")]),)
-    c.loss = ConfigDict(dict(unshuffle=4 if small else 2, context_dropout=0.1, guidance=1.5, sampling_steps=20))
+    c.loss = ConfigDict(
+        dict(
+            unshuffle=4 if small else 2,  # pixels a side that become channels
+            prediction="v" if small else "epsilon",
+            context_dropout=0.1,
+            guidance=1.5,
+            sampling_steps=20,
+        )
+    )
     width = c.model.encoder.get("width", 1408)
     channels = 3 * c.loss.unshuffle**2
     if small:

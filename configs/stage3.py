@@ -15,7 +15,7 @@ def get_config(size=None):
     c.train.batch_size = {"laptop": 16, "one_gpu": 128}.get(c.size, 1024)
     c.data.tasks = dict(question=0.6, text_to_image=0.35, caption=0.05)
     if c.size in ("laptop", "one_gpu"):
-        # Answers that need a match (existence, colour of, shape of) come late and suddenly: questions first, then drawing.
+        # Answers that need a match (existence, colour, shape) come late and suddenly: questions first, then drawing.
         c.data.tasks = dict(question=0.75, text_to_image=0.2, caption=0.05)
         c.data.tasks_end = dict(question=0.35, text_to_image=0.6, caption=0.05)
         c.data.passes = {"laptop": 8}.get(c.size, 100)

@@ -19,7 +19,7 @@ from unimm_jax.data import scenes
 from unimm_jax.data.pipeline import open_pictures
 from unimm_jax.evals import scenes as benchmark
 from unimm_jax.generate import Generator, Sampling
-from unimm_jax.metrics import grid, kept_patches
+from unimm_jax.metrics import grid, kept_patches, labelled
 
 # Fixed beforehand, the same for every model: unsharpened sampling, mild guidance.
 SAMPLING = Sampling(guidance=1.5, temperature=1.0)
@@ -107,6 +107,13 @@ def evaluate(
     shown = [i for task in range(len(scenes.TASKS)) for i in range(task * prompts, task * prompts + min(8, prompts))]
     for i in shown:
         write_picture(folder / f"sample_{i:04d}.png", samples[i].repeat(2, 0).repeat(2, 1))
+    sheet = labelled(
+        [*(kept_patches(x, k) for x, k in zip(images[:8], keep[:8], strict=True)), *(samples[i] for i in shown)],
+        [*(f"keeps {int(k.sum())} of {len(k)} patches" for k in keep[:8]), *(items[i].text for i in shown)],
+        columns=8,
+        scale=max(128 // size, 1),
+    )
+    write_picture(folder / "samples.png", sheet)
     for i in range(12):
         write_picture(folder / f"picture_{i:02d}.png", images[i].repeat(2, 0).repeat(2, 1))
     examples = {

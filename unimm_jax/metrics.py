@@ -120,3 +120,26 @@ def kept_patches(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
         shown[[y, y + size - 1], x : x + size] = (30, 30, 30)
         shown[y : y + size, [x, x + size - 1]] = (30, 30, 30)
     return shown
+
+
+def labelled(images: list[np.ndarray], labels: list[str], columns: int, scale: int = 2) -> np.ndarray:
+    """Pictures of one size in rows, each with its label (two lines at most) below: uint8 [H, W, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, strip, gap = images[0].shape[0] * scale, 28, 6
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + strip + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        left, top = gap + i % columns * (side + gap), gap + i // columns * (side + strip + gap)
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        lines, words = [""], label.split()
+        for word in words:
+            longer = f"{lines[-1]} {word}".strip()
+            if draw.textlength(longer, font) > side and lines[-1]:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        for k, line in enumerate(lines[:2]):
+            draw.text((left, top + side + 1 + 12 * k), line, "black", font)
+    return np.asarray(sheet)

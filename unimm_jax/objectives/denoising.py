@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax.metrics import grid
-from unimm_jax.models.denoiser import UNet, add_noise, ddim, pixel_shuffle, pixel_unshuffle
+from unimm_jax.models.denoiser import UNet, add_noise, alphas, ddim, pixel_shuffle, pixel_unshuffle
 from unimm_jax.models.pixel_decoder import PixelDecoder
 from unimm_jax.models.tokenizer import VisualTokenizer
 from unimm_jax.objectives.base import Aux, Objective, models
@@ -70,9 +70,11 @@ class PixelDecoding(_FromCodes):
 
 
 class Denoising(_FromCodes):
-    """Noise prediction on the features (LaVIT §3.1: eps-prediction conditioned on x_rec), in pixel space.
+    """Diffusion conditioned on the features x_rec (LaVIT §3.1), in pixel space.
 
-    The context is dropped (zeros) for `config.loss.context_dropout` of the pictures, for guidance.
+    `config.loss.prediction` is what the network gives: "epsilon", the noise (LaVIT, Stable Diffusion), or "v",
+    sqrt(a) noise - sqrt(1 - a) x, with which a narrow network need not pass the noise through. The context is dropped
+    (zeros) for `config.loss.context_dropout` of the pictures, for guidance.
     """
 
     def loss(self, params, batch, key, step):
@@ -86,7 +88,9 @@ class Denoising(_FromCodes):
         context = jnp.where(jax.random.bernoulli(k3, c.context_dropout, (x.shape[0], 1, 1)), 0, context)
         noisy = add_noise(x, noise, steps).astype(self.dtype)
         found = model.unet(noisy, steps, context).astype(jnp.float32)
-        loss = ((found - noise) ** 2).mean()
+        a = jnp.asarray(alphas())[steps][:, None, None, None]
+        target = noise if c.prediction == "epsilon" else jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x
+        loss = ((found - target) ** 2).mean()
         return loss, Aux({})
 
     def _draw(self, params, codes, keep, key):
@@ -96,9 +100,11 @@ class Denoising(_FromCodes):
         side = self.config.data.image_size // c.unshuffle
 
         def predict(x, t):
-            eps = model.unet(jnp.concatenate([x, x]).astype(self.dtype), jnp.concatenate([t, t]), both)
-            conditional, free = jnp.split(eps.astype(jnp.float32), 2)
-            return free + c.guidance * (conditional - free)
+            found = model.unet(jnp.concatenate([x, x]).astype(self.dtype), jnp.concatenate([t, t]), both)
+            conditional, free = jnp.split(found.astype(jnp.float32), 2)
+            guided = free + c.guidance * (conditional - free)
+            a = jnp.asarray(alphas())[t][:, None, None, None]
+            return guided if c.prediction == "epsilon" else jnp.sqrt(a) * guided + jnp.sqrt(1 - a) * x
 
         noise = jax.random.normal(key, (codes.shape[0], side, side, 3 * c.unshuffle**2))
         return to_uint8((pixel_shuffle(ddim(predict, noise, c.sampling_steps, clip=1.0), c.unshuffle) + 1) / 2)

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+from flax import nnx
+
+from unimm_jax.models import denoiser as D
+
+
+def test_shuffling_is_undone_and_keeps_neighbours():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    y = D.pixel_unshuffle(x, 4)
+    assert y.shape == (2, 2, 2, 48) and jnp.array_equal(D.pixel_shuffle(y, 4), x)
+    assert set(np.asarray(y[0, 0, 0]).tolist()) == set(np.asarray(x[0, :4, :4]).ravel().tolist())
+
+
+@pytest.mark.parametrize("clip", [None, 3.0])
+def test_ddim_with_the_true_noise_returns_the_signal(clip):
+    clean = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3), minval=-1, maxval=1)
+    start = D.add_noise(clean, jax.random.normal(jax.random.key(1), clean.shape), jnp.array([981, 981]))
+
+    def predict(x, t):
+        a = jnp.asarray(D.alphas())[t][:, None, None, None]
+        return (x - jnp.sqrt(a) * clean) / jnp.sqrt(1 - a)
+
+    assert jnp.abs(D.ddim(predict, start, 50, clip) - clean).max() < 0.05
+
+
+def test_the_schedule_is_stable_diffusions():
+    a = D.alphas()
+    assert a.shape == (1000,) and a[0] == pytest.approx(1 - 0.00085, rel=1e-5)
+    assert a[-1] == pytest.approx(0.0046602, rel=1e-3)
+    assert (np.diff(a) < 0).all()
+
+
+@pytest.mark.parametrize("kinds", [("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnDownBlock2D",) * 2])
+def test_every_block_type_keeps_the_shape_and_reads_its_context(kinds):
+    up = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
+    config = D.UNetConfig(
+        in_channels=12, out_channels=12, block_out_channels=(16, 32), down_block_types=kinds, up_block_types=up,
+        layers_per_block=1, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+    unet = D.UNet(config, rngs=nnx.Rngs(params=0))
+    x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 12)), jax.random.normal(jax.random.key(1), (2, 5, 8))
+    y = unet(x, jnp.array([10, 500]), context)
+    assert y.shape == x.shape
+    assert not jnp.allclose(y, unet(x, jnp.array([10, 500]), context[::-1]), atol=1e-6)
+    assert not jnp.allclose(y, unet(x, jnp.array([10, 700]), context), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_both_predictions_train_and_draw(run, prediction):
+    from unimm_jax import objectives
+    from unimm_jax.data import pipeline
+
+    config = tiny("detokenizer", data__records=str(run / "records"), loss__prediction=prediction)
+    data = pipeline.open_input(config)
+    objective = objectives.build(config, data)
+    params = objective.init(jax.random.key(0))
+    batch = next(data.iterate())
+    loss, _ = objective.loss(params, batch, jax.random.key(0), 0)
+    assert jnp.isfinite(loss)
+    drawn = objective.draw(params, batch["codes"], batch["keep"], jax.random.key(0))
+    assert drawn.shape == (8, 64, 64, 3) and drawn.dtype == jnp.uint8
