@@ -27,7 +27,7 @@ def get_config(size=None):
     c.loss = ConfigDict(
         dict(
             unshuffle=4 if small else 2,  # pixels a side that become channels
-            prediction="v" if small else "epsilon",
+            prediction="sample" if small else "epsilon",
             context_dropout=0.1,
             guidance=1.5,
             sampling_steps=20,

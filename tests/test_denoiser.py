@@ -49,7 +49,7 @@ def test_every_block_type_keeps_the_shape_and_reads_its_context(kinds):
     assert not jnp.allclose(y, unet(x, jnp.array([10, 700]), context), atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_both_predictions_train_and_draw(run, prediction):
     from unimm_jax import objectives
     from unimm_jax.data import pipeline

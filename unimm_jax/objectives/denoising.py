@@ -72,9 +72,9 @@ class PixelDecoding(_FromCodes):
 class Denoising(_FromCodes):
     """Diffusion conditioned on the features x_rec (LaVIT §3.1), in pixel space.
 
-    `config.loss.prediction` is what the network gives: "epsilon", the noise (LaVIT, Stable Diffusion), or "v",
-    sqrt(a) noise - sqrt(1 - a) x, with which a narrow network need not pass the noise through. The context is dropped
-    (zeros) for `config.loss.context_dropout` of the pictures, for guidance.
+    `config.loss.prediction` is what the network gives: "epsilon", the noise (LaVIT, Stable Diffusion), or "sample", the
+    clean picture, with which a narrow network need not pass the noise through. The context is dropped (zeros) for
+    `config.loss.context_dropout` of the pictures, for guidance.
     """
 
     def loss(self, params, batch, key, step):
@@ -88,9 +88,7 @@ class Denoising(_FromCodes):
         context = jnp.where(jax.random.bernoulli(k3, c.context_dropout, (x.shape[0], 1, 1)), 0, context)
         noisy = add_noise(x, noise, steps).astype(self.dtype)
         found = model.unet(noisy, steps, context).astype(jnp.float32)
-        a = jnp.asarray(alphas())[steps][:, None, None, None]
-        target = noise if c.prediction == "epsilon" else jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x
-        loss = ((found - target) ** 2).mean()
+        loss = ((found - (noise if c.prediction == "epsilon" else x)) ** 2).mean()
         return loss, Aux({})
 
     def _draw(self, params, codes, keep, key):
@@ -104,7 +102,7 @@ class Denoising(_FromCodes):
             conditional, free = jnp.split(found.astype(jnp.float32), 2)
             guided = free + c.guidance * (conditional - free)
             a = jnp.asarray(alphas())[t][:, None, None, None]
-            return guided if c.prediction == "epsilon" else jnp.sqrt(a) * guided + jnp.sqrt(1 - a) * x
+            return guided if c.prediction == "epsilon" else (x - jnp.sqrt(a) * guided) / jnp.sqrt(1 - a)
 
         noise = jax.random.normal(key, (codes.shape[0], side, side, 3 * c.unshuffle**2))
         return to_uint8((pixel_shuffle(ddim(predict, noise, c.sampling_steps, clip=1.0), c.unshuffle) + 1) / 2)
