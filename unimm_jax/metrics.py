@@ -129,7 +129,7 @@ def labelled(images: list[np.ndarray], labels: list[str], columns: int, scale: i
     side, strip, gap = images[0].shape[0] * scale, 28, 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + strip + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         left, top = gap + i % columns * (side + gap), gap + i // columns * (side + strip + gap)
         sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
