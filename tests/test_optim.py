@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT, tiny
+from conftest import tiny
 
 from unimm_jax import objectives, optim, sharding
 from unimm_jax.text import train as train_tokenizer
@@ -117,4 +117,3 @@ def test_flatten_is_undone():
     tree = {"a": {"b": jnp.ones(2)}, "e": {0: {"c": jnp.zeros(1)}, 1: jnp.ones(1)}, "d": jnp.ones(3)}
     again = sharding.unflatten(dict(sharding.flatten(tree)))
     assert jax.tree.structure(tree) == jax.tree.structure(again)
-    assert ROOT.exists()

@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import signal
 import subprocess
@@ -128,7 +127,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(run, tmp_path):
     config = tiny("selector", optimizer__rate=1e30, optimizer__muon_rate=1e30, optimizer__clip=0.0)
     with pytest.raises(NonFinite, match=r"not finite since step \d+"):
         train(config, tmp_path / "selector")
-    assert not list((tmp_path / "selector" / "checkpoints").glob("[0-9]*")) or checkpoint.find(tmp_path / "selector")
+    # what was saved before is complete and finite
+    for step in (tmp_path / "selector" / "checkpoints").glob("[0-9]*"):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(_digest(step)))
 
 
 def test_changed_data_is_refused_on_resume(run, tmp_path):
@@ -145,7 +146,7 @@ def test_a_finished_run_does_nothing_more(run, tmp_path):
     began = time.time()
     train(tiny("selector"), tmp_path / "selector")
     assert (tmp_path / "selector" / "metrics.jsonl").read_text() == before and time.time() - began < 60
-    assert os.listdir(tmp_path / "selector" / "checkpoints") == ["4", "6"] or checkpoint.find(tmp_path / "selector")
+    assert checkpoint.find(tmp_path / "selector").name == "6"
 
 
 def test_illumes_semantic_variant_trains_with_the_same_code(run, tmp_path):

@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from unimm_jax import text
+from unimm_jax.objectives.language_modeling import chunked_cross_entropy
+
+
+@pytest.mark.parametrize("chunk", [0, 4, 7, 50])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = jax.random.normal(keys[0], (20, 8)), jax.random.normal(keys[1], (32, 8))
+    targets = jax.random.randint(keys[2], (20,), 0, 30)
+
+    def plain(hidden, head):
+        logits = jnp.where(jnp.arange(32) < 30, hidden @ head.T, -jnp.inf)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+
+    chunked = lambda hidden, head: chunked_cross_entropy(hidden, head, targets, 30, chunk)
+    assert jnp.allclose(chunked(hidden, head), plain(hidden, head), atol=1e-5)
+    grad = lambda f: jax.grad(lambda h, w: (f(h, w) * jnp.arange(20)).sum(), argnums=(0, 1))(hidden, head)
+    for found, expected in zip(grad(chunked), grad(plain), strict=True):
+        assert jnp.allclose(found, expected, atol=1e-4)
+    assert (grad(chunked)[1][30:] == 0).all()  # padded rows never win and never train
+
+
+def test_a_trained_text_tokenizer_travels_and_reads_back(tmp_path):
+    words = ["two red circles", "a blue square left of a cross", "how many?"]
+    tokenizer = text.train(words, 320)
+    again = text.TextTokenizer(tokenizer.payload)
+    assert again.fingerprint == tokenizer.fingerprint and again.size == tokenizer.size <= 320
+    for sentence in [*words, "unseen wörds, 日本"]:
+        assert tokenizer.decode(again.encode(sentence)) == sentence
+    assert tokenizer.eos not in tokenizer.encode("two red circles") and len({again.bos, again.eos, again.pad}) == 3
+    (tmp_path / "tokenizer.json").write_text(tokenizer.payload["model"])
+    assert text.load(str(tmp_path)).encode("two red circles") == tokenizer.encode("two red circles")
+    with pytest.raises(ValueError, match="no text tokenizer"):
+        text.load(str(tmp_path / "missing.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        text.load(str(tmp_path / "broken.json"))
