@@ -127,6 +127,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(run, tmp_path):
     config = tiny("selector", optimizer__rate=1e30, optimizer__muon_rate=1e30, optimizer__clip=0.0)
     with pytest.raises(NonFinite, match=r"not finite since step \d+"):
         train(config, tmp_path / "selector")
+    assert not (tmp_path / "selector" / "done.json").exists()
     # what was saved before is complete and finite
     for step in (tmp_path / "selector" / "checkpoints").glob("[0-9]*"):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(_digest(step)))
