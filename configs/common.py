@@ -159,7 +159,7 @@ def tokenizer(size: str) -> ConfigDict:
                 mlp_width=256,
                 merger_depth=1,
                 decoder_depth=2,
-                codes=512,
+                codes=128,
                 code_width=32,
                 selection="argmax",
                 positions="grid",

@@ -15,7 +15,7 @@ def get_config(size=None):
     c.objective = "pixel_decoding"
     c.model.tokenizer = common.tokenizer(size)
     c.data.records = "../records"
-    c.train.steps = {"laptop": 600, "one_gpu": 6000}.get(size, 50_000)
+    c.train.steps = {"laptop": 900, "one_gpu": 6000}.get(size, 50_000)
     c.train.batch_size = {"laptop": 32, "one_gpu": 256}.get(size, 1024)
     c.train.picture_every = 500
     c.optimizer.rate = 3e-3 if size == "laptop" else 1e-3

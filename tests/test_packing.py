@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from conftest import tiny
 
 from unimm_jax.data import packing, pipeline
-from unimm_jax.data.packing import Layout, Plan, Records, RowSource
+from unimm_jax.data.packing import Example, Layout, Plan, Records, RowSource, example_length
 from unimm_jax.vocabulary import Vocabulary
 
 EVERYTHING = (("caption", 0.3), ("question", 0.2), ("reconstruct", 0.1), ("text", 0.1), ("text_to_image", 0.3))
@@ -114,12 +116,24 @@ def test_records_are_complete_or_refused(tmp_path, records):
 
 
 def test_an_example_longer_than_a_row_is_cut_and_counted(records, vocabulary):
-    short = Layout(length=int(2 + records.kept.min() + 8), slots=4, budget=16, weights=(("caption", 1.0),))
+    layout = Layout(length=1000, slots=4, budget=16, weights=(("caption", 1.0),))
+    bos = int(records.tokenizer.bos is not None)
+    lengths = [example_length(records, Example(i, "caption", 0), layout, vocabulary, bos) for i in range(len(records))]
+    short = dataclasses.replace(layout, length=int(np.median(lengths)))
     plan = Plan(records, short, vocabulary, 0)
     rows = plan.pack(0)
     assert plan.cut + sum(map(len, rows)) == len(records) and plan.cut > 0
     with pytest.raises(ValueError, match="no example fits"):
         Plan(records, Layout(length=3, slots=4, budget=16, weights=(("caption", 1.0),)), vocabulary, 0).pack(0)
+
+
+def test_features_follow_the_ids_of_their_places():
+    v = Vocabulary(100, 64, 16)
+    ids, rows = v.place_features(np.array([3, 9]))
+    assert ids.tolist() == [v.first_position + 3, v.start, v.first_position + 9, v.start]
+    assert rows.tolist() == [-1, 0, -1, 1]
+    ids, rows = Vocabulary(100, 64).place_features(np.array([3, 9]))
+    assert ids.tolist() == [100, 100] and rows.tolist() == [0, 1]
 
 
 def test_vocabulary_writes_and_reads_pictures():

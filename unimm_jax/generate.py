@@ -277,12 +277,12 @@ class Generator:
         _, keep = self.tokenize(images)
         rows, features = [], []
         for mask, question in zip(keep, questions, strict=True):
-            n = min(int(mask.sum()), self.budget)
+            ids, places = self.vocabulary.place_features(np.flatnonzero(mask)[: self.budget])
             words = self.text.encode(question) if question else ()
-            rows.append([self.vocabulary.start, *[self.vocabulary.start] * n, self.vocabulary.end, *words])
-            features.append([-1, *range(n), *[-1] * (1 + len(words))])
-        ids = self._batches(rows, features, images, keep, False, sampling, 0)
-        return [self.text.decode(_until(row, self.text.eos)) for row in ids]
+            rows.append([self.vocabulary.start, *ids, self.vocabulary.end, *words])
+            features.append([-1, *places, *[-1] * (1 + len(words))])
+        found = self._batches(rows, features, images, keep, False, sampling, 0)
+        return [self.text.decode(_until(row, self.text.eos)) for row in found]
 
     def _batches(self, rows, features, images, keep, drawing: bool, sampling: Sampling, seed: int) -> np.ndarray:
         longest = max(map(len, rows))

@@ -67,6 +67,21 @@ class Vocabulary:
         kinds[self.first_position : self.first_position + self.patches] = POSITION
         return kinds
 
+    def place_features(self, patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A picture to be read, without [IMG] and [/IMG]: (ids, which feature row stands there or -1), int32 both.
+
+        Features in raster order, in the grid variant each after the id of its place; an id under a feature is [IMG]'s.
+
+        Args:
+          patches: patch indices of the kept tokens, ascending.
+        """
+        rows = np.arange(len(patches), dtype=np.int32)
+        ids = np.full(len(patches), self.start, np.int32)
+        if not self.patches:
+            return ids, rows
+        places = patches.astype(np.int32) + self.first_position
+        return np.stack([places, ids], 1).reshape(-1), np.stack([np.full_like(rows, -1), rows], 1).reshape(-1)
+
     def write_image(self, patches: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Ids of a picture without [IMG] and [/IMG]: codes in raster order, in the grid variant each after its place.
 

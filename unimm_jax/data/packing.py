@@ -195,19 +195,19 @@ def example_length(records: Records, example: Example, layout: Layout, vocabular
       bos: 1 where the text tokenizer has a beginning-of-text token.
     """
     kept = int(min(records.kept[example.record], layout.budget))
-    written = 2 + kept * (2 if vocabulary.patches else 1)
+    picture = 2 + kept * (2 if vocabulary.patches else 1)
     captions = records.captions[example.record]
     if example.task == "text":
         return bos + int(captions[example.variant % len(captions)]) + 1
     if example.task == "caption":
-        return 2 + kept + int(captions[0]) + 1
+        return picture + int(captions[0]) + 1
     if example.task == "reconstruct":
-        return 2 + kept + written
+        return 2 * picture
     if example.task == "text_to_image":
         dropped = _dropped(example, layout)
-        return (0 if dropped else bos + int(captions[example.variant % len(captions)])) + written
+        return (0 if dropped else bos + int(captions[example.variant % len(captions)])) + picture
     turns = chosen_turns(len(records.questions[example.record]), example, layout)
-    return 2 + kept + int(sum(records.questions[example.record][t] for t in turns))
+    return picture + int(sum(records.questions[example.record][t] for t in turns))
 
 
 def _dropped(example: Example, layout: Layout) -> bool:
@@ -237,6 +237,7 @@ class Tokens:
 def build_example(records: Records, example: Example, layout: Layout, vocabulary: Vocabulary) -> Tokens:
     """Writes an example in tokens.
 
+    Features and codes stand in raster order, in the grid variant each after the id of its place.
     text: `<s> words </s>`; caption: `[IMG] features [/IMG] words </s>`; reconstruct: `[IMG] features [/IMG] [IMG] codes
     [/IMG]`; text_to_image: `<s> words [IMG] codes [/IMG]`, or from `[IMG]` on where the prompt is dropped; question:
     `[IMG] features [/IMG]` and then `question answer </s>` for each turn, answers alone in the loss.
@@ -258,10 +259,11 @@ def build_example(records: Records, example: Example, layout: Layout, vocabulary
 
     def read() -> None:
         put([vocabulary.start], 0.0)
-        ids.extend([vocabulary.start] * len(patches))
-        targets.extend((codes + vocabulary.first_code).tolist())
-        weights.extend([layout.image_targets] * len(patches))
-        feature.extend(range(len(patches)))
+        slots, rows = vocabulary.place_features(patches)
+        ids.extend(slots.tolist())
+        targets.extend(vocabulary.write_image(patches, codes).tolist())
+        weights.extend([layout.image_targets] * len(slots))
+        feature.extend(rows.tolist())
         put([vocabulary.end], layout.image_targets)
 
     def write(first_weight: float) -> None:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
@@ -59,9 +60,9 @@ def policy_attention(
     if sink:
         # Over the allowed keys and the sink: the denominator is at least 1, whatever the scores of masked keys.
         top = jnp.maximum(jnp.where(allowed > 0, scores, 0.0).max(-1, keepdims=True), 0.0)
+        top = jax.lax.stop_gradient(top)
     else:
-        top = scores.max(-1, keepdims=True)
-    top = jax.lax.stop_gradient(top)
+        top = scores.max(-1, keepdims=True)  # with the leak the shift matters, so its gradient does, too
     weights = jnp.exp(jnp.minimum(scores - top, 10.0)) * allowed
     total = weights.sum(-1, keepdims=True) + eps
     if sink:
@@ -70,15 +71,30 @@ def policy_attention(
     return jnp.einsum("BNTS,BSNH->BTNH", probs.astype(v_BSNH.dtype), v_BSNH)
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def rotary_frequencies(half: int, theta: float, scaling: tuple[float, ...] = ()) -> np.ndarray:
+    """Angular frequencies of the rotary pairs, float32 [half].
+
+    Args:
+      scaling: LLaMA 3.1's (factor, low_freq_factor, high_freq_factor, original positions): wavelengths beyond
+        original / low are stretched by the factor, those under original / high kept, those between interpolated.
+    """
+    frequency = theta ** (-np.arange(half, dtype=np.float64) / half)
+    if scaling:
+        factor, low, high, original = scaling
+        turns = original * frequency / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / factor)
+    return frequency.astype(np.float32)
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
     """Rotary position embedding in the Hugging Face convention (first and second half of H form the pairs).
 
     Args:
       positions_BT: int32 positions.
-      theta: base of the wavelengths (10000 in LLaMA).
+      theta: base of the wavelengths (10000 in LLaMA). scaling: see `rotary_frequencies`.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = rotary_frequencies(x_BTNH.shape[-1] // 2, theta, scaling)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

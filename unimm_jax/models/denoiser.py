@@ -21,7 +21,9 @@ from unimm_jax.models.transformer import LayerNorm, Linear, Merge
 class UNetConfig:
     """Keys as in the published `unet/config.json`; the defaults are Stable Diffusion 1.5's.
 
-    `attention_head_dim` is, as there, the number of heads. A block type with "CrossAttn" has transformer layers.
+    `attention_head_dim` is, as there, the number of heads; it and `transformer_layers_per_block` are one number or one
+    a level. A block type with "CrossAttn" has transformer layers. SDXL has `addition_embed_type` "text_time": a pooled
+    vector and six sizes, embedded in `addition_time_embed_dim` each, are added to the time embedding.
     """
 
     in_channels: int = 4
@@ -30,10 +32,19 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     layers_per_block: int = 2
-    transformer_layers_per_block: int = 1
-    attention_head_dim: int = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 768
     norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    addition_embed_type: str = ""
+    addition_time_embed_dim: int = 256
+    projection_class_embeddings_input_dim: int = 2816
+
+    def level(self, name: str, index: int) -> int:
+        """A setting that is one number or one a level."""
+        value = getattr(self, name)
+        return value if isinstance(value, int) else value[index]
 
 
 class Conv(nnx.Module):
@@ -72,18 +83,19 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Norm, SiLU, conv, plus the time embedding; norm, SiLU, conv; plus the (projected) input."""
+    """Norm, SiLU, conv, plus the time embedding (none where `time` is 0); norm, SiLU, conv; plus the (projected) input."""
 
-    def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: nnx.Rngs):
-        self.norm1, self.conv1 = GroupNorm(c_in, groups), Conv(c_in, c_out, rngs=rngs)
-        self.time_emb_proj = Linear(time, c_out, axes=("embed", "mlp"), rngs=rngs)
-        self.norm2, self.conv2 = GroupNorm(c_out, groups), Conv(c_out, c_out, rngs=rngs)
+    def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+        self.norm1, self.conv1 = GroupNorm(c_in, groups, eps=eps), Conv(c_in, c_out, rngs=rngs)
+        self.time_emb_proj = Linear(time, c_out, axes=("embed", "mlp"), rngs=rngs) if time else None
+        self.norm2, self.conv2 = GroupNorm(c_out, groups, eps=eps), Conv(c_out, c_out, rngs=rngs)
         self.conv_shortcut = Conv(c_in, c_out, rngs=rngs, size=1) if c_in != c_out else None
 
-    def __call__(self, x: jax.Array, time_BD: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, time_BD: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C_in] and time embedding [B, X] → [B, H, W, C_out]."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(jax.nn.silu(time_BD))[:, None, None]
+        if self.time_emb_proj is not None:
+            y = y + self.time_emb_proj(jax.nn.silu(time_BD))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -125,12 +137,13 @@ class SpatialBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """GroupNorm, projection in, transformer blocks over all positions, projection out, residual."""
 
-    def __init__(self, channels: int, c: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, c: UNetConfig, level: int, *, rngs: nnx.Rngs):
+        heads = c.level("attention_head_dim", level)
         self.norm = GroupNorm(channels, c.norm_num_groups, eps=1e-6)
         self.proj_in = Linear(channels, channels, axes=("embed", "mlp"), rngs=rngs)
         self.blocks = nnx.List(
-            SpatialBlock(channels, c.attention_head_dim, c.cross_attention_dim, rngs=rngs)
-            for _ in range(c.transformer_layers_per_block)
+            SpatialBlock(channels, heads, c.cross_attention_dim, rngs=rngs)
+            for _ in range(c.level("transformer_layers_per_block", level))
         )
         self.proj_out = Linear(channels, channels, axes=("mlp", "embed"), rngs=rngs)
 
@@ -144,15 +157,23 @@ class SpatialTransformer(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Noise prediction: (noisy [B, H, W, C], time steps [B], context [B, S, X]) → noise [B, H, W, C]."""
+    """Noise prediction: (noisy [B, H, W, C], time steps [B], context [B, S, X]) → noise [B, H, W, C].
+
+    SDXL wants a pooled vector [B, Y] and six sizes [B, 6] besides: height and width of the original, top and left of the
+    crop, height and width of the target, in pixels.
+    """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         widths, groups, time = c.block_out_channels, c.norm_num_groups, 4 * c.block_out_channels[0]
-        resnet = lambda i, o: ResnetBlock(i, o, time, groups, rngs=rngs)
-        mixer = lambda ch, kind: SpatialTransformer(ch, c, rngs=rngs) if "CrossAttn" in kind else None
+        resnet = lambda i, o: ResnetBlock(i, o, time, groups, rngs=rngs, eps=c.norm_eps)
+        mixer = lambda ch, kind, at: SpatialTransformer(ch, c, at, rngs=rngs) if "CrossAttn" in kind else None
         self.time_embedding1 = Linear(widths[0], time, axes=("embed", "mlp"), rngs=rngs)
         self.time_embedding2 = Linear(time, time, axes=("embed", "mlp"), rngs=rngs)
+        if c.addition_embed_type:
+            d_in = c.projection_class_embeddings_input_dim
+            self.add_embedding1 = Linear(d_in, time, axes=("embed", "mlp"), rngs=rngs)
+            self.add_embedding2 = Linear(time, time, axes=("embed", "mlp"), rngs=rngs)
         self.conv_in = Conv(c.in_channels, widths[0], rngs=rngs)
         skips, channels = [widths[0]], widths[0]
         down = []
@@ -160,7 +181,7 @@ class UNet(nnx.Module):
             resnets, mixers = [], []
             for _ in range(c.layers_per_block):
                 resnets.append(resnet(channels, width))
-                mixers.append(mixer(width, kind))
+                mixers.append(mixer(width, kind, level))
                 channels = width
                 skips.append(channels)
             last = level == len(widths) - 1
@@ -169,25 +190,39 @@ class UNet(nnx.Module):
                 skips.append(channels)
             down.append(Level(resnets, mixers, sampler))
         self.down = nnx.List(down)
-        self.mid1, self.mid_mixer = resnet(channels, channels), SpatialTransformer(channels, c, rngs=rngs)
+        self.mid1, self.mid_mixer = resnet(channels, channels), SpatialTransformer(channels, c, -1, rngs=rngs)
         self.mid2 = resnet(channels, channels)
         up = []
         for level, (width, kind) in enumerate(zip(reversed(widths), c.up_block_types, strict=True)):
             resnets, mixers = [], []
             for _ in range(c.layers_per_block + 1):
                 resnets.append(resnet(channels + skips.pop(), width))
-                mixers.append(mixer(width, kind))
+                mixers.append(mixer(width, kind, len(widths) - 1 - level))
                 channels = width
             last = level == len(widths) - 1
             up.append(Level(resnets, mixers, None if last else Conv(channels, channels, rngs=rngs)))
         self.up = nnx.List(up)
-        self.conv_norm_out = GroupNorm(widths[0], groups)
+        self.conv_norm_out = GroupNorm(widths[0], groups, eps=c.norm_eps)
         self.conv_out = Conv(widths[0], c.out_channels, rngs=rngs)
 
-    def __call__(self, x: jax.Array, steps_B: jax.Array, context_BSD: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        steps_B: jax.Array,
+        context_BSD: jax.Array,
+        pooled_BD: jax.Array | None = None,
+        sizes_BS: jax.Array | None = None,
+    ) -> jax.Array:
         """Predicts the noise; see the class."""
-        time = self.time_embedding1(sinusoid(steps_B, self.config.block_out_channels[0]).astype(x.dtype))
+        c = self.config
+        time = self.time_embedding1(sinusoid(steps_B, c.block_out_channels[0]).astype(x.dtype))
         time = self.time_embedding2(jax.nn.silu(time))
+        if c.addition_embed_type:
+            if pooled_BD is None or sizes_BS is None:
+                raise ValueError("this U-Net (SDXL) needs a pooled vector and six sizes")
+            sizes = sinusoid(sizes_BS.reshape(-1), c.addition_time_embed_dim).reshape(sizes_BS.shape[0], -1)
+            added = jnp.concatenate([pooled_BD, sizes.astype(pooled_BD.dtype)], -1).astype(x.dtype)
+            time = time + self.add_embedding2(jax.nn.silu(self.add_embedding1(added)))
         x = self.conv_in(x)
         skips = [x]
         for level in self.down:

@@ -15,7 +15,13 @@ from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stac
 class LanguageConfig:
     """Shape of the decoder; the defaults are LLaMA-7B's.
 
-    `kv_heads` divides `heads`; `remat` recomputes layers in the backward pass; `scan` compiles one layer only.
+    Attributes:
+      kv_heads: divides `heads`.
+      rope_scaling: LLaMA 3.1's rule as (factor, low_freq_factor, high_freq_factor, original positions), or ().
+      biases: which of q, k, v, o carry a bias ("qkv" in Qwen2, none in LLaMA). mlp_bias: those of the feed-forward.
+      qk_norm: RMSNorm on every head's queries and keys (Qwen3).
+      tied: the head is the embedding (SmolLM2, small Qwens).
+      scan: compile one layer only. remat: recompute layers in the backward pass.
     """
 
     width: int = 4096
@@ -26,6 +32,11 @@ class LanguageConfig:
     mlp_width: int = 11008
     eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: tuple[float, ...] = ()
+    biases: str = ""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
     scan: bool = True
     remat: bool = False
 
@@ -34,18 +45,22 @@ class SelfAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
     def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
-        self.theta = c.rope_theta
+        self.theta, self.scaling = c.rope_theta, c.rope_scaling
         axes = ("embed", "heads", None)
-        self.q = Linear(c.width, (c.heads, c.head_width), axes=axes, rngs=rngs, bias=False)
-        self.k = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias=False)
-        self.v = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias=False)
-        self.o = Merge(c.heads, c.head_width, c.width, rngs=rngs, bias=False)
+        self.q = Linear(c.width, (c.heads, c.head_width), axes=axes, rngs=rngs, bias="q" in c.biases)
+        self.k = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias="k" in c.biases)
+        self.v = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias="v" in c.biases)
+        self.o = Merge(c.heads, c.head_width, c.width, rngs=rngs, bias="o" in c.biases)
+        self.q_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
         """[B, T, D] → ([B, T, D], (keys, values)); `cache` is (slot, keys, values) to extend."""
-        q = rotary(self.q(x_BTD), positions_BT, self.theta)
-        k = rotary(self.k(x_BTD), positions_BT, self.theta)
-        v = self.v(x_BTD)
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotary(q, positions_BT, self.theta, self.scaling)
+        k = rotary(k, positions_BT, self.theta, self.scaling)
         if cache is not None:
             at, old_k, old_v = cache
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), at, 1)
@@ -59,9 +74,9 @@ class DecoderLayer(nnx.Module):
     def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
         self.norm1, self.norm2 = RMSNorm(c.width, eps=c.eps), RMSNorm(c.width, eps=c.eps)
         self.attention = SelfAttention(c, rngs=rngs)
-        self.gate = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=False)
-        self.up = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=False)
-        self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=False)
+        self.gate = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=c.mlp_bias)
+        self.up = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=c.mlp_bias)
+        self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=c.mlp_bias)
 
     def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
         """[B, T, D] → ([B, T, D], (keys, values)); see `SelfAttention`."""
@@ -75,7 +90,7 @@ class LanguageModel(nnx.Module):
     """Decoder over one vocabulary whose text rows and visual rows are separate parameters.
 
     So "train the visual rows only" (ILLUME stage 1) is a matter of parameter names, and frozen text rows have no
-    optimiser state. Ids below `text_rows` are text, the others visual; embedding and head are untied.
+    optimiser state. Ids below `text_rows` are text, the others visual. A tied model has no head rows of its own.
     """
 
     def __init__(self, config: LanguageConfig, text_rows: int, visual_rows: int, *, rngs: nnx.Rngs):
@@ -85,7 +100,8 @@ class LanguageModel(nnx.Module):
         self.embed_text, self.embed_visual = rows(text_rows), rows(visual_rows)
         self.layers = stack(lambda r: DecoderLayer(c, rngs=r), c.layers, rngs)
         self.norm = RMSNorm(c.width, eps=c.eps)
-        self.head_text, self.head_visual = rows(text_rows), rows(visual_rows)
+        self.head_text = None if c.tied else rows(text_rows)
+        self.head_visual = None if c.tied else rows(visual_rows)
 
     def embed(self, tokens_BT: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """Token ids → [B, T, D] in `dtype`."""
@@ -94,6 +110,8 @@ class LanguageModel(nnx.Module):
 
     def head(self, dtype: Any = jnp.float32) -> jax.Array:
         """The output matrix over the whole vocabulary: [V, D]."""
+        if self.head_text is None or self.head_visual is None:
+            return jnp.concatenate([self.embed_text[...], self.embed_visual[...]]).astype(dtype)
         return jnp.concatenate([self.head_text[...], self.head_visual[...]]).astype(dtype)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:

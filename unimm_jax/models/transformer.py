@@ -113,6 +113,8 @@ class RMSNorm(nnx.Module):
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
@@ -136,15 +138,25 @@ class Attention(nnx.Module):
 
     Args (constructor):
       biases: which of q, k, v carry a bias ("qkv"; EVA has "qv").
+      kv_width, d_out: widths of what is read and of the output where they are not `width`.
     """
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, biases: str = "qkv", kv_width: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        rngs: nnx.Rngs,
+        biases: str = "qkv",
+        kv_width: int | None = None,
+        d_out: int | None = None,
+    ):
         shape = (heads, width // heads)
         axes = ("embed", "heads", None)
         self.q = Linear(width, shape, axes=axes, rngs=rngs, bias="q" in biases)
         self.k = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="k" in biases)
         self.v = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="v" in biases)
-        self.o = Merge(heads, width // heads, width, rngs=rngs)
+        self.o = Merge(heads, width // heads, d_out or width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, kv_BSD: jax.Array | None = None, mask_BTS: jax.Array | None = None):
         """x [B, T, D] reads `kv_BSD` (itself if None) → [B, T, D]; mask boolean [B, T, S]."""

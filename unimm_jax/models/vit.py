@@ -13,8 +13,13 @@ from unimm_jax.models.transformer import Block, LayerNorm, Linear, run_stack, st
 class ViTConfig:
     """Shape of a ViT. The defaults are EVA-CLIP ViT-g/14 as LaVIT uses it (spec: LaVIT code, 40 blocks of 1408).
 
-    `output_norm`: "none" returns the last block's output as LaVIT does; "plain" adds a LayerNorm without parameters
-    (what ILLUME+ takes as target); "affine" a learned one. `heads` divides `width`.
+    Attributes:
+      heads: divides `width`.
+      biases: which of q, k, v carry a bias.
+      output_norm: "none" returns the last block's output as LaVIT does; "plain" adds a LayerNorm without parameters
+        (what ILLUME+ takes as target); "affine" a learned one.
+      class_token: a learned token before the patches (all but SigLIP).
+      patch_bias, input_norm: bias of the patch embedding, LayerNorm before the blocks (CLIP: without, with).
     """
 
     image_size: int = 224
@@ -27,6 +32,9 @@ class ViTConfig:
     activation: str = "gelu"
     eps: float = 1e-6
     output_norm: str = "none"
+    class_token: bool = True
+    patch_bias: bool = True
+    input_norm: bool = False
     scan: bool = True
     remat: bool = False
 
@@ -37,14 +45,16 @@ class ViTConfig:
 
 
 class ViT(nnx.Module):
-    """Patches, a class token and learned absolute positions, then pre-norm blocks."""
+    """Patches, a class token, learned absolute positions, pre-norm blocks."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         patch = c.patch_size * c.patch_size * 3
-        self.patch_embed = Linear(patch, c.width, axes=(None, "embed"), rngs=rngs)
-        self.cls = nnx.Param(truncated(rngs.params(), (c.width,)), axes=(None,))
-        self.positions = nnx.Param(truncated(rngs.params(), (c.patches + 1, c.width)), axes=(None, "embed"))
+        self.patch_embed = Linear(patch, c.width, axes=(None, "embed"), rngs=rngs, bias=c.patch_bias)
+        self.cls = nnx.Param(truncated(rngs.params(), (c.width,)), axes=(None,)) if c.class_token else None
+        tokens = c.patches + c.class_token
+        self.positions = nnx.Param(truncated(rngs.params(), (tokens, c.width)), axes=(None, "embed"))
+        self.input_norm = LayerNorm(c.width, eps=c.eps) if c.input_norm else None
         make = lambda r: Block(
             c.width, c.heads, c.mlp_width, rngs=r, eps=c.eps, biases=c.biases, activation=c.activation
         )
@@ -54,11 +64,14 @@ class ViT(nnx.Module):
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         """Normalised pixels [B, H, W, 3] → patch features [B, P, D] in raster order, without the class token."""
         c = self.config
-        x_BPD = self.patch_embed(patchify(images_BHWC, c.patch_size))
-        cls = jnp.broadcast_to(self.cls[...].astype(x_BPD.dtype), (x_BPD.shape[0], 1, c.width))
-        x_BTD = jnp.concatenate([cls, x_BPD], 1) + self.positions[...].astype(x_BPD.dtype)
+        x_BTD = self.patch_embed(patchify(images_BHWC, c.patch_size))
+        if self.cls is not None:
+            cls = jnp.broadcast_to(self.cls[...].astype(x_BTD.dtype), (x_BTD.shape[0], 1, c.width))
+            x_BTD = jnp.concatenate([cls, x_BTD], 1)
+        x_BTD = x_BTD + self.positions[...].astype(x_BTD.dtype)
+        x_BTD = x_BTD if self.input_norm is None else self.input_norm(x_BTD)
         x_BTD = run_stack(self.blocks, x_BTD, lambda block, x: block(x), scan=c.scan, remat=c.remat)
-        x_BPD = x_BTD[:, 1:]
+        x_BPD = x_BTD[:, 1:] if c.class_token else x_BTD
         return x_BPD if c.output_norm == "none" else self.norm(x_BPD)
 
 

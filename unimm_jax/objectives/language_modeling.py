@@ -57,6 +57,20 @@ class LanguageModeling(Objective):
 
         super().__init__(config, make)
 
+    def init(self, key):
+        """Fresh parameters. Ids of patch positions start as the sum of a row's and a column's vector, so that left and
+        above are directions from the first step on."""
+        params = super().init(key)
+        v = self.vocabulary
+        if v.patches:
+            side = round(v.patches**0.5)
+            for name in {"embed_visual", "head_visual"} & set(params["language"]):  # a tied model has no head
+                table = params["language"][name]
+                lines = table[2 + v.codes : 2 + v.codes + 2 * side]
+                grid = (lines[:side, None] + lines[None, side : 2 * side]).reshape(v.patches, -1)
+                params["language"][name] = table.at[2 + v.codes : 2 + v.codes + v.patches].set(grid)
+        return params
+
     def cross_entropy(self, params: Any, batch: Any) -> jax.Array:
         """Cross-entropy of every position's target, float32 [B, T], weights not applied."""
         model = self.module(params)

@@ -66,7 +66,7 @@ def straight_through(logits_BP2: jax.Array) -> jax.Array:
     """Hard decision forward, the softmax's gradient backward: float [B, P]."""
     soft_BP = jax.nn.softmax(logits_BP2, -1)[..., KEEP]
     hard_BP = (logits_BP2[..., KEEP] > logits_BP2[..., 1]).astype(soft_BP.dtype)
-    return hard_BP + soft_BP - jax.lax.stop_gradient(soft_BP)
+    return hard_BP + (soft_BP - jax.lax.stop_gradient(soft_BP))  # exactly 0 or 1
 
 
 def clip_mask_gradient(mask_BP: jax.Array, limit: float) -> jax.Array:

@@ -1,0 +1,157 @@
+"""LaVIT's layout: the names of every component of the published checkpoint (github jy0205/LaVIT).
+
+File → component: `visual_tokenizer/eva_vitg_psz14.bin` → `eva.encoder`, `tokenizer_encoder.bin` → `tokenizer_encoder`,
+`tokenizer_decoder.bin` and `highres_tokenizer_decoder.bin` → `feature_decoder`, `language_model/visual_weight.bin` →
+`visual_weight`, `pytorch_model-*.bin` → `unimm_jax.interop.llama`. The last but one holds the merger that was trained
+with the language model; the merger of `tokenizer_encoder.bin` makes codes. They are two parameters here too.
+"""
+
+from unimm_jax.interop.table import Entry
+
+
+def norm(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
+    """A LayerNorm."""
+    return [
+        Entry(f"{ours}/scale", f"{theirs}.weight", layers=layers),
+        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
+
+
+def linear(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
+    """A linear layer with a bias."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", layers),
+        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
+
+
+def fused_attention(ours: str, theirs: str, layers: int, biases: str = "qkv") -> list[Entry]:
+    """Self-attention whose q, k and v are one tensor; `biases` says which of them have a (fused) bias."""
+    found = []
+    for index, name in enumerate("qkv"):
+        found.append(Entry(f"{ours}/{name}/kernel", f"{theirs}.qkv.weight", "heads", layers, part=(index, 3)))
+        if biases == "qkv":
+            found.append(Entry(f"{ours}/{name}/bias", f"{theirs}.qkv.bias", "heads_bias", layers, part=(index, 3)))
+        elif name in biases:
+            found.append(Entry(f"{ours}/{name}/bias", f"{theirs}.{name}_bias", "heads_bias", layers))
+    return found + output(f"{ours}/o", f"{theirs}.proj", layers)
+
+
+def output(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
+    """The output projection of an attention."""
+    return [
+        Entry(f"{ours}/kernel", f"{theirs}.weight", "merge", layers),
+        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
+    ]
+
+
+def attention(
+    ours: str, theirs: str, layers: int, names: tuple[str, str, str, str] = ("query", "key", "value", "proj")
+) -> list[Entry]:
+    """Attention with separate linear layers of the given names."""
+    found = []
+    for mine, their in zip("qkv", names, strict=False):
+        found.append(Entry(f"{ours}/{mine}/kernel", f"{theirs}.{their}.weight", "heads", layers))
+        found.append(Entry(f"{ours}/{mine}/bias", f"{theirs}.{their}.bias", "heads_bias", layers))
+    return found + output(f"{ours}/o", f"{theirs}.{names[3]}", layers)
+
+
+def mlp(ours: str, theirs: str, layers: int) -> list[Entry]:
+    """Two linear layers, fc1 and fc2."""
+    return linear(f"{ours}/up", f"{theirs}.fc1", layers) + linear(f"{ours}/down", f"{theirs}.fc2", layers)
+
+
+def encoder(ours: str, theirs: str, layers: int) -> list[Entry]:
+    """EVA-CLIP's vision transformer under LaVIT's names. Its final norm and head are in the file and used by nobody."""
+    block, name = f"{ours}blocks", theirs + "blocks.{}"
+    return [
+        Entry(f"{ours}cls", f"{theirs}cls_token", "batched2"),
+        Entry(f"{ours}positions", f"{theirs}pos_embed", "batched"),
+        Entry(f"{ours}patch_embed/kernel", f"{theirs}patch_embed.proj.weight", "patch"),
+        Entry(f"{ours}patch_embed/bias", f"{theirs}patch_embed.proj.bias"),
+        *norm(f"{block}/norm1", f"{name}.norm1", layers),
+        *fused_attention(f"{block}/attention", f"{name}.attn", layers, biases="qv"),
+        *norm(f"{block}/norm2", f"{name}.norm2", layers),
+        *mlp(f"{block}/mlp", f"{name}.mlp", layers),
+    ]
+
+
+def selector(ours: str, theirs: str) -> list[Entry]:
+    """`token_predictor`."""
+    return [
+        *norm(f"{ours}norm", f"{theirs}in_conv.0"),
+        *linear(f"{ours}inner", f"{theirs}in_conv.1"),
+        *linear(f"{ours}out1", f"{theirs}out_conv.0"),
+        *linear(f"{ours}out2", f"{theirs}out_conv.2"),
+        *linear(f"{ours}out3", f"{theirs}out_conv.4"),
+    ]
+
+
+def merger(ours: str, theirs: str, layers: int) -> list[Entry]:
+    """`causal_encoder`."""
+    block, name = f"{ours}blocks", theirs + "blocks.{}"
+    return [
+        *norm(f"{block}/norm0", f"{name}.norm0", layers),
+        *fused_attention(f"{block}/causal", f"{name}.token_causal_attn", layers),
+        *norm(f"{block}/norm1", f"{name}.norm1", layers),
+        *attention(f"{block}/cross", f"{name}.token_cross_attn", layers),
+        *norm(f"{block}/norm2", f"{name}.norm2", layers),
+        *mlp(f"{block}/mlp", f"{name}.mlp", layers),
+        *norm(f"{ours}source_norm", f"{theirs}ln_vision"),
+        *norm(f"{ours}norm", f"{theirs}norm"),
+    ]
+
+
+def quantizer(ours: str, theirs: str = "") -> list[Entry]:
+    """Codebook and projection to the code space."""
+    return [
+        Entry(f"{ours}codebook", f"{theirs}quantize.embedding.weight"),
+        *linear(f"{ours}proj1", f"{theirs}encode_task_layer.0"),
+        *linear(f"{ours}proj2", f"{theirs}encode_task_layer.2"),
+    ]
+
+
+def tokenizer_encoder(layers: int, theirs: str = "") -> list[Entry]:
+    """`tokenizer_encoder.bin`: selector, the merger that makes codes, quantizer."""
+    return [
+        *selector("selector/", f"{theirs}token_predictor."),
+        *merger("merger/", f"{theirs}causal_encoder.", layers),
+        *quantizer("quantizer/", theirs),
+    ]
+
+
+def visual_weight(layers: int, theirs: str = "") -> list[Entry]:
+    """`visual_weight.bin`: the merger that was trained with the language model, and the adapter."""
+    return [
+        *merger("merger/", f"{theirs}causal_encoder.", layers),
+        *linear("adapter", f"{theirs}vit_proj"),
+    ]
+
+
+def feature_decoder(layers: int, conditioner: str) -> list[Entry]:
+    """`tokenizer_decoder.bin` ("low", SD 1.5) or `highres_tokenizer_decoder.bin` ("high", SDXL), decoder and conditioner."""
+    block, name = "decoder/blocks", "blocks.{}"
+    table = [
+        Entry("decoder/positions", "pos_embed", "batched"),
+        Entry("decoder/queries", "query_embed", "batched"),
+        *linear("decoder/inner", "in_proj"),
+        *norm(f"{block}/norm0", f"{name}.norm0", layers),
+        *fused_attention(f"{block}/attention", f"{name}.self_attn", layers),
+        *norm(f"{block}/norm1", f"{name}.norm1", layers),
+        *attention(f"{block}/cross", f"{name}.cross_attn", layers),
+        *norm(f"{block}/norm2", f"{name}.norm2", layers),
+        *mlp(f"{block}/mlp", f"{name}.mlp", layers),
+        *norm("decoder/norm", "norm"),
+        *linear("decoder/out1", "decode_task_layer.0"),
+        *linear("decoder/out2", "decode_task_layer.2"),
+    ]
+    if conditioner == "low":
+        return table + linear("conditioner/context", "unet_proj")
+    pool = "unet_attnpool"
+    return [
+        *table,
+        *linear("conditioner/context1", "unet_proj_1"),
+        *linear("conditioner/context2", "unet_proj_2"),
+        Entry("conditioner/pool/positions", f"{pool}.positional_embedding"),
+        *attention("conditioner/pool/attention", pool, 0, ("q_proj", "k_proj", "v_proj", "c_proj")),
+    ]
