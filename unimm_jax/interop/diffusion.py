@@ -50,7 +50,7 @@ VAE_KEYS = (
 )  # fmt: skip
 
 _NAMES = [
-    (r"(down|up)/(\d+)/sampler", lambda m: f"{m[1]}_blocks.{m[2]}.{m[1]}samplers.0.conv"),
+    (r"(down|up)/(\d+)/sampler", r"\1_blocks.\2.\1samplers.0.conv"),
     (r"(down|up)/(\d+)/", r"\1_blocks.\2."),
     (r"mixers/(\d+)/", r"attentions.\1."),
     (r"resnets/(\d+)/", r"resnets.\1."),

@@ -129,7 +129,7 @@ def visual_weight(layers: int, theirs: str = "") -> list[Entry]:
 
 
 def feature_decoder(layers: int, conditioner: str) -> list[Entry]:
-    """`tokenizer_decoder.bin` ("low", SD 1.5) or `highres_tokenizer_decoder.bin` ("high", SDXL), decoder and conditioner."""
+    """Decoder and conditioner: "low" is `tokenizer_decoder.bin` (SD 1.5), "high" `highres_tokenizer_decoder.bin` (SDXL)."""
     block, name = "decoder/blocks", "blocks.{}"
     table = [
         Entry("decoder/positions", "pos_embed", "batched"),

@@ -161,8 +161,8 @@ def to_theirs(table: Iterable[Entry], get: Callable[[str], Any], names: Iterable
     """
     makers: dict[str, list[tuple[Entry, int | None]]] = {}
     for entry in table:
-        for index, name in enumerate(entry.names()):
-            makers.setdefault(name, []).append((entry, index if entry.layers else None))
+        for at, name in enumerate(entry.names()):
+            makers.setdefault(name, []).append((entry, at if entry.layers else None))
     for name in names:
         parts = sorted(makers[name], key=lambda p: p[0].rows or p[0].part)
         blocks = []

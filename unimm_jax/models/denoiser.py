@@ -83,7 +83,7 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Norm, SiLU, conv, plus the time embedding (none where `time` is 0); norm, SiLU, conv; plus the (projected) input."""
+    """Norm, SiLU, conv, plus the time embedding (`time` 0: none); norm, SiLU, conv; plus the (projected) input."""
 
     def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
         self.norm1, self.conv1 = GroupNorm(c_in, groups, eps=eps), Conv(c_in, c_out, rngs=rngs)
@@ -94,7 +94,7 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: jax.Array, time_BD: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C_in] and time embedding [B, X] → [B, H, W, C_out]."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and time_BD is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time_BD))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -159,8 +159,8 @@ class SpatialTransformer(nnx.Module):
 class UNet(nnx.Module):
     """Noise prediction: (noisy [B, H, W, C], time steps [B], context [B, S, X]) → noise [B, H, W, C].
 
-    SDXL wants a pooled vector [B, Y] and six sizes [B, 6] besides: height and width of the original, top and left of the
-    crop, height and width of the target, in pixels.
+    SDXL wants a pooled vector [B, Y] and six sizes [B, 6] besides: height and width of the original, top and left of
+    the crop, height and width of the target, in pixels.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
