@@ -129,7 +129,7 @@ def visual_weight(layers: int, theirs: str = "") -> list[Entry]:
 
 
 def feature_decoder(layers: int, conditioner: str) -> list[Entry]:
-    """Decoder and conditioner: "low" is `tokenizer_decoder.bin` (SD 1.5), "high" `highres_tokenizer_decoder.bin` (SDXL)."""
+    """Decoder and conditioner: "low" is `tokenizer_decoder.bin` (SD 1.5), "high" the `highres_` file (SDXL)."""
     block, name = "decoder/blocks", "blocks.{}"
     table = [
         Entry("decoder/positions", "pos_embed", "batched"),
