@@ -11,6 +11,8 @@ from unimm_jax import main as process
 
 process.prepare_process()
 os.environ.setdefault("UNIMM_TRACEBACK", "1")
+# Tests compile much and run little.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE")
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

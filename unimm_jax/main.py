@@ -12,7 +12,7 @@ def prepare_process() -> None:
     """Settings of this process that must precede the first use of JAX: quiet logs, compilation cache, CPU preset."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
-        preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+        preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_RUNTIME"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {preset}".strip()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path.home() / ".cache" / "unimm_jax" / "xla")

@@ -245,7 +245,8 @@ def captions(scene: Scene) -> list[str]:
 def questions(scene: Scene) -> list[tuple[str, str, str]]:
     """Questions that the picture answers without doubt, as (question, answer, kind).
 
-    Two existence questions always (one yes, one no), then one of each other kind that the scene allows.
+    Two existence questions always (one yes, one no), then one of each other kind that the scene allows, of position both
+    ways round.
     """
     rng = np.random.default_rng([scene.background_seed, 5])
     looks = [(o.shape, o.colour) for o in scene.objects]
@@ -263,8 +264,9 @@ def questions(scene: Scene) -> list[tuple[str, str, str]]:
         found.append((f"what shape is the {item.colour} object?", item.shape, "shape"))
     pairs = [(a, b) for a in lone_shapes for b in lone_shapes if a is not b and len(relations(a, b)) == 1]
     if pairs:
-        a, b = pairs[rng.integers(len(pairs))]
-        found.append((f"where is the {a.shape} from the {b.shape}?", relations(a, b)[0], "position"))
+        pair = pairs[rng.integers(len(pairs))]
+        for a, b in (pair, pair[::-1]):
+            found.append((f"where is the {a.shape} from the {b.shape}?", relations(a, b)[0], "position"))
     return found
 
 
