@@ -9,10 +9,10 @@ import pytest
 
 from unimm_jax import main as process
 
-process.prepare_process()
-os.environ.setdefault("UNIMM_TRACEBACK", "1")
 # Tests compile much and run little.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE")
+process.prepare_process()
+os.environ.setdefault("UNIMM_TRACEBACK", "1")
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

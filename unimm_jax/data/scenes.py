@@ -245,8 +245,8 @@ def captions(scene: Scene) -> list[str]:
 def questions(scene: Scene) -> list[tuple[str, str, str]]:
     """Questions that the picture answers without doubt, as (question, answer, kind).
 
-    Two existence questions always (one yes, one no), then one of each other kind that the scene allows, of position both
-    ways round.
+    Two existence questions always (one yes, one no), then one of each other kind that the scene allows, of position
+    both ways round.
     """
     rng = np.random.default_rng([scene.background_seed, 5])
     looks = [(o.shape, o.colour) for o in scene.objects]

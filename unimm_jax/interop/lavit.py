@@ -6,7 +6,11 @@ File → component: `visual_tokenizer/eva_vitg_psz14.bin` → `eva.encoder`, `to
 with the language model; the merger of `tokenizer_encoder.bin` makes codes. They are two parameters here too.
 """
 
-from unimm_jax.interop.table import Entry
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from unimm_jax.interop.table import Entry, Shape
 
 
 def norm(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
@@ -155,3 +159,55 @@ def feature_decoder(layers: int, conditioner: str) -> list[Entry]:
         Entry("conditioner/pool/positions", f"{pool}.positional_embedding"),
         *attention("conditioner/pool/attention", pool, 0, ("q_proj", "k_proj", "v_proj", "c_proj")),
     ]
+
+
+# ---- Shapes: LaVIT's files carry no config, so the architecture is read from the tensors -----------------------------
+
+
+def _depth(shapes: Mapping[str, Shape], pattern: str) -> int:
+    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+
+
+def _need(shapes: Mapping[str, Shape], *names: str) -> None:
+    missing = [n for n in names if n not in shapes]
+    if missing:
+        raise ValueError(f"this is not LaVIT's layout: {', '.join(missing)} is missing")
+
+
+def encoder_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """`ViTConfig`'s arguments from the encoder file; heads are 88 wide, as the published ones, where that divides."""
+    _need(shapes, "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    tokens, width = shapes["pos_embed"][1:]
+    patch = shapes["patch_embed.proj.weight"][2]
+    return dict(
+        image_size=round((tokens - 1) ** 0.5) * patch,
+        patch_size=patch,
+        width=width,
+        depth=_depth(shapes, r"blocks\.(\d+)\."),
+        heads=width // 88 if width % 88 == 0 else width // 16,
+        mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+    )
+
+
+def tokenizer_shape(encoder_file: Mapping[str, Shape], decoder_file: Mapping[str, Shape]) -> dict[str, Any]:
+    """`TokenizerConfig`'s arguments from `tokenizer_encoder.bin` and `tokenizer_decoder.bin`."""
+    _need(encoder_file, "quantize.embedding.weight", "causal_encoder.blocks.0.mlp.fc1.weight")
+    codes, code_width = encoder_file["quantize.embedding.weight"]
+    hidden, width = encoder_file["causal_encoder.blocks.0.mlp.fc1.weight"]
+    return dict(
+        heads=width // 88 if width % 88 == 0 else width // 16,
+        mlp_width=hidden,
+        merger_depth=_depth(encoder_file, r"causal_encoder\.blocks\.(\d+)\."),
+        decoder_depth=_depth(decoder_file, r"blocks\.(\d+)\."),
+        codes=codes,
+        code_width=code_width,
+    )
+
+
+def conditioner_shape(decoder_file: Mapping[str, Shape], heads: int) -> dict[str, Any]:
+    """`ConditionerConfig`'s arguments from one of the two decoder files."""
+    if "unet_proj_1.weight" in decoder_file:
+        widths = decoder_file["unet_proj_1.weight"][0], decoder_file["unet_proj_2.weight"][0]
+        return dict(context=widths[0], pooled=widths[1], heads=heads)
+    _need(decoder_file, "unet_proj.weight")
+    return dict(context=decoder_file["unet_proj.weight"][0], pooled=0, heads=heads)

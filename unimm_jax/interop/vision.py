@@ -147,6 +147,12 @@ def _patches(ours: str, theirs: str, bias: bool = True) -> list[Entry]:
     return [kernel, Entry(f"{ours}patch_embed/bias", f"{theirs}.bias")] if bias else [kernel]
 
 
+def full_name(layout: str, name: str) -> str:
+    """A tensor's name with the `vision_model.` that a file of the vision tower alone may leave out."""
+    bare = re.match(r"(embeddings|encoder\.layers|pre_layrnorm|post_layernorm|head)\b", name)
+    return f"vision_model.{name}" if layout in ("blip2", "clip", "siglip") and bare else name
+
+
 def unused(layout: str, name: str) -> bool:
     """Whether a tensor of a file may be left where it is."""
     return re.fullmatch(UNUSED[layout], name) is not None
