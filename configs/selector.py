@@ -28,10 +28,10 @@ def get_config(size=None):
             # 0.137 of their patches; see docs/decisions.md for why the target falls in two steps.
             rate_at=(0.0, 0.3, 0.5, 0.7) if small else (0.0, 1.0),
             rate=(1.0, 0.35, 0.35, 0.15) if small else (1 / 3, 1 / 3),
-            rate_weight=3.0 if small else 2.0,  # lambda
+            rate_weight=8.0 if small else 2.0,  # lambda
             rate_per_image=False,
             # Weight of p (1 - p), growing with the 4th power of the run: rates by sampling and by argmax agree.
-            sureness=2.0 if small else 0.0,
+            sureness=8.0 if small else 0.0,
             mask_gradient_clip=0.01 if small else 0.0,
         )
     )

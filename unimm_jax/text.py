@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,6 +57,27 @@ class TextTokenizer:
         specials = {self.bos, self.eos, self.pad}
         kept = [int(i) for i in ids if int(i) < self.size and int(i) not in specials]
         return (self._fast if self.payload["kind"] == "tokenizers" else self._piece).decode(kept).strip()
+
+    def as_tokenizers(self) -> Any:
+        """A fresh `tokenizers.Tokenizer` with the same ids.
+
+        Raises:
+          ValueError: a sentencepiece model where transformers, which converts it, is not installed.
+        """
+        import tokenizers
+
+        if self.payload["kind"] == "tokenizers":
+            return tokenizers.Tokenizer.from_str(self.payload["model"])
+        try:
+            from transformers import LlamaTokenizer
+        except ImportError:
+            raise ValueError(
+                "converting a sentencepiece tokenizer needs transformers (pip install transformers)"
+            ) from None
+        with tempfile.TemporaryDirectory() as scratch:
+            file = pathlib.Path(scratch) / "tokenizer.model"
+            file.write_bytes(base64.b64decode(self.payload["model"]))
+            return LlamaTokenizer.from_pretrained(scratch).backend_tokenizer
 
     @property
     def fingerprint(self) -> str:

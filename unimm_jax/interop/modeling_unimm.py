@@ -1,0 +1,696 @@
+"""A unified image-and-text language model exported from unimm_jax, in PyTorch. This file needs torch and transformers.
+
+    model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
+    keep, codes = model.tokenize(images)                    # uint8 [B, H, W, 3]
+    model.describe(images, ["how many circles are there?"]) # "" asks for a caption
+    pictures = model.draw(["two red circles"], guidance=1.5)
+
+The language model alone opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
+"""
+
+import json
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEVER = -1e30
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_pixels(images):
+    """uint8 [B, H, W, 3] → CLIP-normalised floats."""
+    x = images.to(torch.float32) / 255
+    return (x - torch.tensor(PIXEL_MEAN, device=x.device)) / torch.tensor(PIXEL_STD, device=x.device)
+
+
+def patchify(x, size):
+    """[B, H, W, C] → [B, P, size·size·C], raster order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // size, size, w // size, size, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def unpatchify(x, size):
+    """The inverse of `patchify` for square pictures."""
+    b, p, d = x.shape
+    side, c = round(p**0.5), d // (size * size)
+    x = x.reshape(b, side, side, size, size, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, side * size, side * size, c)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x) ** 2,
+    "silu": F.silu,
+}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, width, hidden, activation="gelu"):
+        super().__init__()
+        self.activation = activation
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        """[..., D] → [..., D]."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate q, k, v and output."""
+
+    def __init__(self, width, heads, biases="qkv", d_out=None):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=name in biases) for name in "qkv")
+        self.o = nn.Linear(width, d_out or width)
+
+    def split(self, x):
+        """[B, T, D] → [B, N, T, H]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, source=None, mask=None):
+        """x [B, T, D] reads `source` (itself if None); boolean mask [B, T, S]."""
+        source = x if source is None else source
+        q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
+        mask = None if mask is None else mask[:, None]
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+    def with_policy(self, x, source, allowed, eps, sink):
+        """LaVIT's policy softmax: masked keys leak eps, or a sink key of score 0 and value 0 stands beside them."""
+        q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        allowed = allowed[:, None].float()
+        if sink:
+            top = torch.where(allowed > 0, scores, 0.0).amax(-1, keepdim=True).clamp(min=0)
+        else:
+            top = scores.amax(-1, keepdim=True)
+        weights = torch.exp((scores - top).clamp(max=10)) * allowed
+        total = weights.sum(-1, keepdim=True) + eps + (sink * torch.exp(-top) if sink else 0)
+        probs = ((weights + eps / scores.shape[-1]) / total).to(v.dtype)
+        return self.o((probs @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block."""
+
+    def __init__(self, width, heads, hidden, eps=1e-6, biases="qkv", activation="gelu"):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.attention = Attention(width, heads, biases)
+        self.mlp = Mlp(width, hidden, activation)
+
+    def forward(self, x):
+        """[B, T, D] → [B, T, D]."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """The vision transformer; returns patch features."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, width = c, c["width"]
+        patches = (c["image_size"] // c["patch_size"]) ** 2
+        self.patch_embed = nn.Linear(3 * c["patch_size"] ** 2, width, bias=c["patch_bias"])
+        if c["class_token"]:
+            self.cls = nn.Parameter(torch.zeros(width))
+        self.positions = nn.Parameter(torch.zeros(patches + c["class_token"], width))
+        if c["input_norm"]:
+            self.input_norm = nn.LayerNorm(width, c["eps"])
+        block = lambda: Block(width, c["heads"], c["mlp_width"], c["eps"], c["biases"], c["activation"])
+        self.blocks = nn.ModuleList(block() for _ in range(c["depth"]))
+        if c["output_norm"] != "none":
+            self.norm = nn.LayerNorm(width, c["eps"], elementwise_affine=c["output_norm"] == "affine")
+
+    def forward(self, images):
+        """Normalised [B, H, W, 3] → [B, P, D]."""
+        c = self.c
+        x = self.patch_embed(patchify(images.to(self.positions.dtype), c["patch_size"]))
+        if c["class_token"]:
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)
+        x = x + self.positions
+        x = self.input_norm(x) if c["input_norm"] else x
+        for block in self.blocks:
+            x = block(x)
+        x = x[:, 1:] if c["class_token"] else x
+        return x if c["output_norm"] == "none" else self.norm(x)
+
+
+class Selector(nn.Module):
+    """Log-probabilities of keep (index 0) and drop."""
+
+    def __init__(self, width):
+        super().__init__()
+        half = width // 2
+        self.norm, self.inner = nn.LayerNorm(width, 1e-5), nn.Linear(width, width)
+        self.out1, self.out2 = nn.Linear(width, half), nn.Linear(half, half // 2)
+        self.out3 = nn.Linear(half // 2, 2)
+
+    def forward(self, x):
+        """[B, P, D] → [B, P, 2]."""
+        local, glob = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
+        u = torch.cat([local, glob.mean(1, keepdim=True).expand_as(glob)], -1)
+        return self.out3(F.gelu(self.out2(F.gelu(self.out1(u))))).float().log_softmax(-1)
+
+
+class MergerBlock(nn.Module):
+    """Causal self-attention of kept tokens, cross-attention to dropped ones, feed-forward."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
+        self.causal, self.cross = Attention(width, heads), Attention(width, heads)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, x, source, itself, dropped, eps, sink):
+        """Rows [B, T, D] → [B, T, D]."""
+        y = self.norm0(x)
+        x = x + self.causal.with_policy(y, y, itself, eps, sink)
+        x = x + self.cross.with_policy(self.norm1(x), source, dropped, eps, sink)
+        return x + self.mlp(self.norm2(x))
+
+
+class Merger(nn.Module):
+    """Folds dropped patches into kept ones."""
+
+    def __init__(self, width, t):
+        super().__init__()
+        self.eps, self.sink = t["eps"], t["sink"]
+        self.source_norm, self.norm = nn.LayerNorm(width, 1e-5), nn.LayerNorm(width, 1e-5)
+        block = lambda: MergerBlock(width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(block() for _ in range(t["merger_depth"]))
+
+    def run(self, x, features, itself, dropped):
+        """All blocks and the last norm."""
+        source = self.source_norm(features)
+        for block in self.blocks:
+            x = block(x, source, itself, dropped, self.eps, self.sink)
+        return self.norm(x)
+
+    def dense(self, x, keep):
+        """Every position [B, P, D]; rows that are dropped mean nothing."""
+        size, keep = x.shape[1], keep.float()
+        eye = torch.eye(size, device=x.device)
+        itself = (keep[:, None] + (1 - keep[:, None]) * eye) * torch.ones_like(eye).tril()
+        return self.run(x, x, itself, (1 - keep[:, None]).expand_as(itself))
+
+    def kept(self, x, keep):
+        """Kept rows of one picture: [1, P, D], boolean [1, P] → [1, S, D]."""
+        rows = x[:, keep[0]]
+        count = rows.shape[1]
+        itself = torch.ones(1, count, count, device=x.device).tril()
+        dropped = (~keep)[:, None].expand(1, count, -1)
+        return self.run(rows, x, itself, dropped)
+
+
+class Quantizer(nn.Module):
+    """Nearest code of a low-dimensional unit vector."""
+
+    def __init__(self, width, t):
+        super().__init__()
+        self.proj1, self.proj2 = nn.Linear(width, width), nn.Linear(width, t["code_width"])
+        self.codebook = nn.Parameter(torch.zeros(t["codes"], t["code_width"]))
+        self.count = nn.Parameter(torch.zeros(t["codes"]))
+
+    def forward(self, x):
+        """[..., D] → codes [...]."""
+        z = F.normalize(self.proj2(torch.tanh(self.proj1(x))).float(), dim=-1)
+        book = self.codebook.float()
+        return ((z * z).sum(-1, keepdim=True) + (book * book).sum(-1) - 2 * z @ book.T).argmin(-1)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention of the queries, cross-attention to the codes, feed-forward."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
+        self.attention, self.cross = Attention(width, heads), Attention(width, heads)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, q, codes, valid, sink):
+        """Queries [B, P, D] → [B, P, D]."""
+        q = q + self.attention(self.norm0(q))
+        y = self.norm1(q)
+        q = q + (self.cross.with_policy(y, codes, valid, 0.0, sink) if sink else self.cross(y, codes, valid > 0.5))
+        return q + self.mlp(self.norm2(q))
+
+
+class FeatureDecoder(nn.Module):
+    """Code rows → the encoder's features."""
+
+    def __init__(self, width, patches, t):
+        super().__init__()
+        self.sink = t["decoder_sink"]
+        self.inner = nn.Linear(t["code_width"], width)
+        self.positions = nn.Parameter(torch.zeros(patches, width))
+        self.queries = nn.Parameter(torch.zeros(patches, width))
+        block = lambda: DecoderBlock(width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(block() for _ in range(t["decoder_depth"]))
+        self.norm = nn.LayerNorm(width, 1e-5)
+        self.out1, self.out2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, z, index, valid):
+        """Rows [B, S, C], their positions [B, S], which of them exist → [B, P, D]."""
+        x = self.inner(z) + self.positions[index]
+        q = self.queries.expand(len(z), -1, -1)
+        valid = valid.float()[:, None].expand(-1, q.shape[1], -1)
+        for block in self.blocks:
+            q = block(q, x, valid, self.sink)
+        return self.out2(torch.tanh(self.out1(self.norm(q))))
+
+
+class VisualTokenizer(nn.Module):
+    """Pictures to codes, codes to features."""
+
+    def __init__(self, encoder, t):
+        super().__init__()
+        self.t, width = t, encoder["width"]
+        patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
+        self.encoder, self.selector = ViT(encoder), Selector(width)
+        self.merger, self.quantizer = Merger(width, t), Quantizer(width, t)
+        self.decoder = FeatureDecoder(width, patches, t)
+
+    def decide(self, x):
+        """The keep mask, boolean [B, P]; the likeliest patch where none wins."""
+        if self.t["selection"] == "all":
+            return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        keep, drop = self.selector(x).unbind(-1)
+        if self.t["selection"] == "top_k":
+            order = torch.argsort(-keep, -1, stable=True)
+            return torch.argsort(order, -1, stable=True) < self.t["top_k"]
+        mask = keep > drop
+        best = F.one_hot(keep.argmax(-1), keep.shape[-1]).bool()
+        return torch.where(mask.any(-1, keepdim=True), mask, best)
+
+    def encode(self, images):
+        """Normalised pixels → (keep [B, P], codes [B, P])."""
+        x = self.encoder(images)
+        keep = self.decide(x)
+        return keep, self.quantizer(self.merger.dense(x, keep))
+
+    def decode(self, codes, keep):
+        """Codes at their patches → features [B, P, D]."""
+        index = torch.arange(keep.shape[1], device=keep.device).expand_as(codes)
+        if self.t["positions"] != "grid":
+            index = (keep.long().cumsum(-1) - 1).clamp(min=0)
+        return self.decoder(self.quantizer.codebook[codes], index, keep)
+
+
+class PixelDecoder(nn.Module):
+    """Features → pixels in [0, 1], directly."""
+
+    def __init__(self, c, width, patch):
+        super().__init__()
+        self.patch = patch
+        self.inner = nn.Linear(width, c["width"])
+        block = lambda: Block(c["width"], c["heads"], c["mlp_width"], activation="relu2")
+        self.blocks = nn.ModuleList(block() for _ in range(c["depth"]))
+        self.out = nn.Linear(c["width"], patch * patch * 3)
+
+    def forward(self, x):
+        """[B, P, D] → [B, H, W, 3]."""
+        x = self.inner(x)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(torch.sigmoid(self.out(x)), self.patch)
+
+
+# ---- The U-Net, [B, C, H, W] -----------------------------------------------------------------------------------------
+
+
+class Resnet(nn.Module):
+    """Norm, SiLU, conv twice, time added between, residual."""
+
+    def __init__(self, c_in, c_out, time, groups, eps):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, time):
+        """[B, C_in, H, W] → [B, C_out, H, W]."""
+        y = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class CrossAttention(nn.Module):
+    """Stable Diffusion's attention."""
+
+    def __init__(self, width, heads, context):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k, self.to_v = (nn.Linear(context, width, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x, context):
+        """[B, T, D] reads [B, S, X]."""
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+class SpatialBlock(nn.Module):
+    """Self-attention, cross-attention, GEGLU."""
+
+    def __init__(self, width, heads, context):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
+        self.attn1, self.attn2 = CrossAttention(width, heads, width), CrossAttention(width, heads, context)
+        self.ff_in, self.ff_out = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x, context):
+        """[B, T, D] → [B, T, D]."""
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        value, gate = self.ff_in(self.norm3(x)).chunk(2, -1)
+        return x + self.ff_out(value * F.gelu(gate))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over all positions, with a residual."""
+
+    def __init__(self, width, heads, depth, context, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, 1e-6)
+        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.blocks = nn.ModuleList(SpatialBlock(width, heads, context) for _ in range(depth))
+
+    def forward(self, x, context):
+        """[B, C, H, W] → same."""
+        h, w = x.shape[2:]
+        y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
+        for block in self.blocks:
+            y = block(y, context)
+        return x + self.proj_out(y).transpose(1, 2).unflatten(2, (h, w))
+
+
+class Level(nn.Module):
+    """One resolution."""
+
+    def __init__(self, resnets, mixers, sampler):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.mixers = nn.ModuleList(m or nn.Identity() for m in mixers)
+        self.mixes = [m is not None for m in mixers]
+        self.sampler = sampler
+
+
+class UNet(nn.Module):
+    """Stable Diffusion's U-Net."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, widths, groups = c, c["block_out_channels"], c["norm_num_groups"]
+        time = 4 * widths[0]
+        at = lambda name, i: c[name] if isinstance(c[name], int) else c[name][i]
+        resnet = lambda i, o: Resnet(i, o, time, groups, c["norm_eps"])
+
+        def mixer(width, kind, i):
+            if "CrossAttn" not in kind:
+                return None
+            depth, heads = at("transformer_layers_per_block", i), at("attention_head_dim", i)
+            return SpatialTransformer(width, heads, depth, c["cross_attention_dim"], groups)
+
+        self.time_embedding1, self.time_embedding2 = nn.Linear(widths[0], time), nn.Linear(time, time)
+        if c["addition_embed_type"]:
+            self.add_embedding1 = nn.Linear(c["projection_class_embeddings_input_dim"], time)
+            self.add_embedding2 = nn.Linear(time, time)
+        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        skips, channels, down, up = [widths[0]], widths[0], [], []
+        for i, (width, kind) in enumerate(zip(widths, c["down_block_types"], strict=True)):
+            resnets, mixers = [], []
+            for _ in range(c["layers_per_block"]):
+                resnets.append(resnet(channels, width))
+                mixers.append(mixer(width, kind, i))
+                channels = width
+                skips.append(channels)
+            last = i == len(widths) - 1
+            if not last:
+                skips.append(channels)
+            down.append(Level(resnets, mixers, None if last else nn.Conv2d(channels, channels, 3, 2, 1)))
+        self.down = nn.ModuleList(down)
+        self.mid1, self.mid2 = resnet(channels, channels), resnet(channels, channels)
+        self.mid_mixer = mixer(channels, "CrossAttn", -1)
+        for i, (width, kind) in enumerate(zip(reversed(widths), c["up_block_types"], strict=True)):
+            resnets, mixers = [], []
+            for _ in range(c["layers_per_block"] + 1):
+                resnets.append(resnet(channels + skips.pop(), width))
+                mixers.append(mixer(width, kind, len(widths) - 1 - i))
+                channels = width
+            last = i == len(widths) - 1
+            up.append(Level(resnets, mixers, None if last else nn.Conv2d(channels, channels, 3, padding=1)))
+        self.up = nn.ModuleList(up)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], c["norm_eps"])
+        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+
+    def forward(self, x, steps, context):
+        """[B, C, H, W], time steps [B], context [B, S, X] → [B, C, H, W]."""
+        half = self.c["block_out_channels"][0] // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=x.device) / half)
+        angle = steps.float()[:, None] * frequency
+        time = self.time_embedding1(torch.cat([angle.cos(), angle.sin()], -1).to(x.dtype))
+        time = self.time_embedding2(F.silu(time))
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            for resnet, mixer, mixes in zip(level.resnets, level.mixers, level.mixes, strict=True):
+                x = resnet(x, time)
+                x = mixer(x, context) if mixes else x
+                skips.append(x)
+            if level.sampler is not None:
+                x = level.sampler(x)
+                skips.append(x)
+        x = self.mid2(self.mid_mixer(self.mid1(x, time), context), time)
+        for level in self.up:
+            for resnet, mixer, mixes in zip(level.resnets, level.mixers, level.mixes, strict=True):
+                x = resnet(torch.cat([x, skips.pop()], 1), time)
+                x = mixer(x, context) if mixes else x
+            if level.sampler is not None:
+                x = level.sampler(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def alphas(device):
+    """Cumulative products of the "scaled linear" schedule."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, 0).to(torch.float32).to(device)
+
+
+# ---- The whole -------------------------------------------------------------------------------------------------------
+
+
+class UniMM(nn.Module):
+    """One decoder-only language model that reads pictures and draws them."""
+
+    def __init__(self, settings, language, words):
+        super().__init__()
+        self.settings, self.language, self.words = settings, language, words
+        m, width = settings["model"], settings["model"]["encoder"]["width"]
+        self.tokenizer = VisualTokenizer(m["encoder"], m["tokenizer"])
+        self.encoder = ViT(m["encoder"])
+        d = language.config.hidden_size
+        if m["unified"]["way_in"] == "merger":
+            self.merger = Merger(width, m["tokenizer"])
+            self.adapter = nn.Linear(width, d)
+        else:
+            self.adapter_inner, self.adapter = nn.Linear(width, d), nn.Linear(d, d)
+        if "pixel_decoder" in m:
+            self.direct = PixelDecoder(m["pixel_decoder"], width, m["encoder"]["patch_size"])
+        if "unet" in m:
+            self.unet = UNet(m["unet"])
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """What AutoModel calls on a class of remote code; nothing is to be done."""
+
+    @classmethod
+    def from_pretrained(cls, path, *args, **kwargs):
+        """Opens an exported directory."""
+        del args
+        from safetensors.torch import load_file
+
+        folder = pathlib.Path(path)
+        settings = json.loads((folder / "unimm.json").read_text())
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        model = cls(settings, language, AutoTokenizer.from_pretrained(folder))
+        weights = load_file(folder / "unimm.safetensors")
+        own = {k for k in model.state_dict() if not k.startswith("language.")}
+        if own != set(weights):
+            raise ValueError(f"{folder} does not fit: {sorted(own ^ set(weights))[:10]}")
+        model.load_state_dict(weights, strict=False)
+        return (model.to(dtype) if dtype else model).eval()
+
+    # Reading
+
+    @torch.no_grad()
+    def tokenize(self, images):
+        """uint8 [B, H, W, 3] → (keep boolean [B, P], codes [B, P])."""
+        return self.tokenizer.encode(normalize_pixels(images))
+
+    def features(self, image, keep):
+        """What the language model reads of one picture: [S, D]."""
+        x = self.encoder(normalize_pixels(image)[None])
+        if hasattr(self, "merger"):
+            return self.adapter(self.merger.kept(x, keep[None]))[0]
+        return self.adapter(F.gelu(self.adapter_inner(x)))[0]
+
+    def embed(self, ids):
+        """Token ids → [1, T, D]."""
+        device = self.language.get_input_embeddings().weight.device
+        return self.language.get_input_embeddings()(torch.tensor([ids], device=device))
+
+    def picture_embeddings(self, image, keep):
+        """[IMG] features [/IMG], in the grid variant each feature after the id of its place: [1, T, D]."""
+        s = self.settings
+        rows, patches = self.features(image, keep), keep.nonzero()[:, 0].tolist()
+        parts = [self.embed([s["start"]])]
+        for row, patch in zip(rows, patches, strict=True):
+            if s["patches"]:
+                parts.append(self.embed([s["first_position"] + patch]))
+            parts.append(row[None, None])
+        return torch.cat([*parts, self.embed([s["end"]])], 1)
+
+    @torch.no_grad()
+    def describe(self, images, questions=None, length=40):
+        """Greedy answers; an empty question asks for a caption."""
+        keep, _ = self.tokenize(images)
+        found = []
+        for image, mask, question in zip(images, keep, questions or [""] * len(images), strict=True):
+            x = self.picture_embeddings(image, mask)
+            words = self.words.encode(question, add_special_tokens=False) if question else []
+            x = torch.cat([x, self.embed(words)], 1) if words else x
+            ids, cache = [], None
+            for _ in range(length):
+                out = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True)
+                cache, logits = out.past_key_values, out.logits[0, -1].float()
+                logits[self.settings["text"] :] = NEVER
+                logits[self.settings["banned"]] = NEVER
+                token = int(logits.argmax())
+                if token == self.settings["eos"]:
+                    break
+                ids.append(token)
+                x = self.embed([token])
+            found.append(self.words.decode(ids, skip_special_tokens=True).strip())
+        return found
+
+    # Drawing
+
+    @torch.no_grad()
+    def draw_ids(self, prompts, guidance=1.0, temperature=1.0, top_k=0, generator=None):
+        """Visual ids of each prompt, a list of lists; temperature 0 takes the likeliest."""
+        s = self.settings
+        found = []
+        for prompt in prompts:
+            words = self.words.encode(prompt, add_special_tokens=False)
+            bos = [] if s["bos"] is None else [s["bos"]]
+            streams = [[*bos, *words, s["start"]]] + ([[s["start"]]] if guidance != 1 else [])
+            caches, ids, place = [None] * len(streams), [], -1
+            for _ in range(s["budget"] * (2 if s["patches"] else 1) + 1):
+                logp = []
+                for i, stream in enumerate(streams):
+                    inputs = stream if caches[i] is None else ids[-1:]
+                    out = self.language(inputs_embeds=self.embed(inputs), past_key_values=caches[i], use_cache=True)
+                    caches[i] = out.past_key_values
+                    logp.append(out.logits[0, -1].float().log_softmax(-1))
+                score = logp[0] if guidance == 1 else logp[1] + guidance * (logp[0] - logp[1])
+                score = torch.where(self.legal(ids, place).to(score.device), score, NEVER)
+                if temperature == 0:
+                    token = int(score.argmax())
+                else:
+                    score = score / temperature
+                    if top_k:
+                        score[score < score.topk(top_k).values[-1]] = NEVER
+                    token = int(torch.multinomial(score.softmax(-1), 1, generator=generator))
+                if token == s["end"]:
+                    break
+                ids.append(token)
+                place = token - s["first_position"] if token >= s["first_position"] else place
+            found.append(ids)
+        return found
+
+    def legal(self, ids, place):
+        """Which ids may follow inside a picture."""
+        s = self.settings
+        mask = torch.zeros(self.language.config.vocab_size, dtype=torch.bool)
+        count = sum(s["first_code"] <= i < s["first_code"] + s["codes"] for i in ids)
+        if s["patches"]:
+            if ids and ids[-1] >= s["first_position"]:
+                mask[s["first_code"] : s["first_code"] + s["codes"]] = True
+                return mask
+            mask[s["first_position"] + place + 1 : s["first_position"] + s["patches"]] = True
+            mask[s["end"]] = count > 0
+            return mask
+        full = count >= s["budget"]
+        mask[s["first_code"] : s["first_code"] + s["codes"]] = not full
+        mask[s["end"]] = full or (count > 0 and s["selection"] != "all")
+        return mask
+
+    def codes(self, ids):
+        """Visual ids → (codes [N, P], keep [N, P])."""
+        s = self.settings
+        codes = torch.zeros(len(ids), s["all_patches"], dtype=torch.long)
+        keep = torch.zeros_like(codes, dtype=torch.bool)
+        for row, sequence in enumerate(ids):
+            place = -1
+            for token in sequence:
+                if s["patches"] and token >= s["first_position"]:
+                    place = token - s["first_position"]
+                elif s["first_code"] <= token < s["first_code"] + s["codes"]:
+                    place += 0 if s["patches"] else 1
+                    if 0 <= place < s["all_patches"]:
+                        codes[row, place], keep[row, place] = token - s["first_code"], True
+        return codes, keep
+
+    @torch.no_grad()
+    def decode(self, codes, keep, decoder="direct", noise=None, generator=None):
+        """Codes → uint8 [N, H, W, 3], by the direct decoder or by the U-Net ("unet") from `noise` [N, h, w, C]."""
+        x = self.tokenizer.decode(codes, keep)
+        if decoder == "direct":
+            pixels = self.direct(x)
+        else:
+            pixels = (self.diffuse(x, noise, generator) + 1) / 2
+        return (pixels.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+    def diffuse(self, context, noise, generator):
+        """DDIM with guidance in unshuffled pixel space: [N, H, W, 3] in [-1, 1]."""
+        d = self.settings["diffusion"]
+        side = self.settings["model"]["encoder"]["image_size"] // d["unshuffle"]
+        if noise is None:
+            noise = torch.randn(len(context), side, side, 3 * d["unshuffle"] ** 2, generator=generator)
+        x, table = noise.permute(0, 3, 1, 2).to(context.device), alphas(context.device)
+        both = torch.cat([context, torch.zeros_like(context)])
+        stride = 1000 // d["steps"]
+        for t in range((d["steps"] - 1) * stride + 1, 0, -stride):
+            t = min(t, 999)
+            a, b = table[t], table[t - stride] if t >= stride else table[0]
+            steps = torch.full((len(both),), t, device=x.device)
+            found, free = self.unet(torch.cat([x, x]).to(context.dtype), steps, both).float().chunk(2)
+            guided = free + d["guidance"] * (found - free)
+            clean = guided if d["prediction"] == "sample" else (x - (1 - a).sqrt() * guided) / a.sqrt()
+            clean = clean.clamp(-1, 1)
+            eps = (x - a.sqrt() * clean) / (1 - a).sqrt()
+            x = b.sqrt() * clean + (1 - b).sqrt() * eps
+        return unpatchify(x.permute(0, 2, 3, 1).flatten(1, 2), d["unshuffle"])
+
+    def draw(self, prompts, decoder="direct", **sampling):
+        """Prompts → uint8 [N, H, W, 3]."""
+        return self.decode(*self.codes(self.draw_ids(prompts, **sampling)), decoder)
