@@ -3,6 +3,8 @@
 For sizes that start from nothing. The published sizes load EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training one.
 
 Command: python -m unimm_jax.main --config=configs/encoder.py:laptop --workdir=runs/encoder
+Hardware, time, figure at laptop: two CPU cores, 82 s, retrieval among 64 pictures about 0.86. The published
+shape is for a TPU slice; it has not been trained here.
 """
 
 from configs import common

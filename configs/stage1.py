@@ -3,6 +3,8 @@
 Published sizes train the adapter (1e-3) and the visual rows of embedding and head (2e-4), batch 256, 5,000 steps.
 
 Command: python -m unimm_jax.main --config=configs/stage1.py:laptop --workdir=runs/stage1
+Hardware, time, figure at laptop: two CPU cores, 42 s, caption cross-entropy about 0.06. Published sizes: a TPU pod, not
+trained here.
 """
 
 from configs import common
