@@ -1,6 +1,11 @@
 """Detokenizer stage: a denoising U-Net from reconstructed features to pixels, sampled by DDIM with guidance.
 
-The published size is Stable Diffusion 1.5's U-Net (20k steps in LaVIT); small sizes work on pixels, unshuffled 4 × 4.
+The published size is Stable Diffusion 1.5's U-Net in the latents of its autoencoder, 20,000 steps (LaVIT), 512 pixels a
+side; it starts from published weights, imported by
+
+  python -m unimm_jax.import_weights --source=DIR/unet --output=runs/sd15_unet   (and DIR/vae to runs/sd15_vae).
+
+Small sizes work on pixels, unshuffled 4 × 4, from nothing.
 
 Command: python -m unimm_jax.main --config=configs/detokenizer.py:laptop --workdir=runs/detokenizer
 Hardware, time, figure at laptop: two CPU cores, 92 s, loss about 0.03 and no objects yet (docs/results.md): the direct
@@ -28,7 +33,7 @@ def get_config(size=None):
     c.init_from = (dict(checkpoint="../tokenizer", rename=[("", "tokenizer/")]),)
     c.loss = ConfigDict(
         dict(
-            unshuffle=4 if small else 2,  # pixels a side that become channels
+            unshuffle=4 if small else 1,  # pixels a side that become channels, in pixel space
             prediction="sample" if small else "epsilon",
             context_dropout=0.1,
             guidance=1.5,
@@ -51,5 +56,11 @@ def get_config(size=None):
             norm_num_groups=8,
         )
     else:
-        c.model.unet = dict(in_channels=channels, out_channels=channels, cross_attention_dim=width)
+        c.data.pixel_size = 512  # what is drawn; the tokenizer sees data.image_size
+        c.model.unet, c.model.vae = ConfigDict(), ConfigDict()  # Stable Diffusion 1.5's, the defaults
+        c.model.conditioner = ConfigDict(dict(empty=77))
+        c.optimizer.rules = [("(tokenizer|vae)/.*", common.FROZEN), ("unet/.*", 1.0), ("conditioner/.*", 1.0)]
+        c.init_from += tuple(
+            dict(checkpoint=f"../sd15_{part}", rename=[(f"{part}/", f"{part}/")]) for part in ("unet", "vae")
+        )
     return c

@@ -65,3 +65,47 @@ def test_both_predictions_train_and_draw(run, prediction):
     assert jnp.isfinite(loss)
     drawn = objective.draw(params, batch["codes"], batch["keep"], jax.random.key(0))
     assert drawn.shape == (8, 64, 64, 3) and drawn.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_denoising_in_latent_space(run, kind):
+    """Both of LaVIT's conditionings: gradients reach U-Net and conditioner alone, any aspect ratio is drawn."""
+    from unimm_jax import objectives, optim
+    from unimm_jax.data import pipeline
+
+    config = tiny("detokenizer", data__records=str(run / "records"), loss__prediction="epsilon")
+    unet = config.model.unet
+    unet.in_channels = unet.out_channels = 4
+    config.model.vae = dict(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    config.data.pixel_size = 32
+    if kind == "sd15":
+        config.model.conditioner = dict(context=24, empty=5)
+        unet.cross_attention_dim = 24
+    else:
+        config.model.conditioner = dict(context=24, pooled=16, heads=2)
+        unet.cross_attention_dim, unet.addition_embed_type = 40, "text_time"
+        unet.addition_time_embed_dim, unet.projection_class_embeddings_input_dim = 8, 16 + 6 * 8
+    config.optimizer.rules = [("(tokenizer|vae)/.*", None), ("unet/.*", 1.0), ("conditioner/.*", 1.0)]
+    data = pipeline.open_input(config)
+    objective = objectives.build(config, data)
+    params = objective.init(jax.random.key(0))
+    batch = next(data.iterate())
+    assert batch["images"].shape == (8, 32, 32, 3)
+    trained, frozen, _ = optim.split(params, [(p, v) for p, v in config.optimizer.rules])
+    loss = lambda t: objective.loss(optim.join(t, frozen), batch, jax.random.key(1), 0)[0]
+    value, grads = jax.jit(jax.value_and_grad(loss))(trained)
+    assert jnp.isfinite(value)
+    moved = {part: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[part])) for part in grads}
+    assert set(moved) == {"unet", "conditioner"} and all(v > 0 for v in moved.values()), moved
+    for size in (None, (32, 48), (64, 16)):
+        drawn = objective.draw(params, batch["codes"], batch["keep"], jax.random.key(0), size=size)
+        assert drawn.shape == (8, *(size or (32, 32)), 3) and drawn.dtype == jnp.uint8
+
+
+def test_the_negative_is_the_stored_empty_prompt():
+    from unimm_jax.models.conditioner import Conditioner, ConditionerConfig
+
+    c = Conditioner(16, 9, ConditionerConfig(context=8, empty=4), rngs=nnx.Rngs(params=0))
+    c.empty[...] = jnp.ones((4, 8))
+    context, mask = c.negative(c(jnp.ones((2, 9, 16)))[0])
+    assert (context[:, :4] == 1).all() and (context[:, 4:] == 0).all() and mask.sum(-1).tolist() == [4, 4]

@@ -250,6 +250,9 @@ def import_lavit(source: pathlib.Path) -> dict[str, tuple[Importer, dict[str, An
         unet_shape, linear = diffusion.unet_config(_config(source / part / "unet"))
         vae_shape = diffusion.vae_config(_config(source / part / "vae"))
         c = lavit.conditioner_shape(decoder.shapes, settings.heads)
+        empty = source / part / "uncond_embeddings.bin"
+        if kind == "low" and empty.exists():
+            c["empty"] = Tensors(empty).shapes["<tensor>"][1]
         importer = Importer(
             functools.partial(
                 Parts,
@@ -269,6 +272,8 @@ def import_lavit(source: pathlib.Path) -> dict[str, tuple[Importer, dict[str, An
             Tensors(source / part / "vae"),
             rename=diffusion.modern_name,
         )
+        if "empty" in c:
+            importer.add([Entry("conditioner/empty", "<tensor>", "batched")], Tensors(empty))
         model = {"encoder": e, "tokenizer": t, "conditioner": c, "unet": unet_shape, "vae": vae_shape}
         found[name] = importer, model
     return found

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from unimm_jax import text
+from unimm_jax.data import transforms
 from unimm_jax.data.packing import Layout, Records, RowSource
 from unimm_jax.data.sources import Pictures, open_source
 from unimm_jax.text import TextTokenizer
@@ -129,24 +130,25 @@ def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[P
 
 
 class _Decoded:
-    """Records as arrays."""
+    """Records as arrays; pictures at `size` pixels a side, the size that was tokenized if 0."""
 
-    def __init__(self, records: Records):
-        self.records = records
+    def __init__(self, records: Records, size: int):
+        self.records, self.size = records, size
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
         item = self.records[index]
-        return {"images": self.records.image(index), "codes": item["codes"], "keep": item["keep"]}
+        image = transforms.to_pixels(item["picture"], self.size) if self.size else self.records.image(index)
+        return {"images": image, "codes": item["codes"], "keep": item["keep"]}
 
 
 def record_input(config: Any) -> Input:
     """Batches {images, codes int32 [B, P], keep boolean [B, P]} from records (the detokenizer's input)."""
     records = Records(config.data.records)
 
-    batches = _input_of(config, [_Decoded(records)], lambda item, _: item)
+    batches = _input_of(config, [_Decoded(records, config.data.get("pixel_size", 0))], lambda item, _: item)
     return Input(batches, records.tokenizer, None, records, records.header)
 
 

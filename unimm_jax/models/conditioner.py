@@ -18,11 +18,14 @@ class ConditionerConfig:
       context: width of the (first) context; Stable Diffusion 1.5 has 768.
       pooled: width of SDXL's second context and of its pooled vector, 1280; 0 is Stable Diffusion 1.5.
       heads: of the attention pool.
+      empty: rows of the stored embedding of an empty prompt, LaVIT's negative for Stable Diffusion 1.5 (77 there); with
+        0 the negative is zeros, as for SDXL.
     """
 
     context: int = 768
     pooled: int = 0
     heads: int = 16
+    empty: int = 0
 
 
 class AttentionPool(nnx.Module):
@@ -50,9 +53,22 @@ class Conditioner(nnx.Module):
             self.pool = AttentionPool(width, c.heads, c.pooled, patches, rngs=rngs)
         else:
             self.context = Linear(width, c.context, axes=("embed", "mlp"), rngs=rngs)
+        self.empty = nnx.Param(jnp.zeros((c.empty, c.context)), axes=(None, None)) if c.empty else None
 
     def __call__(self, x_BPD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """(context [B, P, X], pooled [B, Y] or None)."""
         if not self.config.pooled:
             return self.context(x_BPD), None
         return jnp.concatenate([self.context1(x_BPD), self.context2(x_BPD)], -1), self.pool(x_BPD)
+
+    def negative(self, context_BPX: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(context without a picture [B, P, X], which rows of it may be read, boolean [B, P]).
+
+        The stored empty prompt stands first and is all that is read (LaVIT's `uncond_embeddings.bin`), or all is zeros.
+        """
+        zeros = jnp.zeros_like(context_BPX)
+        if self.empty is None:
+            return zeros, jnp.ones(zeros.shape[:2], bool)
+        rows = self.empty.shape[0]
+        mask = jnp.broadcast_to(jnp.arange(zeros.shape[1]) < rows, zeros.shape[:2])
+        return zeros.at[:, :rows].set(self.empty[...].astype(zeros.dtype)), mask

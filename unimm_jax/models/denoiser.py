@@ -110,9 +110,10 @@ class CrossAttention(nnx.Module):
         self.to_v = Linear(context, shape, axes=axes, rngs=rngs, bias=False)
         self.to_out = Merge(heads, width // heads, width, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array) -> jax.Array:
-        """Queries [B, T, D] read the context [B, S, X] → [B, T, D]."""
-        return self.to_out(attention(self.to_q(x_BTD), self.to_k(context_BSD), self.to_v(context_BSD)))
+    def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
+        """Queries [B, T, D] read the context [B, S, X], where the boolean mask is True → [B, T, D]."""
+        mask = None if mask_BS is None else jnp.broadcast_to(mask_BS[:, None], (*x_BTD.shape[:2], mask_BS.shape[1]))
+        return self.to_out(attention(self.to_q(x_BTD), self.to_k(context_BSD), self.to_v(context_BSD), mask))
 
 
 class SpatialBlock(nnx.Module):
@@ -125,11 +126,11 @@ class SpatialBlock(nnx.Module):
         self.ff_in = Linear(width, 8 * width, axes=("embed", "mlp"), rngs=rngs)
         self.ff_out = Linear(4 * width, width, axes=("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
         """Positions [B, T, D] and context [B, S, X] → [B, T, D]."""
         y = self.norm1(x_BTD)
         x_BTD = x_BTD + self.attn1(y, y)
-        x_BTD = x_BTD + self.attn2(self.norm2(x_BTD), context_BSD)
+        x_BTD = x_BTD + self.attn2(self.norm2(x_BTD), context_BSD, mask_BS)
         value, gate = jnp.split(self.ff_in(self.norm3(x_BTD)), 2, -1)
         return x_BTD + self.ff_out(value * jax.nn.gelu(gate, approximate=False))
 
@@ -147,12 +148,12 @@ class SpatialTransformer(nnx.Module):
         )
         self.proj_out = Linear(channels, channels, axes=("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x: jax.Array, context_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] and context [B, S, X] → [B, H, W, C]."""
         b, h, w, ch = x.shape
         y = self.proj_in(self.norm(x).reshape(b, h * w, ch))
         for block in self.blocks:
-            y = block(y, context_BSD)
+            y = block(y, context_BSD, mask_BS)
         return x + self.proj_out(y).reshape(b, h, w, ch)
 
 
@@ -212,8 +213,13 @@ class UNet(nnx.Module):
         context_BSD: jax.Array,
         pooled_BD: jax.Array | None = None,
         sizes_BS: jax.Array | None = None,
+        mask_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Predicts the noise; see the class."""
+        """Predicts the noise; see the class.
+
+        Args:
+          mask_BS: boolean, which rows of the context may be read; all where None.
+        """
         c = self.config
         time = self.time_embedding1(sinusoid(steps_B, c.block_out_channels[0]).astype(x.dtype))
         time = self.time_embedding2(jax.nn.silu(time))
@@ -228,16 +234,16 @@ class UNet(nnx.Module):
         for level in self.down:
             for resnet, mixer in zip(level.resnets, level.mixers, strict=True):
                 x = resnet(x, time)
-                x = x if mixer is None else mixer(x, context_BSD)
+                x = x if mixer is None else mixer(x, context_BSD, mask_BS)
                 skips.append(x)
             if level.sampler is not None:
                 x = level.sampler(x)
                 skips.append(x)
-        x = self.mid2(self.mid_mixer(self.mid1(x, time), context_BSD), time)
+        x = self.mid2(self.mid_mixer(self.mid1(x, time), context_BSD, mask_BS), time)
         for level in self.up:
             for resnet, mixer in zip(level.resnets, level.mixers, strict=True):
                 x = resnet(jnp.concatenate([x, skips.pop()], -1), time)
-                x = x if mixer is None else mixer(x, context_BSD)
+                x = x if mixer is None else mixer(x, context_BSD, mask_BS)
             if level.sampler is not None:
                 x = level.sampler(x.repeat(2, 1).repeat(2, 2))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

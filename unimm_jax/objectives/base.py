@@ -69,12 +69,14 @@ class Objective:
 
 def models(config: Any) -> dict[str, Any]:
     """The config's model sections as the dataclasses that the models take."""
+    from unimm_jax.models.conditioner import ConditionerConfig
     from unimm_jax.models.contrastive import TextTowerConfig
     from unimm_jax.models.denoiser import UNetConfig
     from unimm_jax.models.language import LanguageConfig
     from unimm_jax.models.pixel_decoder import PixelDecoderConfig
     from unimm_jax.models.tokenizer import TokenizerConfig
     from unimm_jax.models.unified import UnifiedConfig
+    from unimm_jax.models.vae import VAEConfig
     from unimm_jax.models.vit import ViTConfig
 
     kinds = {
@@ -82,6 +84,8 @@ def models(config: Any) -> dict[str, Any]:
         "tokenizer": TokenizerConfig,
         "text_tower": TextTowerConfig,
         "unet": UNetConfig,
+        "vae": VAEConfig,
+        "conditioner": ConditionerConfig,
         "pixel_decoder": PixelDecoderConfig,
         "language": LanguageConfig,
         "unified": UnifiedConfig,
