@@ -372,3 +372,100 @@ def test_pytorch_files_read_like_safetensors(tmp_path):
         command.import_weights(str(tmp_path / name), str(tmp_path / f"{name}_out"), codes=32)
     a, b = (dict(flatten(read_params(tmp_path / f"{n}_out"))) for n in ("safe", "bin"))
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+# ---- Large models ----------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys, threading, time
+peak, done = 0, False
+
+def watch():
+    global peak
+    while not done:
+        with open("/proc/self/status") as f:
+            peak = max(peak, next(int(line.split()[1]) for line in f if line.startswith("RssAnon")))
+        time.sleep(0.02)
+
+threading.Thread(target=watch, daemon=True).start()
+kind, source, output = sys.argv[1:4]
+if kind == "import":
+    from unimm_jax.import_weights import import_weights
+    import_weights(source, output, codes=32)
+else:
+    from unimm_jax.export import export
+    export(source, output, verify=False)
+done = True
+print(peak * 1024)
+"""
+
+
+def measured(kind, source, output):
+    """Peak anonymous resident bytes of an import or an export in a process of its own."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", MEASURED, kind, source, output], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_come_in_and_go_out_within_their_memory(tmp_path):
+    """pytest -m slow tests/test_import_weights.py; Linux. TinyLLaMA's shape, bfloat16, sharded."""
+    import ml_dtypes
+
+    config = dict(
+        model_type="llama",
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    shape = LanguageConfig(**llama.language_config(config))
+    shapes = abstract_shapes(lambda rngs: LanguageModel(shape, 32000, 128, rngs=rngs))
+    table = llama.language(shape, 32000, 0, ours="")
+    wanted = foreign_shapes(table, shapes)
+    rng = np.random.default_rng(0)
+    random = lambda s: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16)
+    from unimm_jax.interop import files
+
+    old, files.SHARD_BYTES = files.SHARD_BYTES, 2**30
+    list(write_safetensors(source, "model", wanted, ml_dtypes.bfloat16, ((n, random(s)) for n, s in wanted.items())))
+    files.SHARD_BYTES = old
+    size = sum(int(np.prod(s)) for s in wanted.values()) * 2
+    assert size > 2.1e9 and len(list(source.glob("*.safetensors"))) > 1
+    for kind, a, b in (("import", "source", "in"), ("export", "in", "out")):
+        peak = measured(kind, str(tmp_path / a), str(tmp_path / b))
+        print(f"{kind}: peak {peak / 2**30:.2f} GiB, the model has {size / 2**30:.2f} GiB")
+        assert peak <= size + 1.5 * 2**30
+    there, here = Tensors(source), Tensors(tmp_path / "out")
+    assert there.shapes == here.shapes
+    for name in list(wanted)[::20]:
+        assert here.dtype(name) == ml_dtypes.bfloat16 and np.array_equal(there[name], here[name])
+
+
+SHARDED = """
+import pathlib, sys
+from unimm_jax.import_weights import import_language
+params = import_language(pathlib.Path(sys.argv[1]), 32)[0].load()
+for name in ("gate", "up", "down"):
+    kernel = params["language"]["layers"][name]["kernel"]
+    shard = kernel.addressable_shards[0].data
+    assert len(kernel.sharding.device_set) == 8 and shard.size * 8 == kernel.size, (name, shard.shape)
+"""
+
+
+def test_on_eight_devices_the_arrays_arrive_sharded(peer_folder):
+    import os
+    import subprocess
+    import sys
+
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHARDED, str(peer_folder)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -25,10 +25,16 @@ class Damaged(Exception):
     """A checkpoint whose files are not what was written; the message names them."""
 
 
+def digest(file: pathlib.Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_digests(step: pathlib.Path) -> None:
     """Writes SHA-256 digests of every file of a committed step; the last entry protects the list itself."""
     files = sorted(f for f in step.rglob("*") if f.is_file() and f.name != DIGESTS)
-    found = {str(f.relative_to(step)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    found = {str(f.relative_to(step)): digest(f) for f in files}
     body = json.dumps(found, indent=0, sort_keys=True)
     text = json.dumps({"files": found, "self": hashlib.sha256(body.encode()).hexdigest()})
     partial = step / (DIGESTS + ".partial")
@@ -55,11 +61,11 @@ def verify(step: pathlib.Path) -> None:
     if text != canonical or hashlib.sha256(body.encode()).hexdigest() != own:
         raise Damaged(f"{step / DIGESTS} is damaged: it does not match its own digest")
     problems = []
-    for name, digest in files.items():
+    for name, wanted in files.items():
         file = step / name
         if not file.exists():
             problems.append(f"{name} is missing")
-        elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        elif digest(file) != wanted:
             held = re.match(r"state/([^/]+)/", name)
             holds = f" (holds {held.group(1)})" if held and "." in held.group(1) and "ocdbt" not in name else ""
             problems.append(f"{name} has changed{holds}")
