@@ -7,6 +7,7 @@ import json
 import mmap
 import pathlib
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -144,12 +145,14 @@ class _Pickle:
         except ImportError:
             raise BadFile(f"{file}: .bin files are read by torch, which is not installed (pip install torch)") from None
         try:
-            try:
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                found = torch.load(file, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols
+                try:
+                    found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError as error:
+                    if "mmap can only be used" not in str(error):
+                        raise
+                    found = torch.load(file, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
         except Exception as error:  # whatever a damaged archive makes torch raise
             text = str(error)
             if "weights_only" in text.lower() or "Unsupported" in text or "GLOBAL" in text:
