@@ -1,0 +1,29 @@
+"""The median of several quickstart runs, as a table: python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2"""
+
+import json
+import pathlib
+import statistics
+import sys
+
+
+def main(runs: list[str]) -> None:
+    """Prints each score's median and its values in the order of the runs."""
+    found = [json.loads((pathlib.Path(run) / "scores.json").read_text()) for run in runs]
+
+    def row(name: str, values: list[float]) -> None:
+        print(f"| {name} | {statistics.median(values):.3f} | {', '.join(f'{v:.3f}' for v in values)} |")
+
+    print("| | median | runs |\n|---|---|---|")
+    for section in ("text_to_image", "text_to_image_strict", "questions", "caption"):
+        for key in found[0][section]:
+            row(f"{section} {key}".replace("_", " "), [scores[section][key] for scores in found])
+    for key in ("reconstruction", "reconstruction_random_selection", "tokens_per_image", "tokens_follow_objects"):
+        row(key.replace("_", " "), [scores[key] for scores in found])
+    selector = [(pathlib.Path(run) / "selector" / "metrics.jsonl").read_text().splitlines() for run in runs]
+    for key in ("rate_argmax", "rate_sampled"):
+        last = [statistics.mean(json.loads(line)[key] for line in lines[-3:]) for lines in selector]
+        row(f"selector {key}, mean of the last three logged steps".replace("_", " "), last)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
