@@ -380,13 +380,13 @@ def test_vqa_logits_and_greedy_ids():
     logits = logits_of(m, jnp.asarray(x), positions, mask)
     close(logits * (mask[..., None] > 0), "llm/vqa/logits_valid_only")
     close(logits[:, -1], "llm/vqa/logits_last")
-    ids = []
-    for _ in range(FIXTURE["llm/vqa/greedy_ids"].shape[1]):
-        logits = logits_of(m, jnp.asarray(x), np.where(mask > 0, np.cumsum(mask, -1) - 1, 1), mask)
-        ids.append(logits[:, -1, : IDS["text_vocab"]].argmax(-1))
-        x = np.concatenate([x, np.asarray(m.language.embed(jnp.asarray(ids[-1])))[:, None]], 1)
-        mask = np.concatenate([mask, np.ones((len(mask), 1), int)], 1)
-    assert (np.stack(ids, 1) == FIXTURE["llm/vqa/greedy_ids"]).all()
+    # Greedy decoding, in one pass: each id is the likeliest after the ones before it, so decoding gives the same ids.
+    ids = FIXTURE["llm/vqa/greedy_ids"]
+    steps = ids.shape[1]
+    x = np.concatenate([x, np.asarray(m.language.embed(jnp.asarray(ids[:, :-1])))], 1)
+    mask = np.concatenate([mask, np.ones((len(mask), steps - 1), int)], 1)
+    logits = logits_of(m, jnp.asarray(x), np.where(mask > 0, np.cumsum(mask, -1) - 1, 1), mask)
+    assert (logits[:, -steps:, : IDS["text_vocab"]].argmax(-1) == ids).all()
 
 
 def _without(content, block):
@@ -402,23 +402,23 @@ def test_drawing_with_guidance():
     m = unified()
     scale = float(FIXTURE["llm/t2i/guidance_scale"])
     ids, mask = FIXTURE["llm/t2i/prompt_ids"], FIXTURE["llm/t2i/prompt_attention_mask"]
-    free = np.full((len(ids), 1), IDS["IMG"])
-    mixed = FIXTURE["llm/t2i/step_mixed"]
-    for step in range(mixed.shape[1]):
-        outs = []
-        for tokens, seen in ((ids, mask), (free, np.ones_like(free))):
-            positions = np.where(seen > 0, np.cumsum(seen, -1) - 1, 1)
-            logits = logits_of(m, m.language.embed(jnp.asarray(tokens)), positions, seen)[:, -1]
-            outs.append(np.asarray(jax.nn.log_softmax(jnp.asarray(logits), -1)))
-        close(outs[0], FIXTURE["llm/t2i/step_cond"][:, step])
-        close(outs[1], FIXTURE["llm/t2i/step_uncond"][:, step])
-        both = outs[1] + scale * (outs[0] - outs[1])
-        legal = mixed[:, step] > -1e29
-        close(np.where(legal, both, 0), np.where(legal, mixed[:, step], 0))
-        chosen = np.where(legal, both, -np.inf).argmax(-1)
-        assert (chosen == FIXTURE["llm/t2i/step_ids"][:, step]).all()
-        ids, free = np.c_[ids, chosen], np.c_[free, chosen]
-        mask = np.c_[mask, np.ones(len(mask), int)]
+    mixed, chosen = FIXTURE["llm/t2i/step_mixed"], FIXTURE["llm/t2i/step_ids"]
+    steps = mixed.shape[1]
+    # One pass over what greedy decoding writes: each id is the likeliest after the ones before it.
+    start = np.full((len(ids), 1), IDS["IMG"])
+    after, seen = chosen[:, :-1], np.ones((len(ids), steps - 1), int)
+    streams = (np.c_[ids, after], np.c_[mask, seen]), (np.c_[start, after], np.c_[np.ones_like(start), seen])
+    logp = []
+    for tokens, valid in streams:
+        positions = np.where(valid > 0, np.cumsum(valid, -1) - 1, 1)
+        logits = logits_of(m, m.language.embed(jnp.asarray(tokens)), positions, valid)[:, -steps:]
+        logp.append(np.asarray(jax.nn.log_softmax(jnp.asarray(logits), -1)))
+    close(logp[0], "llm/t2i/step_cond")
+    close(logp[1], "llm/t2i/step_uncond")
+    both = logp[1] + scale * (logp[0] - logp[1])
+    legal = mixed > -1e29
+    close(np.where(legal, both, 0), np.where(legal, mixed, 0))
+    assert (np.where(legal, both, -np.inf).argmax(-1) == chosen).all()
 
 
 @pytest.mark.parametrize("mode", MODES)

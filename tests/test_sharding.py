@@ -19,44 +19,53 @@ sys.path.insert(0, "tests")
 from conftest import tiny
 from unimm_jax import metrics
 from unimm_jax.train import train
-stage, mesh, workdir, steps = sys.argv[1], tuple(map(int, sys.argv[2].split("x"))), sys.argv[3], int(sys.argv[4])
-config = tiny(stage, mesh=mesh, train__steps=steps, train__checkpoint_every=5, model__encoder__width=64,
-              model__language__width=64, model__language__heads=4, model__language__kv_heads=2)
-config.init_from = ()
-if stage == "tokenizer":
-    config.loss.restart_below = 0.0
-train(config, workdir)
-print(json.dumps([row["loss"] for row in metrics.read(workdir)]))
+found = []
+for stage, mesh, workdir, steps in json.loads(sys.argv[1]):
+    config = tiny(stage, mesh=tuple(map(int, mesh.split("x"))), train__steps=steps, train__checkpoint_every=5,
+                  model__encoder__width=64, model__language__width=64, model__language__heads=4,
+                  model__language__kv_heads=2)
+    config.init_from = ()
+    if stage == "tokenizer":
+        config.loss.restart_below = 0.0
+    train(config, workdir)
+    found.append([row["loss"] for row in metrics.read(workdir)])
+print(json.dumps(found))
 """
 
 
-def _losses(stage, mesh, workdir, steps=5, devices=8):
+def _losses(runs, devices):
+    """Losses of several runs (stage, mesh, workdir, steps) in one process with so many fake devices."""
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", SCRIPT, stage, mesh, str(workdir), str(steps)]
+    command = [sys.executable, "-c", SCRIPT, json.dumps([[s, m, str(w), n] for s, m, w, n in runs])]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return np.array(json.loads(done.stdout.splitlines()[-1]))
+    return [np.array(row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "stage2"])
-def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path, stage):
-    for name in ("records", "stage1", "selector"):
-        (tmp_path / name).symlink_to(run / name)
-    one = _losses(stage, "1x1x1", tmp_path / "one", devices=1)
-    for mesh in ("8x1x1", "1x8x1", "2x2x2"):
-        many = _losses(stage, mesh, tmp_path / mesh)
-        assert np.abs(many / one - 1).max() < 1e-4, (mesh, many, one)
-    # saved on 8 (2x2x2), restored on 4 and on 1, going on as one device would
-    on = _losses(stage, "1x1x1", tmp_path / "one", steps=8, devices=1)
+def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path):
+    stages, meshes = ("tokenizer", "stage2"), ("8x1x1", "1x8x1", "2x2x2")
+    for stage in stages:
+        (tmp_path / stage).mkdir()
+        for name in ("records", "stage1", "selector"):
+            (tmp_path / stage / name).symlink_to(run / name)
+    place = lambda stage, name: tmp_path / stage / name
+    # On one device: 5 steps, and then 3 more.
+    single = _losses([(s, "1x1x1", place(s, "one"), n) for s in stages for n in (5, 8)], devices=1)
+    one, on = dict(zip(stages, single[::2], strict=True)), dict(zip(stages, single[1::2], strict=True))
+    many = [(s, mesh, place(s, mesh), 5) for s in stages for mesh in meshes]
+    for (stage, mesh, _, _), losses in zip(many, _losses(many, devices=8), strict=True):
+        assert np.abs(losses / one[stage] - 1).max() < 1e-4, (stage, mesh, losses, one[stage])
+    # Saved on 8 (2x2x2), restored on 4 and on 1, going on as one device would.
     for mesh, devices in (("1x4x1", 4), ("1x1x1", 1)):
-        copy = tmp_path / f"moved_{devices}"
-        subprocess.run(["cp", "-r", tmp_path / "2x2x2", copy], check=True)
-        moved = _losses(stage, mesh, copy, steps=8, devices=devices)
-        assert len(moved) == 8 and np.abs(moved / on - 1).max() < 2e-4, (moved, on)
+        moved = [(stage, mesh, place(stage, f"moved_{devices}"), 8) for stage in stages]
+        for stage, _, copy, _ in moved:
+            subprocess.run(["cp", "-r", place(stage, "2x2x2"), copy], check=True)
+        for (stage, *_), losses in zip(moved, _losses(moved, devices), strict=True):
+            assert len(losses) == 8 and np.abs(losses / on[stage] - 1).max() < 2e-4, (stage, losses, on[stage])
 
 
 def test_specs_fall_back_to_whole():

@@ -208,6 +208,9 @@ def _hf(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify: b
     for name, section, part in (("detokenizer", "pixel_decoder", "direct"), ("unet", "unet", "unet")):
         if name in generator.decoders:
             objective, found = generator.decoders[name]
+            if "vae" in objective.config.model:
+                print("export: the U-Net works on latents and is left out (pixel space only)", flush=True)
+                continue
             settings["model"][section] = dataclasses.asdict(models(objective.config)[section])
             rest |= {p: x for p, x in flatten(found) if p.startswith(f"{part}/")}
             if name == "unet":
