@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import re
 from typing import Any
@@ -82,14 +83,19 @@ class Checkpoints:
     Args (constructor):
       keep: how many of the newest stay.
       use_previous: restore the previous complete step when the newest is damaged; otherwise raise.
+      in_flight_gib: how much of the arrays is on its way to disk at a time; Orbax's own bound if 0.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True):
+    def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True, in_flight_gib: int = 0):
         self.root = (pathlib.Path(workdir) / "checkpoints").absolute()
         self.use_previous = use_previous
         # One more than asked for: until its digests are written, a new step does not count.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep + 1, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.root, options=options)
+        handlers = None
+        if in_flight_gib:
+            state = ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight_gib)
+            handlers = {"state": state, "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.root, options=options, item_handlers=handlers)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._digest: concurrent.futures.Future | None = None
 
@@ -189,8 +195,10 @@ def read_params(path: str | pathlib.Path, shardings: Tree | None = None) -> Tree
     """
     step = find(path)
     shardings = shardings or {}
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    held = reader.metadata(step / "state").item_metadata.tree["params"]
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        held = reader.metadata(step / "state").item_metadata.tree["params"]
+    largest = max(math.prod(m.shape) * m.dtype.itemsize for _, m in flatten(held))
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 2**30))
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in flatten(held)}
     item = {"params": unflatten(target)}

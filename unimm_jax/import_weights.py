@@ -317,7 +317,8 @@ def import_weights(source: str, output: str, kind: str = "", codes: int = 16384)
             "step": 0,
             "seconds": time.perf_counter() - began,
         }
-        checkpoints = Checkpoints(target / name if name else target)
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+        checkpoints = Checkpoints(target / name if name else target, in_flight_gib=1 + largest // 2**30)
         checkpoints.save(0, {"params": params}, meta)
         checkpoints.close()
         count = sum(int(np.prod(s)) for s in importer.shapes.values())
