@@ -131,6 +131,55 @@ def test_an_imported_language_model_comes_back(kind, tmp_path):
     assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
 
 
+def lavit_words(folder):
+    """A sentencepiece model with fewer words than the tiny model has text rows."""
+    import sentencepiece
+
+    sentences = [f"{n} {c} {s}s." for n in ("one", "two") for c in ("red", "blue") for s in ("circle", "star")] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+
+def pixel_folders(folder):
+    """Tiny U-Nets and autoencoders by `diffusers`, with the widths of the reference's two conditionings."""
+    import diffusers
+    from test_diffusion_parity import SDXL, randomise
+    from test_lavit_parity import C
+
+    pooled = C["unet_dim_2"]
+    small = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        transformer_layers_per_block=1,
+        norm_num_groups=8,
+    )
+    xl = dict(cross_attention_dim=C["unet_dim_1"] + pooled, projection_class_embeddings_input_dim=pooled + 6 * 8)
+    vae = dict(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    for name, settings in (
+        ("pixel_decoding", small | dict(cross_attention_dim=C["unet_dim"])),
+        ("highres_pixel_decoding", SDXL | small | xl),
+    ):
+        half = lambda module, seed: randomise(module, seed).to(torch.bfloat16)
+        half(diffusers.UNet2DConditionModel(**settings), 1).save_pretrained(folder / name / "unet")
+        half(diffusers.AutoencoderKL(**vae), 2).save_pretrained(folder / name / "vae")
+    empty = torch.randn(1, 5, C["unet_dim"]).to(torch.bfloat16)
+    torch.save(empty, folder / "pixel_decoding" / "uncond_embeddings.bin")
+
+
 def lavit_folder(folder):
     """The reference's tiny weights as its own files."""
     from test_lavit_parity import C, weights
@@ -164,14 +213,86 @@ def lavit_folder(folder):
     return files
 
 
-def test_lavits_files_come_in_and_go_out_again(tmp_path):
-    files = lavit_folder(tmp_path / "published")
-    import_weights.import_weights(str(tmp_path / "published"), str(tmp_path / "in"))
-    command.export(str(tmp_path / "in" / "language"), str(tmp_path / "out"), form="lavit")
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """LaVIT as it is published, tiny, and the same imported: (folder, names of its files)."""
+    folder = tmp_path_factory.mktemp("lavit")
+    files = lavit_folder(folder / "published")
+    lavit_words(folder / "published" / "language_model")
+    pixel_folders(folder / "published")
+    import_weights.import_weights(str(folder / "published"), str(folder / "in"))
+    return folder, files
+
+
+LATENT_SCRIPT = """
+import sys, numpy as np, torch
+from transformers import AutoModel
+folder, given, found = sys.argv[1:4]
+g = np.load(given)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+images = torch.tensor(g["images"])
+keep, codes = model.tokenize(images)
+out = dict(keep=keep.numpy(), codes=codes.numpy(), captions=np.array(model.describe(images, length=12)))
+for name, size in (("unet", (16, 16)), ("unet_high", (32, 16))):
+    out[name] = model.decode(codes, keep, name, torch.tensor(g[name]), size=size).numpy()
+ids = model.draw_ids(["two red stars."], guidance=4.0, temperature=0)
+out["drawn"] = model.codes(ids)[0].numpy()
+assert "jax" not in sys.modules
+np.savez(found, **out)
+"""
+
+
+def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_path):
+    folder, _ = published
+    g = Generator(folder / "in" / "language", batch=2, answer_length=12)
+    assert g.text.bos is None and g.text.size == 100 > g.text.words  # rows that no word has
+    images = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    command.export(str(folder / "in" / "language"), str(tmp_path / "hf"), dtype="float32")
+    sizes = {"unet": (16, 16), "unet_high": (32, 16)}
+    noise = {k: jax.random.normal(jax.random.key(0), (2, h // 2, w // 2, 4)) for k, (h, w) in sizes.items()}
+    given = {"images": images} | {k: np.asarray(v) for k, v in noise.items()}
+    np.savez(tmp_path / "given.npz", **given)
+    arguments = [str(tmp_path / "hf"), str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]
+    done = subprocess.run([sys.executable, "-c", LATENT_SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(tmp_path / "found.npz")
+    codes, keep = g.tokenize(images)
+    assert (found["keep"] == keep).all() and (found["codes"][keep] == codes[keep]).all()
+    assert found["captions"].tolist() == g.answer(images, ["", ""])
+    for name, size in sizes.items():
+        drawn = g.decode(codes, keep, name, size=size)
+        assert drawn.shape == (2, *size, 3)
+        gap = np.abs(found[name].astype(int) - drawn.astype(int)).max()
+        assert gap <= 1, (name, size, gap)
+    assert drawn.std() > 1
+    ids = g.draw_ids(["two red stars."], Sampling(guidance=4.0, temperature=0))
+    assert (found["drawn"] == g.codes(ids)[0]).all()
+    with pytest.raises(ValueError, match="width and height go by 4"):
+        g.decode(codes, keep, "unet", size=(22, 16))
+    with pytest.raises(ValueError, match="no detokenizer stands beside this model; there is unet, unet_high"):
+        g.decode(codes, keep, "detokenizer")
+
+
+def test_lavits_files_come_in_and_go_out_again(published, tmp_path):
+    folder, files = published
+    published = folder / "published"
+    (tmp_path / "in").symlink_to(folder / "in")
+    lines = command.export(str(tmp_path / "in" / "language"), str(tmp_path / "out"), form="lavit")
+    assert lines == ["read again: largest difference of a weight 0.0e+00"]
+    import diffusers
+
+    for name in ("pixel_decoding", "highres_pixel_decoding"):
+        for kind, part in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
+            theirs, mine = (
+                kind.from_pretrained(f / name / part, torch_dtype="auto") for f in (published, tmp_path / "out")
+            )
+            theirs, mine = theirs.state_dict(), mine.state_dict()
+            assert theirs.keys() == mine.keys() and all(torch.equal(theirs[k], mine[k]) for k in theirs)
+        diffusers.DDIMScheduler.from_pretrained(tmp_path / "out" / name / "scheduler")
+    empty = [torch.load(f / "pixel_decoding" / "uncond_embeddings.bin") for f in (published, tmp_path / "out")]
+    assert torch.equal(*empty)
     for name in files:
-        if name == "visual_tokenizer/highres_tokenizer_decoder.bin" or name.endswith("tokenizer_decoder.bin"):
-            continue  # belongs to the detokenizer, which needs a U-Net beside it
-        there = torch.load(tmp_path / "published" / name, weights_only=True)
+        there = torch.load(published / name, weights_only=True)
         here = torch.load(tmp_path / "out" / name, weights_only=True)
         assert there.keys() == here.keys(), name
         for key in there:

@@ -469,3 +469,58 @@ def test_on_eight_devices_the_arrays_arrive_sharded(peer_folder):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED, str(peer_folder)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_stage_starts_from_published_files(run, tmp_path):
+    """`init_from` names the folder as it was downloaded; what the stage freezes is then the file's to the bit."""
+    from conftest import tiny
+
+    from unimm_jax.data.packing import Records
+    from unimm_jax.train import train
+
+    words = Records(run / "records").tokenizer.size
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        vocab_size=words,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    peer = randomise(transformers.AutoModelForCausalLM.from_config(config))
+    peer.save_pretrained(tmp_path / "peer")
+    stage = tiny("stage1", train__steps=2, data__records=str(run / "records"))
+    stage.init_from = (dict(checkpoint=str(tmp_path / "peer"), rename=[("language/", "language/")]),)
+    stage.optimizer.rules = [("language/(?!(embed|head)_visual).*", None), ("(?!language/).*|language/.*visual", 1.0)]
+    train(stage, tmp_path / "stage1")
+    params = dict(flatten(read_params(tmp_path / "stage1")))
+    table = llama.language(LanguageConfig(layers=2), words, 0)
+    source = peer.state_dict()
+    for name, array in to_theirs(table, params.__getitem__, source):
+        assert np.array_equal(array, source[name].numpy()), name
+    # the new rows start like the text's
+    spread = params["language/embed_visual"][: 2 + 32].std() / params["language/embed_text"].std()
+    assert 0.8 < spread < 1.25
+    stage.init_from = (dict(checkpoint=str(tmp_path / "peer"), rename=[("language/", "tongue/"), ("vision/", "")]),)
+    with pytest.raises(ValueError, match="tongue/norm/scale .*not in this model(.|\n)*'vision/' matches no parameter"):
+        train(stage, tmp_path / "wrong")
+    stage.init_from = (dict(checkpoint=str(run / "records"), rename=[("", "")]),)
+    with pytest.raises(ValueError, match="neither a checkpoint nor known weights"):
+        train(stage, tmp_path / "wrong")
+
+
+def test_spare_rows_of_a_vocabulary_are_never_words(peer_folder, run):
+    """A folder whose config.json has more rows than its tokenizer has words (Qwen pads so)."""
+    from unimm_jax import text
+    from unimm_jax.data.packing import Records
+
+    words = Records(run / "records").tokenizer
+    rows = words.size + 9
+    (peer_folder / "tokenizer.json").write_text(words.payload["model"])
+    config = json.loads((peer_folder / "config.json").read_text())
+    (peer_folder / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    found = text.load(str(peer_folder))
+    assert (found.words, found.size) == (words.size, rows)
+    assert text.TextTokenizer(found.payload).size == rows
+    assert found.decode([*found.encode("a red circle"), rows - 1]) == words.decode(words.encode("a red circle"))

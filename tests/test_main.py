@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, tiny
 
+from configs import common
 from unimm_jax import config as config_lib
 
 
@@ -35,6 +37,20 @@ def test_every_mistake_of_a_config_is_said_at_once(tmp_path):
     for part in ("train.steps is 0", "float8", "cation", "regular expression", "patch size", "pretokenize", "stage2"):
         assert part in message
     assert message.count("\n- ") + 1 >= 7
+
+
+@pytest.mark.parametrize("size", common.SIZES)
+def test_every_config_of_every_size_is_sound(size, tmp_path):
+    """What is left to complain of is what earlier stages have not made yet."""
+    stages = [p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common")]
+    assert len(stages) >= 9
+    for stage in stages:
+        config = importlib.import_module(f"configs.{stage}").get_config(size)
+        try:
+            config_lib.check(config, tmp_path / stage)
+        except config_lib.ConfigError as error:
+            lines = str(error).splitlines()
+            assert all("run python -m unimm_jax.pretokenize" in x or "train that stage" in x for x in lines), lines
 
 
 def test_unknown_sizes_and_flags_are_named(tmp_path):

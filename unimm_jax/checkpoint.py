@@ -11,6 +11,7 @@ import logging
 import math
 import pathlib
 import re
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -187,20 +188,24 @@ def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
         return reader.restore(step / "meta")
 
 
-def read_params(path: str | pathlib.Path, shardings: Tree | None = None) -> Tree:
-    """All parameters of a checkpoint as a nested dict; optimiser state is not read.
+def read_params(path: str | pathlib.Path, shardings: Tree | None = None, only: Collection[str] | None = None) -> Tree:
+    """Parameters of a checkpoint as a nested dict; optimiser state is not read.
 
     Args:
       shardings: path → sharding for paths that shall lie on a mesh, as a flat dict; others go to the first device.
+      only: the paths to read; all if None.
     """
     step = find(path)
     shardings = shardings or {}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         held = reader.metadata(step / "state").item_metadata.tree["params"]
-    largest = max(math.prod(m.shape) * m.dtype.itemsize for _, m in flatten(held))
+    wanted = {p: m for p, m in flatten(held) if only is None or p in only}
+    if not wanted:
+        return {}
+    largest = max(math.prod(m.shape) * m.dtype.itemsize for m in wanted.values())
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 2**30))
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in flatten(held)}
+    target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in wanted.items()}
     item = {"params": unflatten(target)}
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -210,39 +215,68 @@ def read_params(path: str | pathlib.Path, shardings: Tree | None = None) -> Tree
     return params
 
 
-def init_from(params: Tree, shardings: Tree, entries: list[dict[str, Any]], workdir: str | pathlib.Path) -> Tree:
-    """Overlays parameters from other checkpoints.
+class Stored:
+    """The parameters of a checkpoint as a source of weights.
+
+    Attributes:
+      shapes: path → shape.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = path
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            held = reader.metadata(find(path) / "state").item_metadata.tree["params"]
+        self.shapes = {name: tuple(m.shape) for name, m in flatten(held)}
+
+    def read(self, shardings: dict[str, Any]) -> Iterable[tuple[str, jax.Array]]:
+        """Pairs of path and array for the paths given, each on its sharding."""
+        return flatten(read_params(self.path, shardings, only=shardings))
+
+
+def init_from(
+    params: Tree,
+    shardings: Tree,
+    entries: list[dict[str, Any]],
+    workdir: str | pathlib.Path,
+    open_source: Callable[[pathlib.Path, dict[str, Any]], Any] = lambda path, entry: Stored(path),
+) -> Tree:
+    """Overlays parameters from other checkpoints, or from published weights.
 
     Args:
       params: freshly initialised parameters; entries: each {checkpoint, rename: [(regex, replacement)], optional:
         regex}. A source path that matches a rename goes to its new name; others are not read. Relative paths are seen
         from the workdir.
+      open_source: makes what `Stored` is of a path and its entry.
 
     Raises:
       ValueError: a renamed parameter that this model lacks, a shape that differs, or a rename that finds nothing; all
-        of them at once.
+        of them at once, before anything is read.
     """
     flat, places = dict(flatten(params)), dict(flatten(shardings))
     problems: list[str] = []
+    plan: list[tuple[Any, dict[str, list[str]]]] = []
     for entry in entries:
         path = (pathlib.Path(workdir) / entry["checkpoint"]).resolve()
-        source = dict(flatten(read_params(path)))
+        source = open_source(path, entry)
+        moves: dict[str, list[str]] = {}
         for pattern, replacement in entry["rename"]:
-            hits = 0
-            for name, value in source.items():
-                if not re.match(pattern, name):
-                    continue
-                hits += 1
+            hits = [name for name in source.shapes if re.match(pattern, name)]
+            for name in hits:
                 target = re.sub(pattern, replacement, name, count=1)
                 if target not in flat:
                     if not re.fullmatch(entry.get("optional") or "(?!)", target):
                         problems.append(f"{target} (from {name} of {path}) is not in this model")
-                elif flat[target].shape != value.shape:
-                    problems.append(f"{target} is {flat[target].shape} here and {value.shape} in {path}")
+                elif flat[target].shape != source.shapes[name]:
+                    problems.append(f"{target} is {flat[target].shape} here and {source.shapes[name]} in {path}")
                 else:
-                    flat[target] = jax.device_put(value.astype(flat[target].dtype), places[target])
+                    moves.setdefault(name, []).append(target)
             if not hits:
                 problems.append(f"{pattern!r} matches no parameter of {path}")
+        plan.append((source, moves))
     if problems:
         raise ValueError("config.init_from:\n  " + "\n  ".join(problems))
+    for source, moves in plan:
+        for name, value in source.read({name: places[targets[0]] for name, targets in moves.items()}):
+            for target in moves[name]:
+                flat[target] = jax.device_put(value.astype(flat[target].dtype), places[target])
     return unflatten(flat)

@@ -1,10 +1,12 @@
 """Checks a config before a device is touched, and says every mistake at once."""
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
 
 from unimm_jax.data.packing import TASKS
+from unimm_jax.objectives.base import SECTIONS
 
 OBJECTIVES = ("contrastive", "tokenization", "denoising", "pixel_decoding", "language_modeling")
 
@@ -42,20 +44,22 @@ def check(config: Any, workdir: str | pathlib.Path) -> None:
         except re.error as error:
             wrong.append(f"config.optimizer.rules: {pattern!r} is not a regular expression ({error})")
     need(sum(s == -1 for s in config.mesh) <= 1, f"config.mesh is {tuple(config.mesh)}; only one -1 is possible")
-    encoder = config.model.encoder
+    m = {}
+    for name, section in config.model.items():
+        if name in SECTIONS:
+            fields = {f.name for f in dataclasses.fields(SECTIONS[name])}
+            unknown = sorted(set(section) - fields)
+            need(not unknown, f"config.model.{name} has {unknown}; it knows {sorted(fields)}")
+            m[name] = SECTIONS[name](**{k: v for k, v in section.items() if k in fields})
+    encoder = m["encoder"]
     size, patch = config.data.image_size, encoder.patch_size
     need(size == encoder.image_size, f"config.data.image_size {size} differs from model.encoder.image_size")
     need(size % patch == 0, f"config.data.image_size {size} is not a multiple of the patch size {patch}")
-    for name in ("encoder", "tokenizer", "text_tower"):
-        if name in config.model:
-            section = config.model[name]
-            width = section.get("width", encoder.width)
-            need(
-                width % section.heads == 0,
-                f"config.model.{name}: width {width} does not divide by {section.heads} heads",
-            )
-    if "language" in config.model:
-        m = config.model.language
+    for name in {"encoder", "tokenizer", "text_tower"} & set(m):
+        width, heads = getattr(m[name], "width", encoder.width), m[name].heads
+        need(width % heads == 0, f"config.model.{name}: width {width} does not divide by {heads} heads")
+    if "language" in m:
+        m = m["language"]
         need(m.heads % m.kv_heads == 0, f"config.model.language: {m.kv_heads} kv_heads do not divide {m.heads} heads")
         need(m.head_width % 2 == 0, f"config.model.language.head_width {m.head_width} must be even (rotary pairs)")
     if config.objective == "language_modeling":

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from unimm_jax import main as process
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.generate import Generator
-from unimm_jax.interop import lavit, llama, unimm
+from unimm_jax.interop import diffusion, lavit, llama, unimm
 from unimm_jax.interop.files import write_safetensors
 from unimm_jax.interop.table import Entry, foreign_shapes, to_theirs
 from unimm_jax.models.language import LanguageConfig
@@ -41,6 +41,7 @@ from unimm_jax.text import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 FORMATS = ("hf", "lavit")
+PIXEL_FOLDERS = {"unet": "pixel_decoding", "unet_high": "highres_pixel_decoding"}  # LaVIT's names
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 HERE = pathlib.Path(__file__).parent
 
@@ -153,9 +154,10 @@ def write_tokenizer(folder: pathlib.Path, text: TextTokenizer, v: Vocabulary | N
             *(f"<place_{i}>" for i in range(v.patches)),
         ]
     fast = text.as_tokenizers()
-    if fast.get_vocab_size() != text.size:
+    if fast.get_vocab_size() > text.size:
         raise ValueError(f"the text tokenizer has {fast.get_vocab_size()} ids, the model {text.size} text rows")
     if added:
+        added = [*(f"<unused_{i}>" for i in range(fast.get_vocab_size(), text.size)), *added]
         import tokenizers
 
         fast.add_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in added])
@@ -176,7 +178,7 @@ def _hf(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify: b
     config = ConfigDict(json.loads(meta["config"]))
     if "language" not in config.model:
         raise ValueError(f"{checkpoint} holds no language model; give a language stage or an imported language model")
-    if config.size == "imported":
+    if "unified" not in config.model:
         return _hf_language(checkpoint, meta, config, folder, dtype, verify)
     generator = Generator(checkpoint, batch=8)
     m, v, text = models(config), generator.vocabulary, generator.text
@@ -203,21 +205,33 @@ def _hf(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify: b
         "budget": min(generator.header["patches"], generator.budget),
         "bos": text.bos,
         "eos": text.eos,
-        "banned": sorted({i for i in (text.pad, text.bos) if i is not None and i != text.eos}),
+        "banned": sorted(
+            {i for i in (text.pad, text.bos) if i is not None and i != text.eos} | {*range(text.words, text.size)}
+        ),
     }
-    for name, section, part in (("detokenizer", "pixel_decoder", "direct"), ("unet", "unet", "unet")):
-        if name in generator.decoders:
-            objective, found = generator.decoders[name]
-            if "vae" in objective.config.model:
-                print("export: the U-Net works on latents and is left out (pixel space only)", flush=True)
-                continue
-            settings["model"][section] = dataclasses.asdict(models(objective.config)[section])
-            rest |= {p: x for p, x in flatten(found) if p.startswith(f"{part}/")}
-            if name == "unet":
-                c = objective.config.loss
-                settings["diffusion"] = dict(
-                    unshuffle=c.unshuffle, prediction=c.prediction, guidance=c.guidance, steps=c.sampling_steps
-                )
+    settings["latent"] = {}
+    for name, (objective, found) in generator.decoders.items():
+        mine, kinds = dict(flatten(found)), models(objective.config)
+        if name == "detokenizer":
+            settings["model"]["pixel_decoder"] = dataclasses.asdict(kinds["pixel_decoder"])
+            rest |= {p: x for p, x in mine.items() if p.startswith("direct/")}
+            continue
+        c = objective.config.loss
+        sampler = dict(unshuffle=c.unshuffle, prediction=c.prediction, guidance=c.guidance, steps=c.sampling_steps)
+        if not objective.latent:
+            settings["model"]["unet"], settings["diffusion"] = dataclasses.asdict(kinds["unet"]), sampler
+            rest |= {p: x for p, x in mine.items() if p.startswith("unet/")}
+            continue
+        place = PIXEL_FOLDERS[name]
+        settings["latent"][name] = sampler | dict(
+            folder=place,
+            pixel_size=objective.config.data.pixel_size,
+            conditioner=dataclasses.asdict(kinds["conditioner"]),
+        )
+        rest |= {f"latent/{name}/{p}": x for p, x in mine.items() if p.startswith("conditioner/")}
+        tail = "tokenizer/decoder/"
+        rest |= {f"latent/{name}/decoder/{p.removeprefix(tail)}": x for p, x in mine.items() if p.startswith(tail)}
+        write_diffusers(folder / place, kinds, mine, chosen)
     out.write("unimm", unimm.table({p: tuple(x.shape) for p, x in rest.items()}), rest)
     (folder / "unimm.json").write_text(json.dumps(settings, indent=1))
     shutil.copy(HERE / "interop" / "modeling_unimm.py", folder / "modeling_unimm.py")
@@ -235,6 +249,27 @@ def _hf(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify: b
     codes, keep = generator.tokenize(images)
     exact = {"ids": ids, "logits": logits, "images": images, "keep": keep, "codes": codes[keep]}
     return _verify(folder, exact, chosen) if verify else []
+
+
+def write_diffusers(folder: pathlib.Path, kinds: dict[str, Any], params: dict[str, Any], dtype: np.dtype) -> None:
+    """`unet/`, `vae/` and `scheduler/` as `diffusers` opens them.
+
+    Args:
+      kinds: dataclasses of the model sections. params: of the detokenizer stage, by path.
+    """
+    unet, vae = dataclasses.asdict(kinds["unet"]), dataclasses.asdict(kinds["vae"])
+    configs = {
+        "unet/config.json": diffusion.published_unet(unet),
+        "vae/config.json": diffusion.published_vae(vae),
+        "scheduler/scheduler_config.json": diffusion.SCHEDULER,
+    }
+    for name, config in configs.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(json.dumps(config, indent=1))
+    shapes = {p: tuple(x.shape) for p, x in params.items()}
+    for part, linear in (("unet", diffusion.linear_projection(unet)), ("vae", True)):
+        table = diffusion.table(shapes, f"{part}/", linear)
+        Writer(folder / part, dtype).write("diffusion_pytorch_model", table, params)
 
 
 def _hf_language(
@@ -387,15 +422,26 @@ def _lavit(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify
     ]  # fmt: skip
     save("visual_tokenizer/eva_vitg_psz14.bin", lavit.encoder("encoder/", "", e.depth), tokenizer, unused)
     save("visual_tokenizer/tokenizer_encoder.bin", lavit.tokenizer_encoder(t.merger_depth), tokenizer)
+    companions = config.get("companions", {})
     for name, file, kind in (
-        ("detokenizer", "tokenizer_decoder.bin", "low"),
-        ("detokenizer_high", "highres_tokenizer_decoder.bin", "high"),
+        ("unet", "tokenizer_decoder.bin", "low"),
+        ("unet_high", "highres_tokenizer_decoder.bin", "high"),
     ):
-        if (place.parent / name / "checkpoints").exists():
-            found = dict(flatten(read_params(place.parent / name)))
-            values = {p.removeprefix("tokenizer/"): x for p, x in found.items()}
-            if "conditioner/context/kernel" in values or "conditioner/context1/kernel" in values:
-                save(f"visual_tokenizer/{file}", lavit.feature_decoder(t.decoder_depth, kind), values)
+        beside = place / companions[name] if name in companions else None
+        sections = models(ConfigDict(json.loads(read_meta(beside)["config"]))) if beside and beside.exists() else {}
+        if beside is None or not {"vae", "conditioner"} <= set(sections):
+            print(
+                f"export: no U-Net of latents beside the model, {file} and {PIXEL_FOLDERS[name]} are left out",
+                flush=True,
+            )
+            continue
+        found = dict(flatten(read_params(beside)))
+        values = {p.removeprefix("tokenizer/"): x for p, x in found.items()}
+        save(f"visual_tokenizer/{file}", lavit.feature_decoder(t.decoder_depth, kind), values)
+        write_diffusers(folder / PIXEL_FOLDERS[name], sections, found, chosen)
+        if "conditioner/empty" in values:
+            negative = _torch(torch, np.asarray(values["conditioner/empty"])[None], chosen)
+            torch.save(negative, folder / PIXEL_FOLDERS[name] / "uncond_embeddings.bin")
     save("language_model/visual_weight.bin", lavit.visual_weight(t.merger_depth), params)
     save("language_model/pytorch_model.bin", llama.language(m["language"], v.text, 2 + t.codes), params)
     payload = json.loads(meta["tokenizer"])

@@ -24,11 +24,11 @@ from unimm_jax.data import transforms
 from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.denoising import Denoising, PixelDecoding
 from unimm_jax.objectives.language_modeling import LanguageModeling
-from unimm_jax.pretokenize import open_tokenizer
-from unimm_jax.text import TextTokenizer
+from unimm_jax.pretokenize import open_tokenizer, text_of
 from unimm_jax.vocabulary import Vocabulary
 
 NEVER = -1e30
+DECODERS = {"detokenizer": PixelDecoding, "unet": Denoising, "unet_high": Denoising}  # the first that is there draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Generator:
     Args (constructor):
       checkpoint: workdir (or step directory) of a language stage.
       batch: pictures or questions at a time; part of the compiled shape.
-      prompt_length: tokens a prompt takes at most, picture features included.
+      prompt_length: tokens a prompt takes at most, picture features included; 0 is a picture and 32 words, at least 64.
       answer_length: tokens an answer takes at most.
 
     Raises (constructor):
@@ -102,23 +102,25 @@ class Generator:
     """
 
     def __init__(
-        self, checkpoint: str | pathlib.Path, batch: int = 32, prompt_length: int = 64, answer_length: int = 40
+        self, checkpoint: str | pathlib.Path, batch: int = 32, prompt_length: int = 0, answer_length: int = 40
     ):
         step = find(checkpoint)
         meta = read_meta(step)
         self.config = config = ConfigDict(json.loads(meta["config"]))
-        if config.objective != "language_modeling":
+        if config.get("objective") != "language_modeling":
             raise ValueError(
                 f"{checkpoint} is a checkpoint of {config.name}; give one of a language stage (stage1 to 3)"
             )
         self.header = meta["data"]
-        self.text = TextTokenizer(json.loads(meta["tokenizer"]))
+        self.text = text_of(step)
         grid = self.header["positions"] == "grid" and self.header["selection"] != "all"
         self.vocabulary = Vocabulary(self.text.size, self.header["codes"], self.header["patches"] if grid else 0)
         self.objective = LanguageModeling(config, self)
         self.params = read_params(step)
-        self.batch, self.prompt_length, self.answer_length = batch, prompt_length, answer_length
         self.budget: int = config.model.unified.budget
+        picture = self.budget * (2 if grid else 1)
+        self.batch, self.answer_length = batch, answer_length
+        self.prompt_length = prompt_length or max(64, picture + 32)
         home = step.parent.parent if step.parent.name == "checkpoints" else step.parent
         places = {k: (home / v).resolve() for k, v in config.companions.items()}
         self.tokenizer_config, graph, self.tokenizer_params, fingerprint = open_tokenizer(places["tokenizer"])
@@ -129,8 +131,8 @@ class Generator:
             )
         self._tokenizer = lambda params: nnx.merge(graph, params)
         self.decoders = {}
-        for name, kind in (("detokenizer", PixelDecoding), ("unet", Denoising)):
-            if (places[name] / "checkpoints").exists():
+        for name, kind in DECODERS.items():
+            if name in places and (places[name] / "checkpoints").exists():
                 config_of = ConfigDict(json.loads(read_meta(places[name])["config"]))
                 self.decoders[name] = (kind(config_of, None), read_params(places[name]))
         self._encode = jax.jit(lambda p, x: self._tokenizer(p).encode(normalize_pixels(x)))
@@ -170,6 +172,7 @@ class Generator:
         kinds = jnp.asarray(v.kinds())
         # [/IMG] and </s> end; a text may not hold padding or a second beginning
         banned = [i for i in {self.text.pad, self.text.bos} if i is not None and i != self.text.eos]
+        banned += range(self.text.words, self.text.size)
         text_only = (kinds == vocab.TEXT).at[jnp.asarray(banned, jnp.int32)].set(False)[None]
 
         def next_logits(hidden_ND):
@@ -236,15 +239,38 @@ class Generator:
         found = [self.vocabulary.read_image(row, self.header["patches"]) for row in ids]
         return np.stack([c for c, _ in found]), np.stack([k for _, k in found])
 
-    def decode(self, codes: np.ndarray, keep: np.ndarray, decoder: str = "detokenizer", seed: int = 0) -> np.ndarray:
-        """Codes → pictures uint8 [N, S, S, 3], by "detokenizer" (direct) or "unet" (diffusion)."""
+    def decode(
+        self,
+        codes: np.ndarray,
+        keep: np.ndarray,
+        decoder: str = "",
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Codes → pictures uint8 [N, H, W, 3].
+
+        Args:
+          decoder: "detokenizer" (direct), "unet" (diffusion) or "unet_high" (SDXL); the first that is there if empty.
+          size: (H, W) of a diffusion's pictures; its configured square if None.
+
+        Raises:
+          ValueError: no such decoder, or a size that it cannot draw.
+        """
+        decoder = decoder or next(iter(self.decoders), "detokenizer")
         if decoder not in self.decoders:
-            raise ValueError(f"no {decoder} has been trained beside this model; there is {sorted(self.decoders)}")
+            raise ValueError(f"no {decoder} stands beside this model; there is {', '.join(self.decoders) or 'none'}")
         objective, params = self.decoders[decoder]
+        if size is not None:
+            unit = objective.size_unit
+            if not unit:
+                raise ValueError("the direct decoder draws one size; other sizes need --decoder=unet")
+            if size[0] % unit or size[1] % unit or min(size) < unit:
+                raise ValueError(f"a picture of {size[1]}x{size[0]} cannot be drawn; width and height go by {unit}")
         drawn = []
         for at in range(0, len(codes), self.batch):
             part = [_pad(x[at : at + self.batch], self.batch) for x in (codes, keep)]
-            drawn.append(np.asarray(objective.draw(params, *part, jax.random.key(seed + at))))
+            more = {} if size is None else {"size": size}
+            drawn.append(np.asarray(objective.draw(params, *part, jax.random.key(seed + at), **more)))
         return np.concatenate(drawn)[: len(codes)]
 
     def draw(self, prompts: Sequence[str], sampling: Sampling = Sampling(), seed: int = 0) -> np.ndarray:
@@ -341,7 +367,9 @@ def command() -> None:
     if not f.prompt:
         raise ValueError("give --prompt to draw, or --image to describe a picture")
     sampling = Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
-    pictures = generator.draw([f.prompt] * f.samples, sampling, f.seed)
+    codes, keep = generator.codes(generator.draw_ids([f.prompt] * f.samples, sampling, f.seed))
+    size = (int(f.height), int(f.width)) if f.height and f.width else None
+    pictures = generator.decode(codes, keep, f.decoder, f.seed, size)
     folder = pathlib.Path(f.output)
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
@@ -361,4 +389,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "Tokens to draw from; 0 is all.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus to draw from; 1 is all.")
     flags.DEFINE_integer("seed", 0, "Seed of the drawing.")
+    flags.DEFINE_enum("decoder", "", ["", *DECODERS], "What draws; the first of these that stands beside the model.")
+    flags.DEFINE_integer("height", 0, "Height of the pictures, where a U-Net draws; 0 is its own size.")
+    flags.DEFINE_integer("width", 0, "Width of the pictures, where a U-Net draws; 0 is its own size.")
     app.run(main)

@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from unimm_jax import main as process
 from unimm_jax import sharding, text
-from unimm_jax.checkpoint import Checkpoints
+from unimm_jax.checkpoint import Checkpoints, Stored
 from unimm_jax.interop import diffusion, lavit, llama, vision
 from unimm_jax.interop.files import BadFile, Tensors
 from unimm_jax.interop.table import Entry, compare, foreign_shapes, to_ours
@@ -34,9 +34,13 @@ from unimm_jax.models.tokenizer import TokenizerConfig, VisualTokenizer
 from unimm_jax.models.unified import UnifiedConfig, UnifiedModel
 from unimm_jax.models.vae import VAE, VAEConfig
 from unimm_jax.models.vit import ViT, ViTConfig
+from unimm_jax.pretokenize import open_tokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 KINDS = ("lavit", "language", *vision.UNUSED, "unet", "vae")
+
+
+Parted = dict[str, "tuple[Importer, dict[str, Any]]"]
 
 
 class Parts(nnx.Module):
@@ -60,8 +64,8 @@ class Importer:
 
     def __init__(self, make: Callable[..., nnx.Module]):
         abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0)))
-        self.mesh = sharding.make_mesh((1, -1, 1))
-        self.places = dict(sharding.flatten(sharding.param_shardings(abstract, self.mesh)))
+        mesh = sharding.make_mesh((1, -1, 1))
+        self.places = dict(sharding.flatten(sharding.param_shardings(abstract, mesh)))
         state = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
         self.shapes = {path: tuple(leaf.shape) for path, leaf in sharding.flatten(state)}
         self.problems: list[str] = []
@@ -94,7 +98,11 @@ class Importer:
         self.made[path] = value
 
     def load(self) -> dict[str, Any]:
-        """All parameters as a nested dict on the mesh, dtypes as in the files.
+        """All parameters as a nested dict, over all devices; see `read`."""
+        return sharding.unflatten(dict(self.read(self.places)))
+
+    def read(self, places: dict[str, Any]) -> Iterator[tuple[str, jax.Array]]:
+        """Pairs of path and array for the paths given, each on its sharding, dtypes as in the files.
 
         Raises:
           ValueError: what does not fit, all of it, or parameters that nothing gives.
@@ -105,23 +113,25 @@ class Importer:
             self.problems.append("nothing gives " + ", ".join(missing))
         if self.problems:
             raise ValueError("nothing was written:\n" + "\n".join(self.problems))
-        flat: dict[str, jax.Array] = {}
-        total = sum(int(np.prod(self.shapes[p])) for p in self.shapes)
+        total = sum(int(np.prod(self.shapes[p])) for p in places)
         done, began, told = 0, time.perf_counter(), 0.0
         for entry, read in self.jobs:
-            flat[entry.ours] = self._place(entry.ours, to_ours(entry, read, self.shapes[entry.ours]))
-            done += flat[entry.ours].size
+            if entry.ours not in places:
+                continue
+            array = to_ours(entry, read, self.shapes[entry.ours])
+            yield entry.ours, _place(array, places[entry.ours])
+            done += array.size
             if time.perf_counter() - told > 5:
                 told = time.perf_counter()
                 left = (total - done) / max(done, 1) * (told - began)
                 print(f"import  {done / 1e6:.0f} of {total / 1e6:.0f} million parameters  ETA {left:.0f} s", flush=True)
         for path, value in self.made.items():
-            flat[path] = self._place(path, value())
-        return sharding.unflatten(flat)
+            if path in places:
+                yield path, _place(value(), places[path])
 
-    def _place(self, path: str, array: np.ndarray) -> jax.Array:
-        placed = jax.make_array_from_callback(array.shape, self.places[path], array.__getitem__)
-        return jax.block_until_ready(placed)
+
+def _place(array: np.ndarray, place: Any) -> jax.Array:
+    return jax.block_until_ready(jax.make_array_from_callback(array.shape, place, array.__getitem__))
 
 
 def like_rows(importer: Importer, part: str, used: int, source: Tensors, name: str) -> None:
@@ -140,24 +150,25 @@ def like_rows(importer: Importer, part: str, used: int, source: Tensors, name: s
     importer.make(path, make)
 
 
-def import_language(source: pathlib.Path, codes: int) -> tuple[Importer, dict[str, Any]]:
-    """A Hugging Face language model; `codes` new rows beside [IMG] and [/IMG] come on top of its vocabulary."""
+def import_language(source: pathlib.Path, codes: int, patches: int = 0) -> tuple[Importer, dict[str, Any]]:
+    """A Hugging Face language model; rows for [IMG], [/IMG], `codes` and `patches` come on top of its vocabulary."""
     published = _config(source)
     published = published.get("text_config") or published
     shape = llama.language_config(published)
     config = LanguageConfig(**shape)
     tensors = Tensors(source)
     words = published["vocab_size"]
-    v = Vocabulary(words, codes)
+    v = Vocabulary(words, codes, patches)
     importer = Importer(
         functools.partial(Parts, language=functools.partial(LanguageModel, config, words, v.visual_rows))
     )
     tied = lambda name: config.tied and name == "lm_head.weight"
     unused = lambda name: tied(name) or name.endswith("rotary_emb.inv_freq")
     importer.add(llama.language(config, words, 0), tensors, unused)
-    like_rows(importer, "embed_visual", 2 + codes, tensors, "model.embed_tokens.weight")
+    used = 2 + codes + patches
+    like_rows(importer, "embed_visual", used, tensors, "model.embed_tokens.weight")
     if not config.tied:
-        like_rows(importer, "head_visual", 2 + codes, tensors, "lm_head.weight")
+        like_rows(importer, "head_visual", used, tensors, "lm_head.weight")
     return importer, {"language": shape}
 
 
@@ -279,6 +290,56 @@ def import_lavit(source: pathlib.Path) -> dict[str, tuple[Importer, dict[str, An
     return found
 
 
+def lavit_settings(part: str, model: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's config says beside the model, so that a part of LaVIT draws, answers and tokenizes as it is."""
+    size = model["encoder"]["image_size"]
+    found: dict[str, Any] = dict(dtype="float32", data=dict(image_size=size, sources="scenes"))
+    if part == "language":
+        found |= dict(objective="language_modeling", loss=dict(chunk=2048))
+        found["companions"] = dict(tokenizer="../tokenizer", unet="../detokenizer", unet_high="../detokenizer_high")
+    elif part.startswith("detokenizer"):
+        loss = dict(unshuffle=1, prediction="epsilon", context_dropout=0.1, guidance=1.5, sampling_steps=50)
+        found |= dict(objective="denoising", loss=loss)
+        shrink = 2 ** (len(VAEConfig(**model["vae"]).block_out_channels) - 1)
+        found["data"]["pixel_size"] = shrink * (128 if part.endswith("high") else 64)  # 1024 and 512 as published
+    return found
+
+
+def plan(source: pathlib.Path, kind: str, codes: int, patches: int = 0) -> Parted:
+    """What a source holds, part by part, nothing read yet; all but LaVIT have one part, ""."""
+    if kind == "lavit":
+        return import_lavit(source)
+    if kind == "language":
+        return {"": import_language(source, codes, patches)}
+    if kind in ("unet", "vae"):
+        return {"": (import_unet if kind == "unet" else import_vae)(source)}
+    return {"": import_vision(source, kind)}
+
+
+def open_source(path: pathlib.Path, entry: dict[str, Any], vocabulary: Vocabulary | None = None) -> Stored | Importer:
+    """What an entry of `init_from` names: a checkpoint, or published weights as they were downloaded.
+
+    Args:
+      entry: may hold `kind` (one of KINDS; told by config.json if absent) and `part`, which part of LaVIT.
+      vocabulary: of the stage; a language model gets rows for all of it.
+
+    Raises:
+      ValueError: neither, or weights that do not fit.
+    """
+    if path.is_dir() and ((path / "checkpoints").exists() or (path / "state").exists()):
+        return Stored(path)
+    try:
+        kind = entry.get("kind") or guess_kind(path)
+    except ValueError as error:
+        raise ValueError(f"config.init_from: {path} holds neither a checkpoint nor known weights ({error})") from None
+    v = vocabulary or Vocabulary(0, 16384)
+    parts = plan(path, kind, v.codes, v.patches)
+    part = entry.get("part", "")
+    if part not in parts:
+        raise ValueError(f"config.init_from: {path} has the parts {', '.join(parts)}; put one of them as part=")
+    return parts[part][0]
+
+
 def import_weights(source: str, output: str, kind: str = "", codes: int = 16384) -> None:
     """Imports a source into checkpoints under `output`; see the module.
 
@@ -291,29 +352,26 @@ def import_weights(source: str, output: str, kind: str = "", codes: int = 16384)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{output} is not empty; give another --output")
     kind = kind or guess_kind(place)
-    parts: dict[str, tuple[Importer, dict[str, Any]]]
-    if kind == "lavit":
-        parts = import_lavit(place)
-    elif kind == "language":
-        parts = {"": import_language(place, codes)}
-    elif kind == "unet":
-        parts = {"": import_unet(place)}
-    elif kind == "vae":
-        parts = {"": import_vae(place)}
-    else:
-        parts = {"": import_vision(place, kind)}
+    parts = plan(place, kind, codes)
     problems = [problem for importer, _ in parts.values() for problem in importer.problems]
     if problems:
         raise ValueError("nothing was written:\n" + "\n".join(dict.fromkeys(problems)))
-    tokenizer = find_text_tokenizer(place) if kind in ("language", "lavit") else None
+    words = find_text_tokenizer(place, kind, parts) if kind in ("language", "lavit") else None
     for name, (importer, model) in parts.items():
         began = time.perf_counter()
         params = importer.load()
         config = ConfigDict({"name": f"import:{kind}", "stage": name or kind, "size": "imported", "model": model})
+        data: dict[str, Any] = {"source": place.name, "kind": kind}
+        if kind == "lavit":
+            config.update(lavit_settings(name, model))
+        if kind == "lavit" and name == "language":
+            e, t = ViTConfig(**model["encoder"]), TokenizerConfig(**model["tokenizer"])
+            data |= dict(patches=e.patches, codes=t.codes, positions=t.positions, selection=t.selection)
+            data |= dict(image_size=e.image_size, fingerprint=open_tokenizer(target / "tokenizer")[3])
         meta = {
             "config": config.to_json_best_effort(),
-            "data": {"source": place.name, "kind": kind},
-            "tokenizer": json.dumps(tokenizer.payload if tokenizer else None),
+            "data": data,
+            "tokenizer": json.dumps(words.payload if words else None),
             "step": 0,
             "seconds": time.perf_counter() - began,
         }
@@ -349,13 +407,14 @@ def guess_kind(source: pathlib.Path) -> str:
     )
 
 
-def find_text_tokenizer(source: pathlib.Path) -> text.TextTokenizer | None:
-    """The text tokenizer beside a language model, if there is one."""
-    for folder in (source, source / "language_model"):
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (folder / name).exists():
-                return text.load(str(folder / name))
-    return None
+def find_text_tokenizer(source: pathlib.Path, kind: str, parts: Parted) -> text.TextTokenizer | None:
+    """The text tokenizer beside a language model, if there is one; no text of LaVIT's begins with <s>."""
+    folder = source / "language_model" if kind == "lavit" else source
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    importer = parts["language" if kind == "lavit" else ""][0]
+    rows = importer.shapes["language/embed_text"][0]
+    return text.load(str(folder), rows=rows, **({"begin": False} if kind == "lavit" else {}))
 
 
 def _config(source: pathlib.Path) -> dict[str, Any]:

@@ -38,6 +38,20 @@ def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, Any, s
     return config, nnx.graphdef(model), params, digest.hexdigest()[:16]
 
 
+def text_of(workdir: str | pathlib.Path) -> text.TextTokenizer:
+    """The text tokenizer that travels in a checkpoint.
+
+    Raises:
+      ValueError: none does.
+    """
+    payload = json.loads(read_meta(find(workdir))["tokenizer"])
+    if payload is None:
+        raise ValueError(
+            f"{workdir} carries no text tokenizer; give a tokenizer.json or a .model file beside its weights"
+        )
+    return text.TextTokenizer(payload)
+
+
 def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_size: int, batch: int) -> None:
     """Tokenizes every usable record of the sources and writes them to `output`; does nothing if that is already done.
 
@@ -58,7 +72,12 @@ def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_
         return
     config.data.sources = sources
     pictures = pipeline.open_pictures(config.data)
-    words = text.load(text_path) if text_path else text.train(sorted(set(pipeline.all_texts(pictures))), text_size)
+    if (pathlib.Path(text_path) / "checkpoints").exists() and text_path:
+        words = text_of(text_path)
+    elif text_path:
+        words = text.load(text_path)
+    else:
+        words = text.train(sorted(set(pipeline.all_texts(pictures))), text_size)
     encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(normalize_pixels(images)))
     writer = RecordWriter(output, words)
     total, done, kept, began = sum(len(p) for p in pictures), 0, 0, time.perf_counter()
@@ -118,7 +137,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("tokenizer", None, "Workdir of the tokenizer stage.", required=True)
     flags.DEFINE_string("output", None, "Directory that gets the records.", required=True)
     flags.DEFINE_string("sources", "", "Data sources; those that the tokenizer was trained on if empty.")
-    flags.DEFINE_string("text_tokenizer", "", "tokenizer.json or sentencepiece model; one is trained if empty.")
+    flags.DEFINE_string(
+        "text_tokenizer", "", "tokenizer.json, .model, a folder or checkpoint that holds one; else trained."
+    )
     flags.DEFINE_integer("text_size", 512, "Ids of the text tokenizer that is trained.", lower_bound=300)
     flags.DEFINE_integer("batch_size", 256, "Pictures at a time.", lower_bound=1)
     app.run(main)

@@ -16,18 +16,20 @@ class TextTokenizer:
     """Strings to ids and back; no special token is added to what is encoded.
 
     Attributes:
-      size: number of ids.
+      words: number of ids that stand for text.
+      size: number of text rows of the model, at least `words`; published models have some spare ones.
       eos: id that ends an answer. bos: id that begins a text, or None. pad: id of padding.
-      payload: JSON-able description from which `from_payload` makes an equal tokenizer; travels in checkpoints.
+      payload: JSON-able description from which the constructor makes an equal tokenizer; travels in checkpoints. Beside
+        kind and model it may say `rows` (the size) and `begin` False (no text begins with bos; LaVIT).
     """
 
-    def __init__(self, payload: dict[str, str]):
+    def __init__(self, payload: dict[str, Any]):
         self.payload = payload
         if payload["kind"] == "tokenizers":
             import tokenizers
 
             self._fast: Any = tokenizers.Tokenizer.from_str(payload["model"])
-            self.size: int = self._fast.get_vocab_size()
+            self.words: int = self._fast.get_vocab_size()
             find = lambda *names: next((i for i in map(self._fast.token_to_id, names) if i is not None), None)
             bos = find(BOS, "<|begin_of_text|>", "<bos>")
             eos = find(EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
@@ -36,13 +38,14 @@ class TextTokenizer:
             import sentencepiece
 
             self._piece = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(payload["model"]))
-            self.size = self._piece.get_piece_size()
+            self.words = self._piece.get_piece_size()
             bos, eos, pad = (
                 i if i >= 0 else None for i in (self._piece.bos_id(), self._piece.eos_id(), self._piece.pad_id())
             )
         if eos is None:
             raise ValueError("the text tokenizer has no end-of-text token (</s>, <|end_of_text|>, <|endoftext|>)")
-        self.bos: int | None = bos
+        self.size: int = max(self.words, payload.get("rows", 0))
+        self.bos: int | None = bos if payload.get("begin", True) else None
         self.eos: int = eos
         self.pad: int = eos if pad is None else pad
         self.encode = functools.lru_cache(maxsize=200_000)(self._encode)
@@ -55,7 +58,7 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, special tokens and ids that are not text left out."""
         specials = {self.bos, self.eos, self.pad}
-        kept = [int(i) for i in ids if int(i) < self.size and int(i) not in specials]
+        kept = [int(i) for i in ids if int(i) < self.words and int(i) not in specials]
         return (self._fast if self.payload["kind"] == "tokenizers" else self._piece).decode(kept).strip()
 
     def as_tokenizers(self) -> Any:
@@ -88,8 +91,11 @@ class TextTokenizer:
         return (TextTokenizer, (self.payload,))
 
 
-def load(path: str) -> TextTokenizer:
-    """Opens a `tokenizer.json` or a sentencepiece `.model` file.
+def load(path: str, **more: Any) -> TextTokenizer:
+    """Opens a `tokenizer.json` or a sentencepiece `.model` file, or a folder that holds one.
+
+    Args:
+      more: further entries of the payload. A folder's `config.json` gives `rows`, if they do not.
 
     Raises:
       ValueError: no such file, or one that the library cannot read.
@@ -99,13 +105,15 @@ def load(path: str) -> TextTokenizer:
         found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).exists()]
         if not found:
             raise ValueError(f"{path} holds neither tokenizer.json nor tokenizer.model")
+        if (file / "config.json").exists():
+            more = {"rows": json.loads((file / "config.json").read_text()).get("vocab_size", 0)} | more
         file = found[0]
     if not file.exists():
         raise ValueError(f"no text tokenizer at {path}; give a tokenizer.json or a sentencepiece .model file")
     try:
         if file.suffix == ".json":
-            return TextTokenizer({"kind": "tokenizers", "model": file.read_text()})
-        return TextTokenizer({"kind": "sentencepiece", "model": base64.b64encode(file.read_bytes()).decode()})
+            return TextTokenizer({"kind": "tokenizers", "model": file.read_text()} | more)
+        return TextTokenizer({"kind": "sentencepiece", "model": base64.b64encode(file.read_bytes()).decode()} | more)
     except Exception as error:
         raise ValueError(f"{file} cannot be read as a text tokenizer: {error}") from error
 

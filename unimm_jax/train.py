@@ -5,6 +5,7 @@ by (seed, step), so that a resumed run ends with the same bits as an uninterrupt
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 
 from unimm_jax import config as config_lib
-from unimm_jax import objectives, optim, sharding, text
+from unimm_jax import import_weights, objectives, optim, sharding, text
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.data import pipeline
 from unimm_jax.metrics import Writer
@@ -86,7 +87,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             print(f"{config.name}: goes on from step {newest}", flush=True)
         else:
             params = jax.jit(objective.init, out_shardings=places)(jax.random.key(config.seed))
-            params = init_from(params, places, [dict(e) for e in config.init_from], workdir)
+            opener = functools.partial(import_weights.open_source, vocabulary=data.vocabulary)
+            params = init_from(params, places, [dict(e) for e in config.init_from], workdir, opener)
             params = objective.prepare(params, _on_mesh(data.iterate(), mesh))
             opt = jax.jit(tx.init, out_shardings=opt_places)(optim.split(params, rules)[0])
             zero = jax.device_put(jnp.asarray(0, jnp.int32), replicated)

@@ -105,6 +105,42 @@ def vae_config(published: dict[str, Any]) -> dict[str, Any]:
     return _tuples({k: published[k] for k in VAE_KEYS if published.get(k) is not None})
 
 
+def published_unet(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`unet/config.json` from `UNetConfig`'s values; the inverse of `unet_config`."""
+    found = {"_class_name": "UNet2DConditionModel"} | {k: settings[k] for k in UNET_KEYS}
+    if not settings["addition_embed_type"]:
+        for key in ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            found.pop(key)
+    return found | {"use_linear_projection": linear_projection(settings)}
+
+
+def linear_projection(settings: Mapping[str, Any]) -> bool:
+    """Whether proj_in and proj_out are written as linear layers: SDXL's are, Stable Diffusion 1.5's are not."""
+    return bool(settings["addition_embed_type"])
+
+
+def published_vae(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`vae/config.json` from `VAEConfig`'s values; the inverse of `vae_config`."""
+    levels = len(settings["block_out_channels"])
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return {"_class_name": "AutoencoderKL"} | {k: settings[k] for k in VAE_KEYS} | blocks
+
+
+# What the samplers here do, in the words of `diffusers`' DDIMScheduler.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
 def _wrong(published: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> list[str]:
     return [f"{k} {published[k]!r}" for k, values in fixed.items() if k in published and published[k] not in values]
 

@@ -300,12 +300,12 @@ class VisualTokenizer(nn.Module):
         keep = self.decide(x)
         return keep, self.quantizer(self.merger.dense(x, keep))
 
-    def decode(self, codes, keep):
-        """Codes at their patches → features [B, P, D]."""
+    def decode(self, codes, keep, decoder=None):
+        """Codes at their patches → features [B, P, D], by the tokenizer's own decoder or another."""
         index = torch.arange(keep.shape[1], device=keep.device).expand_as(codes)
         if self.t["positions"] != "grid":
             index = (keep.long().cumsum(-1) - 1).clamp(min=0)
-        return self.decoder(self.quantizer.codebook[codes], index, keep)
+        return (decoder or self.decoder)(self.quantizer.codebook[codes], index, keep)
 
 
 class PixelDecoder(nn.Module):
@@ -496,6 +496,57 @@ def alphas(device):
 # ---- The whole -------------------------------------------------------------------------------------------------------
 
 
+class AttentionPool(nn.Module):
+    """The mean of all patches reads every patch."""
+
+    def __init__(self, width, heads, d_out, patches):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(patches + 1, width))
+        self.attention = Attention(width, heads, d_out=d_out)
+
+    def forward(self, x):
+        """[B, P, D] → [B, d_out]."""
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positions
+        return self.attention(x[:, :1], x)[:, 0]
+
+
+class Conditioner(nn.Module):
+    """What a published U-Net reads in place of a prompt."""
+
+    def __init__(self, width, patches, c):
+        super().__init__()
+        if c["pooled"]:
+            self.context1, self.context2 = nn.Linear(width, c["context"]), nn.Linear(width, c["pooled"])
+            self.pool = AttentionPool(width, c["heads"], c["pooled"], patches)
+        else:
+            self.context = nn.Linear(width, c["context"])
+        if c["empty"]:
+            self.empty = nn.Parameter(torch.zeros(c["empty"], c["context"]))
+
+    def forward(self, x):
+        """Features [B, P, D] → context, pooled or None, which rows are read; the unconditional half below."""
+        if hasattr(self, "pool"):
+            context, pooled = torch.cat([self.context1(x), self.context2(x)], -1), self.pool(x)
+            pooled = torch.cat([pooled, torch.zeros_like(pooled)])
+        else:
+            context, pooled = self.context(x), None
+        nothing, mask = torch.zeros_like(context), torch.ones(2, *context.shape[:2], dtype=torch.bool, device=x.device)
+        if hasattr(self, "empty"):
+            nothing[:, : len(self.empty)] = self.empty
+            mask[1, :, len(self.empty) :] = False
+        return torch.cat([context, nothing]), pooled, mask.flatten(0, 1)
+
+
+class LatentDecoder(nn.Module):
+    """What stands before a U-Net of latents: its feature decoder and conditioner. The U-Net is opened by diffusers."""
+
+    def __init__(self, encoder, tokenizer, conditioner):
+        super().__init__()
+        patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
+        self.decoder = FeatureDecoder(encoder["width"], patches, tokenizer)
+        self.conditioner = Conditioner(encoder["width"], patches, conditioner)
+
+
 class UniMM(nn.Module):
     """One decoder-only language model that reads pictures and draws them."""
 
@@ -515,6 +566,10 @@ class UniMM(nn.Module):
             self.direct = PixelDecoder(m["pixel_decoder"], width, m["encoder"]["patch_size"])
         if "unet" in m:
             self.unet = UNet(m["unet"])
+        latent = {
+            k: LatentDecoder(m["encoder"], m["tokenizer"], d["conditioner"]) for k, d in settings["latent"].items()
+        }
+        self.latent, self.folder, self.opened = nn.ModuleDict(latent), None, {}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -534,6 +589,7 @@ class UniMM(nn.Module):
         model = cls(settings, language, AutoTokenizer.from_pretrained(folder))
         weights = load_file(folder / "unimm.safetensors")
         own = {k for k in model.state_dict() if not k.startswith("language.")}
+        model.folder = folder
         if own != set(weights):
             raise ValueError(f"{folder} does not fit: {sorted(own ^ set(weights))[:10]}")
         model.load_state_dict(weights, strict=False)
@@ -661,36 +717,71 @@ class UniMM(nn.Module):
         return codes, keep
 
     @torch.no_grad()
-    def decode(self, codes, keep, decoder="direct", noise=None, generator=None):
-        """Codes → uint8 [N, H, W, 3], by the direct decoder or by the U-Net ("unet") from `noise` [N, h, w, C]."""
-        x = self.tokenizer.decode(codes, keep)
+    def decode(self, codes, keep, decoder="", noise=None, generator=None, size=None):
+        """Codes → uint8 [N, H, W, 3].
+
+        `decoder` is "direct", "unet" or "unet_high" (empty: the first that this model has). A U-Net starts from `noise`
+        [N, h, w, C] if given; `size` (H, W) is for U-Nets of latents, which need diffusers installed.
+        """
+        decoder = decoder or ("direct" if hasattr(self, "direct") else "unet")
         if decoder == "direct":
-            pixels = self.direct(x)
+            pixels = self.direct(self.tokenizer.decode(codes, keep))
+        elif decoder in self.latent:
+            pixels = (self.decode_latent(decoder, codes, keep, noise, generator, size) + 1) / 2
         else:
-            pixels = (self.diffuse(x, noise, generator) + 1) / 2
+            pixels = (self.decode_pixels(self.tokenizer.decode(codes, keep), noise, generator) + 1) / 2
         return (pixels.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
-    def diffuse(self, context, noise, generator):
-        """DDIM with guidance in unshuffled pixel space: [N, H, W, 3] in [-1, 1]."""
+    def decode_pixels(self, context, noise, generator):
+        """A U-Net of unshuffled pixels: [N, H, W, 3] in [-1, 1]."""
         d = self.settings["diffusion"]
         side = self.settings["model"]["encoder"]["image_size"] // d["unshuffle"]
         if noise is None:
             noise = torch.randn(len(context), side, side, 3 * d["unshuffle"] ** 2, generator=generator)
-        x, table = noise.permute(0, 3, 1, 2).to(context.device), alphas(context.device)
         both = torch.cat([context, torch.zeros_like(context)])
-        stride = 1000 // d["steps"]
+        predict = lambda x, steps: self.unet(x.to(context.dtype), steps, both)
+        x = self.diffuse(predict, noise.permute(0, 3, 1, 2).to(context.device), d, clip=True)
+        return unpatchify(x.permute(0, 2, 3, 1).flatten(1, 2), d["unshuffle"])
+
+    def decode_latent(self, name, codes, keep, noise, generator, size):
+        """A U-Net of an autoencoder's latents: [N, H, W, 3] in about [-1, 1]."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        d, part = self.settings["latent"][name], self.latent[name]
+        x = self.tokenizer.decode(codes, keep, part.decoder)
+        if name not in self.opened:
+            folder, options = self.folder / d["folder"], {"torch_dtype": x.dtype}
+            unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+            self.opened[name] = unet.to(x.device), AutoencoderKL.from_pretrained(folder / "vae", **options).to(x.device)
+        unet, vae = self.opened[name]
+        height, width = size or (d["pixel_size"],) * 2
+        shrink = 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (len(codes), height // shrink, width // shrink, vae.config.latent_channels)
+        noise = torch.randn(shape, generator=generator) if noise is None else noise
+        context, pooled, mask = part.conditioner(x)
+        more = {}
+        if pooled is not None:
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
+        predict = lambda z, t: unet(z.to(x.dtype), t, context, encoder_attention_mask=mask, **more).sample
+        z = self.diffuse(predict, noise.permute(0, 3, 1, 2).to(x.device), d, clip=False)
+        return vae.decode(z.to(x.dtype) / vae.config.scaling_factor).sample.permute(0, 2, 3, 1)
+
+    def diffuse(self, predict, x, d, clip):
+        """DDIM with guidance from noise [N, C, h, w]; `predict` takes and gives both halves, conditional first."""
+        table, stride = alphas(x.device), 1000 // d["steps"]
         for t in range((d["steps"] - 1) * stride + 1, 0, -stride):
             t = min(t, 999)
             a, b = table[t], table[t - stride] if t >= stride else table[0]
-            steps = torch.full((len(both),), t, device=x.device)
-            found, free = self.unet(torch.cat([x, x]).to(context.dtype), steps, both).float().chunk(2)
+            steps = torch.full((2 * len(x),), t, device=x.device)
+            found, free = predict(torch.cat([x, x]), steps).float().chunk(2)
             guided = free + d["guidance"] * (found - free)
             clean = guided if d["prediction"] == "sample" else (x - (1 - a).sqrt() * guided) / a.sqrt()
-            clean = clean.clamp(-1, 1)
+            clean = clean.clamp(-1, 1) if clip else clean
             eps = (x - a.sqrt() * clean) / (1 - a).sqrt()
             x = b.sqrt() * clean + (1 - b).sqrt() * eps
-        return unpatchify(x.permute(0, 2, 3, 1).flatten(1, 2), d["unshuffle"])
+        return x
 
-    def draw(self, prompts, decoder="direct", **sampling):
+    def draw(self, prompts, decoder="", size=None, **sampling):
         """Prompts → uint8 [N, H, W, 3]."""
-        return self.decode(*self.codes(self.draw_ids(prompts, **sampling)), decoder)
+        return self.decode(*self.codes(self.draw_ids(prompts, **sampling)), decoder, size=size)

@@ -10,6 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unimm_jax.models.conditioner import ConditionerConfig
+from unimm_jax.models.contrastive import TextTowerConfig
+from unimm_jax.models.denoiser import UNetConfig
+from unimm_jax.models.language import LanguageConfig
+from unimm_jax.models.pixel_decoder import PixelDecoderConfig
+from unimm_jax.models.tokenizer import TokenizerConfig
+from unimm_jax.models.unified import UnifiedConfig
+from unimm_jax.models.vae import VAEConfig
+from unimm_jax.models.vit import ViTConfig
+
 Tree = Any
 Batch = dict[str, Any]
 
@@ -67,27 +77,19 @@ class Objective:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(self.abstract, nnx.Param)))
 
 
+SECTIONS = {
+    "encoder": ViTConfig,
+    "tokenizer": TokenizerConfig,
+    "text_tower": TextTowerConfig,
+    "unet": UNetConfig,
+    "vae": VAEConfig,
+    "conditioner": ConditionerConfig,
+    "pixel_decoder": PixelDecoderConfig,
+    "language": LanguageConfig,
+    "unified": UnifiedConfig,
+}
+
+
 def models(config: Any) -> dict[str, Any]:
     """The config's model sections as the dataclasses that the models take."""
-    from unimm_jax.models.conditioner import ConditionerConfig
-    from unimm_jax.models.contrastive import TextTowerConfig
-    from unimm_jax.models.denoiser import UNetConfig
-    from unimm_jax.models.language import LanguageConfig
-    from unimm_jax.models.pixel_decoder import PixelDecoderConfig
-    from unimm_jax.models.tokenizer import TokenizerConfig
-    from unimm_jax.models.unified import UnifiedConfig
-    from unimm_jax.models.vae import VAEConfig
-    from unimm_jax.models.vit import ViTConfig
-
-    kinds = {
-        "encoder": ViTConfig,
-        "tokenizer": TokenizerConfig,
-        "text_tower": TextTowerConfig,
-        "unet": UNetConfig,
-        "vae": VAEConfig,
-        "conditioner": ConditionerConfig,
-        "pixel_decoder": PixelDecoderConfig,
-        "language": LanguageConfig,
-        "unified": UnifiedConfig,
-    }
-    return {name: kinds[name](**dict(section)) for name, section in config.model.items() if name in kinds}
+    return {name: SECTIONS[name](**dict(section)) for name, section in config.model.items() if name in SECTIONS}

@@ -35,6 +35,16 @@ class Detokenizer(nnx.Module):
 class _FromCodes(Objective):
     """Batch: images uint8 [B, H, W, 3], codes int32 [B, P], keep boolean [B, P]."""
 
+    @property
+    def latent(self) -> bool:
+        """Whether the clean signal is an autoencoder's latents."""
+        return "vae" in self.config.model
+
+    @property
+    def size_unit(self) -> int:
+        """What width and height of a drawn picture must be multiples of; 0 where one size is drawn."""
+        return 0
+
     def __init__(self, config: Any, data: Any):
         m = models(config)
         super().__init__(config, lambda r: Detokenizer(m, rngs=r))
@@ -105,9 +115,11 @@ class Denoising(_FromCodes):
         return loss, Aux({})
 
     @property
-    def latent(self) -> bool:
-        """Whether the clean signal is an autoencoder's latents."""
-        return "vae" in self.config.model
+    def size_unit(self) -> int:
+        """What width and height of a drawn picture must be multiples of."""
+        m = models(self.config)
+        halvings = 2 ** (len(m["unet"].block_out_channels) - 1)
+        return halvings * (2 ** (len(m["vae"].block_out_channels) - 1) if self.latent else self.config.loss.unshuffle)
 
     def _conditions(self, model, features_BPD, size):
         """What the U-Net reads without and with the picture: two tuples (context, pooled, sizes, mask), None for parts
