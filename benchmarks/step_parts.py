@@ -31,7 +31,7 @@ def main(run: str) -> None:
     trained, frozen, multipliers = optim.split(read_params(f"{run}/stage3"), rules)
     tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
     state, key = tx.init(trained), jax.random.key(0)
-    batch = jax.tree.map(jnp.asarray, next(iter(data.iterate())))
+    batch = jax.tree.map(jnp.asarray, next(data.iterate(config.train.batch_size)))
     module = lambda t: objective.module(optim.join(t, frozen))
     pixels = normalize_pixels(batch["images"].reshape(-1, *batch["images"].shape[2:]))
     masks = batch["keep"].reshape(-1, batch["keep"].shape[-1])

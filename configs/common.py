@@ -87,6 +87,7 @@ def base(stage: str, size: str) -> ConfigDict:
             picture_every=1_000_000,
             keep=2,  # checkpoints
             use_previous_checkpoint=True,  # when the newest is damaged
+            watchdog=600.0,  # seconds without a step after which all stacks are printed; 0 is never
         )
     )
     c.optimizer = ConfigDict(
@@ -145,9 +146,9 @@ def encoder(size: str) -> ConfigDict:
         )
     if size == "illume-7b":
         return ConfigDict(
-            dict(width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat=True)
+            dict(width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat="full")
         )
-    return ConfigDict(dict(remat=True))
+    return ConfigDict(dict(remat="full"))
 
 
 def tokenizer(size: str) -> ConfigDict:
@@ -187,8 +188,8 @@ def tokenizer(size: str) -> ConfigDict:
             )
         )
     if size == "illume-7b":
-        return ConfigDict(dict(mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat=True))
-    return ConfigDict(dict(remat=True))
+        return ConfigDict(dict(mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat="full"))
+    return ConfigDict(dict(remat="full"))
 
 
 def language(size: str) -> ConfigDict:
@@ -197,7 +198,7 @@ def language(size: str) -> ConfigDict:
         return ConfigDict(dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False))
     if size == "one_gpu":
         return ConfigDict(dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408))
-    return ConfigDict(dict(remat=True))
+    return ConfigDict(dict(remat="full"))
 
 
 def language_stage(stage: str, size: str) -> ConfigDict:
@@ -210,7 +211,7 @@ def language_stage(stage: str, size: str) -> ConfigDict:
     patches = (c.data.image_size // c.model.encoder.get("patch_size", 14)) ** 2
     way_in = "features" if flavour(size) == "illume" else "merger"
     c.model.unified = ConfigDict(dict(way_in=way_in, budget=patches))
-    c.loss = ConfigDict(dict(chunk=0 if size == "laptop" else 2048))  # rows of logits at a time; 0 is all
+    c.loss = ConfigDict(dict(chunk=0 if small else 1024))  # positions of a row whose logits exist at once; 0 is all
     c.companions = ConfigDict(dict(tokenizer="../tokenizer", detokenizer="../pixel_decoder", unet="../detokenizer"))
     c.data.records = "../records"
     c.data.row_length = 64 if small else 2048

@@ -1,7 +1,10 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from unimm_jax.models import attention as A
 from unimm_jax.models.language import LanguageConfig, LanguageModel
@@ -105,8 +108,55 @@ def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
 
     from flax import nnx
 
-    scanned = LanguageModel(dataclasses.replace(lm.config, scan=True, remat=True), 20, 12, rngs=nnx.Rngs(params=0))
+    scanned = LanguageModel(dataclasses.replace(lm.config, scan=True, remat="full"), 20, 12, rngs=nnx.Rngs(params=0))
     shapes = lambda m: jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
     assert shapes(scanned) == shapes(lm)
     x, ones = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.ones((1, 6), jnp.int32)
     assert jnp.allclose(scanned(x, jnp.arange(6)[None], ones), lm(x, jnp.arange(6)[None], ones), atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, groups, width", [(4, 1, 128), (4, 2, 32)])
+def test_splash_attention_is_attention(heads, groups, width):
+    """The TPU kernel's own program, interpreted: values and gradients, packed rows, grouped queries, narrow heads."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 128, heads, width))
+    k, v = (jax.random.normal(key, (2, 128, heads // groups, width)) for key in keys[1:3])
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], 32, axis=1))
+    real = (segments > 0)[..., None, None]
+    out = jax.random.normal(keys[3], q.shape) * real
+
+    def of(attend):
+        value, back = jax.vjp(lambda *qkv: jnp.where(real, attend(*qkv), 0), q, k, v)
+        return [value, *back(out)]
+
+    plain = of(A.causal_attention(segments))
+    for found, wanted in zip(of(lambda *x: A.splash_attention(*x, segments, interpret=True)), plain, strict=True):
+        assert jnp.allclose(found, wanted, atol=1e-4), jnp.abs(found - wanted).max()
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+def test_no_remat_policy_changes_a_gradient(remat):
+    config = LanguageConfig(width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=32)
+    segments, positions = jnp.ones((1, 6), int), jnp.arange(6)[None]
+    tokens = jnp.asarray([[1, 5, 21, 22, 3, 0]])
+
+    def grads(**changes):
+        lm = LanguageModel(dataclasses.replace(config, **changes), 20, 12, rngs=nnx.Rngs(params=0))
+        graph, params = nnx.split(lm)
+        loss = lambda p: (lambda m: (m(m.embed(tokens), positions, segments) ** 2).sum())(nnx.merge(graph, p))
+        return jax.tree.leaves(jax.grad(loss)(params))
+
+    for scan in (True, False):
+        for a, b in zip(grads(remat=remat, scan=scan), grads(remat="none", scan=scan), strict=True):
+            assert jnp.allclose(a, b, atol=1e-5)
+
+
+def test_the_door_chooses_by_what_the_mesh_is_made_of(monkeypatch):
+    taken = []
+    monkeypatch.setattr(A, "splash_attention", lambda q, k, v, s: taken.append("splash") or q)
+    monkeypatch.setattr(A, "attention", lambda q, k, v, m, kind=None: taken.append(kind or "xla") or q)
+    q = jnp.zeros((1, 128, 2, 8), jnp.bfloat16)
+    for where, x in (("tpu", q), ("tpu", q[:, :100]), ("gpu", q), ("gpu", q.astype(jnp.float32)), ("cpu", q)):
+        monkeypatch.setattr(A, "platform", lambda where=where: where)
+        A.causal_attention(jnp.ones(x.shape[:2], int))(x, x, x)
+    assert taken == ["splash", "xla", "cudnn", "xla", "xla"]

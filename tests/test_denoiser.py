@@ -60,7 +60,7 @@ def test_both_predictions_train_and_draw(run, prediction):
     data = pipeline.open_input(config)
     objective = objectives.build(config, data)
     params = objective.init(jax.random.key(0))
-    batch = next(data.iterate())
+    batch = next(data.iterate(8))
     loss, _ = objective.loss(params, batch, jax.random.key(0), 0)
     assert jnp.isfinite(loss)
     drawn = objective.draw(params, batch["codes"], batch["keep"], jax.random.key(0))
@@ -89,7 +89,7 @@ def test_denoising_in_latent_space(run, kind):
     data = pipeline.open_input(config)
     objective = objectives.build(config, data)
     params = objective.init(jax.random.key(0))
-    batch = next(data.iterate())
+    batch = next(data.iterate(8))
     assert batch["images"].shape == (8, 32, 32, 3)
     trained, frozen, _ = optim.split(params, [(p, v) for p, v in config.optimizer.rules])
     loss = lambda t: objective.loss(optim.join(t, frozen), batch, jax.random.key(1), 0)[0]

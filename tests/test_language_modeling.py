@@ -1,24 +1,28 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import tiny
 
-from unimm_jax import text
+from unimm_jax import objectives, text
+from unimm_jax.data import pipeline
 from unimm_jax.objectives.language_modeling import chunked_cross_entropy
 
 
 @pytest.mark.parametrize("chunk", [0, 4, 7, 50])
 def test_chunks_change_neither_loss_nor_gradient(chunk):
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden, head = jax.random.normal(keys[0], (20, 8)), jax.random.normal(keys[1], (32, 8))
-    targets = jax.random.randint(keys[2], (20,), 0, 30)
+    hidden, head = jax.random.normal(keys[0], (2, 10, 8)), jax.random.normal(keys[1], (32, 8))
+    targets = jax.random.randint(keys[2], (2, 10), 0, 30)
+    weights = jnp.arange(20).reshape(2, 10)
 
     def plain(hidden, head):
         logits = jnp.where(jnp.arange(32) < 30, hidden @ head.T, -jnp.inf)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
     chunked = lambda hidden, head: chunked_cross_entropy(hidden, head, targets, 30, chunk)
     assert jnp.allclose(chunked(hidden, head), plain(hidden, head), atol=1e-5)
-    grad = lambda f: jax.grad(lambda h, w: (f(h, w) * jnp.arange(20)).sum(), argnums=(0, 1))(hidden, head)
+    grad = lambda f: jax.grad(lambda h, w: (f(h, w) * weights).sum(), argnums=(0, 1))(hidden, head)
     for found, expected in zip(grad(chunked), grad(plain), strict=True):
         assert jnp.allclose(found, expected, atol=1e-4)
     assert (grad(chunked)[1][30:] == 0).all()  # padded rows never win and never train
@@ -39,3 +43,29 @@ def test_a_trained_text_tokenizer_travels_and_reads_back(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         text.load(str(tmp_path / "broken.json"))
+
+
+STAGES = ("encoder", "selector", "tokenizer", "pixel_decoder", "detokenizer", "stage1", "stage3")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batchs_shapes_are_known_without_data(run, stage):
+    config = tiny(stage, data__records=str(run / "records"))
+    batch = next(pipeline.open_input(config).iterate(config.train.batch_size))
+    shapes = pipeline.batch_shapes(config)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == shapes
+
+
+def test_the_formula_of_a_steps_operations_is_what_its_program_counts(run):
+    """The LM stage's formula against the products in the program of loss and gradient, attention there counted in full
+    and not causal."""
+    config = tiny("stage3", data__records=str(run / "records"))
+    data = pipeline.open_input(config)
+    objective = objectives.build(config, data)
+    shapes = pipeline.batch_shapes(config)
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype) for k, (shape, dtype) in shapes.items()}
+    formula = objective.step_flops(batch)
+    counted = super(type(objective), objective).step_flops(batch)
+    m, (b, t) = config.model.language, shapes["tokens"][0]
+    half = 3 * b * t * m.layers * 4 * m.heads * m.head_width * t / 2
+    assert np.isclose(formula + half, counted, rtol=0.03), (formula, half, counted)

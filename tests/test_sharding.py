@@ -12,6 +12,7 @@ from conftest import ROOT
 from jax.sharding import PartitionSpec as P
 
 from unimm_jax import sharding
+from unimm_jax.models import layout
 
 SCRIPT = """
 import json, sys
@@ -69,13 +70,12 @@ def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path):
 
 
 def test_specs_fall_back_to_whole():
-    class Mesh:
-        shape = {"data": 1, "fsdp": 4, "tensor": 2}
+    sizes = {"data": 1, "fsdp": 4, "tensor": 2}
 
-    assert sharding.spec((8, 6), ("embed", "mlp"), Mesh) == P("fsdp", "tensor")
-    assert sharding.spec((3, 8, 6), ("embed", "mlp"), Mesh) == P(None, "fsdp", "tensor")
-    assert sharding.spec((6, 5), ("embed", "mlp"), Mesh) == P(None, None)
-    assert sharding.spec((8, 8), ("heads", "mlp"), Mesh) == P("tensor", None)
+    assert layout.spec((8, 6), ("embed", "mlp"), sizes, layout.STORED) == P("fsdp", "tensor")
+    assert layout.spec((3, 8, 6), ("embed", "mlp"), sizes, layout.STORED) == P(None, "fsdp", "tensor")
+    assert layout.spec((6, 5), ("embed", "mlp"), sizes, layout.STORED) == P(None, None)
+    assert layout.spec((8, 8), ("heads", "mlp"), sizes, layout.STORED) == P("tensor", None)
 
 
 def test_mesh_must_fit_the_devices():

@@ -295,7 +295,7 @@ def lavit_settings(part: str, model: dict[str, Any]) -> dict[str, Any]:
     size = model["encoder"]["image_size"]
     found: dict[str, Any] = dict(dtype="float32", data=dict(image_size=size, sources="scenes"))
     if part == "language":
-        found |= dict(objective="language_modeling", loss=dict(chunk=2048))
+        found |= dict(objective="language_modeling", loss=dict(chunk=1024))
         found["companions"] = dict(tokenizer="../tokenizer", unet="../detokenizer", unet_high="../detokenizer_high")
     elif part.startswith("detokenizer"):
         loss = dict(unshuffle=1, prediction="epsilon", context_dropout=0.1, guidance=1.5, sampling_steps=50)

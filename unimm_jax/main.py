@@ -33,11 +33,12 @@ def run(command) -> None:
     """Runs a command; what the user can mend is one message and exit status 1, not a traceback."""
     from unimm_jax.checkpoint import Damaged
     from unimm_jax.config import ConfigError
+    from unimm_jax.distributed import StartFailed
     from unimm_jax.train import NonFinite
 
     try:
         command()
-    except (ConfigError, Damaged, NonFinite, ValueError) as error:
+    except (ConfigError, Damaged, NonFinite, StartFailed, ValueError) as error:
         if os.environ.get("UNIMM_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
@@ -45,10 +46,15 @@ def run(command) -> None:
 
 def main(_: list[str]) -> None:
     """Trains the stage that the flags name."""
+    from unimm_jax import distributed
     from unimm_jax.train import train
 
+    def command() -> None:
+        distributed.start()
+        train(CONFIG.value, WORKDIR.value or "")
+
     quiet()
-    run(lambda: train(CONFIG.value, WORKDIR.value or ""))
+    run(command)
 
 
 if __name__ == "__main__":

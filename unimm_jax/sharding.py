@@ -9,10 +9,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+from unimm_jax.models.layout import STORED, spec
 
-# logical axis → mesh axis; names not listed are replicated.
-RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+AXES = ("data", "fsdp", "tensor")
 
 Tree = Any
 
@@ -36,18 +35,6 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> P:
-    """Partition of one parameter. A leading layer axis, an axis that does not divide, or a mesh axis used twice stays
-    whole."""
-    names = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    found: list[str | None] = []
-    for size, name in zip(shape, names, strict=True):
-        axis = RULES.get(name) if name else None
-        usable = axis and axis not in found and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-        found.append(axis if usable else None)
-    return P(*found)
-
-
 def param_shardings(model: nnx.Module, mesh: Mesh) -> Tree:
     """Shardings of a model's parameters, as a nested dict like its pure-dict parameters.
 
@@ -55,7 +42,7 @@ def param_shardings(model: nnx.Module, mesh: Mesh) -> Tree:
       model: an abstract model (`nnx.eval_shape`).
     """
     state = nnx.state(model, nnx.Param)
-    leaf = lambda v: NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh))
+    leaf = lambda v: NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh.shape, STORED))
     return nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
@@ -102,15 +89,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places a global batch (every process holds all of it) on the mesh.
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, ascending.
 
     Raises:
       ValueError: the batch does not divide over data × fsdp.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = len(next(iter(batch.values())))
-    if size % ways:
-        raise ValueError(f"a batch of {size} does not divide over {ways} devices (data × fsdp)")
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+    if batch % ways:
+        raise ValueError(f"a batch of {batch} does not divide over {ways} devices (data × fsdp)")
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in places.values()]))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
+    """Places a global batch of `size` rows on the mesh, of which this process has those of `local_rows`."""
+    rows, sharding = local_rows(mesh, size), batch_sharding(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def read(index: Any) -> np.ndarray:
+            wanted = np.arange(size)[index[0]]
+            return x[np.searchsorted(rows, wanted[0]) :][: len(wanted)]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, read)
+
+    return {name: place(x) for name, x in batch.items()}

@@ -5,12 +5,13 @@ by (seed, step), so that a resumed run ends with the same bits as an uninterrupt
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import pathlib
-import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 
 from unimm_jax import config as config_lib
-from unimm_jax import import_weights, objectives, optim, sharding, text
+from unimm_jax import distributed, import_weights, objectives, optim, sharding, text
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.data import pipeline
 from unimm_jax.metrics import Writer
@@ -31,6 +32,74 @@ GIB = 2**30
 
 class NonFinite(RuntimeError):
     """The loss stopped being a number; the message names the step."""
+
+
+@dataclasses.dataclass
+class Stage:
+    """A stage ready to run: shapes and shardings of its state and its jitted step; nothing is allocated.
+
+    Attributes:
+      state: abstract {params, opt, step, bad_step}, each leaf with its sharding.
+      init: key → parameters. init_optimizer: parameters → optimiser state.
+      step: (state, batch) → (state, metrics); the state is donated.
+    """
+
+    objective: Any
+    state: dict[str, Any]
+    init: Callable[[jax.Array], Any]
+    init_optimizer: Callable[[Any], Any]
+    step: Any
+
+
+def build(config: Any, data: Any, mesh: jax.sharding.Mesh) -> Stage:
+    """Shapes first: nothing is ever whole on one device.
+
+    Frozen parameters are kept in the dtype of the activations (unless the objective moves them itself), trained ones in
+    float32; what is frozen has no optimiser state.
+    """
+    objective = objectives.build(config, data)
+    rules = [(pattern, value) for pattern, value in config.optimizer.rules]
+
+    def init(key: jax.Array) -> Any:
+        trained, frozen, _ = optim.split(objective.init(key), rules)
+        cast = lambda path, x: x if path in objective.moved else x.astype(objective.dtype)
+        frozen = {path: cast(path, x) for path, x in sharding.flatten(frozen)}
+        return sharding.unflatten(dict(sharding.flatten(trained)) | frozen)
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    trained, _, multipliers = optim.split(abstract, rules)
+    tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
+    places = sharding.param_shardings(objective.abstract, mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    opt = jax.eval_shape(tx.init, trained)
+    opt_places = sharding.like_params(opt, trained, optim.split(places, rules)[0], mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    state = {
+        "params": jax.tree.map(_abstract, abstract, places),
+        "opt": jax.tree.map(_abstract, opt, opt_places),
+        "step": scalar,
+        "bad_step": scalar,
+    }
+
+    def step_fn(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        trained, frozen, _ = optim.split(state["params"], rules)
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+
+        def loss_of(trained):
+            return objective.loss(optim.join(trained, frozen), batch, key, state["step"])
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, opt = tx.update(grads, state["opt"], trained)
+        trained = optax.apply_updates(trained, updates)
+        flat = dict(sharding.flatten(optim.join(trained, frozen))) | aux.updates
+        bad = jnp.where((state["bad_step"] < 0) & ~jnp.isfinite(loss), state["step"] + 1, state["bad_step"])
+        metrics = {"loss": loss} | aux.metrics | {"grad_norm": optim.global_norm(grads)}
+        params = sharding.unflatten(flat)
+        return {"params": params, "opt": opt, "step": state["step"] + 1, "bad_step": bad}, metrics
+
+    state_places = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_places, replicated))
+    return Stage(objective, state, init, lambda params: tx.init(optim.split(params, rules)[0]), step)
 
 
 def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
@@ -52,31 +121,21 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.use_previous_checkpoint)
     newest = checkpoints.newest()
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
     data = pipeline.open_input(config, _tokenizer_of(workdir if newest is not None else None))
-    objective = objectives.build(config, data)
-
-    # ---- Mesh, parameters, optimiser: shapes first, nothing is ever whole on one device ------------------------
     mesh = sharding.make_mesh(tuple(config.mesh))
-    rules = [(pattern, value) for pattern, value in config.optimizer.rules]
-    abstract = jax.eval_shape(objective.init, jax.random.key(0))
-    trained, _, multipliers = optim.split(abstract, rules)
-    tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
-    places = sharding.param_shardings(objective.abstract, mesh)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    trained_places = optim.split(places, rules)[0]
-    opt_places = sharding.like_params(jax.eval_shape(tx.init, trained), trained, trained_places, mesh)
+    stage = build(config, data, mesh)
+    objective, places = stage.objective, jax.tree.map(lambda x: x.sharding, stage.state)
 
     # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
     state: dict[str, Any]
     with jax.set_mesh(mesh):
-        batches, seconds_before = data.iterate(), 0.0
+        size = config.train.batch_size
+        open_batches = lambda: data.iterate(size, sharding.local_rows(mesh, size))
+        batches, seconds_before = open_batches(), 0.0
         if newest is not None:
-            opt = jax.tree.map(_abstract, jax.eval_shape(tx.init, trained), opt_places)
-            params = jax.tree.map(_abstract, abstract, places)
-            scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-            target = {"params": params, "opt": opt, "step": scalar, "bad_step": scalar}
-            state, meta = checkpoints.restore(newest, target)
+            state, meta = checkpoints.restore(newest, stage.state)
             if meta["data"] != _jsonable(data.header):
                 raise ValueError(
                     f"the data of {workdir} changed since step {newest} was saved (sources, records or tokenizer "
@@ -86,34 +145,14 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             seconds_before = meta["seconds"]
             print(f"{config.name}: goes on from step {newest}", flush=True)
         else:
-            params = jax.jit(objective.init, out_shardings=places)(jax.random.key(config.seed))
+            params = jax.jit(stage.init, out_shardings=places["params"])(jax.random.key(config.seed))
             opener = functools.partial(import_weights.open_source, vocabulary=data.vocabulary)
-            params = init_from(params, places, [dict(e) for e in config.init_from], workdir, opener)
-            params = objective.prepare(params, _on_mesh(data.iterate(), mesh))
-            opt = jax.jit(tx.init, out_shardings=opt_places)(optim.split(params, rules)[0])
-            zero = jax.device_put(jnp.asarray(0, jnp.int32), replicated)
+            params = init_from(params, places["params"], [dict(e) for e in config.init_from], workdir, opener)
+            params = objective.prepare(params, (sharding.put_batch(batch, mesh, size) for batch in open_batches()))
+            opt = jax.jit(stage.init_optimizer, out_shardings=places["opt"])(params)
+            zero = jax.device_put(jnp.asarray(0, jnp.int32), places["step"])
             state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
         start = int(state["step"])
-
-        # ---- One step ------------------------------------------------------------------------------------------
-        def step_fn(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-            trained, frozen, _ = optim.split(state["params"], rules)
-            key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-
-            def loss_of(trained):
-                return objective.loss(optim.join(trained, frozen), batch, key, state["step"])
-
-            (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-            updates, opt = tx.update(grads, state["opt"], trained)
-            trained = optax.apply_updates(trained, updates)
-            flat = dict(sharding.flatten(optim.join(trained, frozen))) | aux.updates
-            bad = jnp.where((state["bad_step"] < 0) & ~jnp.isfinite(loss), state["step"] + 1, state["bad_step"])
-            metrics = {"loss": loss} | aux.metrics | {"grad_norm": optim.global_norm(grads)}
-            params = sharding.unflatten(flat)
-            return {"params": params, "opt": opt, "step": state["step"] + 1, "bad_step": bad}, metrics
-
-        state_places = jax.tree.map(lambda x: x.sharding, state)
-        train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_places, replicated))
 
         # ---- The loop ------------------------------------------------------------------------------------------
         writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
@@ -139,15 +178,18 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             checkpoints.save(step, state, meta)
 
         loop_began, compile_seconds = time.perf_counter(), 0.0
-        with contextlib.closing(checkpoints), contextlib.closing(writer), _stop_flag() as stop:
-            step = start
-            while step < config.train.steps and not stop:
+        with contextlib.closing(checkpoints), contextlib.closing(writer), distributed.stop_signal() as stop:
+            step, stopped = start, False
+            watchdog = distributed.Watchdog(config.train.watchdog)
+            while step < config.train.steps and not stopped:
                 if step > start and step % config.train.checkpoint_every == 0:
                     save(step)
                     writer.pause()
                 host_batch = next(batches)
-                state, metrics = train_step(state, sharding.put_batch(host_batch, mesh))
+                state, metrics = stage.step(state, sharding.put_batch(host_batch, mesh, size))
                 step += 1
+                watchdog.beat()
+                stopped = stop(step)
                 if step == start + 1:
                     jax.block_until_ready(state["step"])
                     compile_seconds = time.perf_counter() - loop_began
@@ -159,23 +201,21 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                     last = writer.scalars(step, values, config.train.batch_size)
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
-                if step % config.train.picture_every == 0 or step == config.train.steps:
+                drawn = step % config.train.picture_every == 0 or step == config.train.steps
+                if drawn and jax.process_count() == 1:  # what is drawn must be whole on one process
                     for name, image in objective.pictures(state["params"], host_batch).items():
                         writer.picture(step, name, image)
                     writer.pause()
+            watchdog.close()
             if step > start:
                 save(step)
             checkpoints.wait()
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
                 (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
-    if stop:
+    if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to go on", flush=True)
     return last
-
-
-def _on_mesh(batches: Any, mesh: jax.sharding.Mesh) -> Any:
-    return (sharding.put_batch(batch, mesh) for batch in batches)
 
 
 def _abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
@@ -190,21 +230,6 @@ def _tokenizer_of(workdir: pathlib.Path | None) -> TextTokenizer | None:
     """The text tokenizer that travels in a workdir's checkpoint, if any."""
     payload = json.loads(read_meta(workdir)["tokenizer"]) if workdir is not None else None
     return TextTokenizer(payload) if payload else None
-
-
-@contextlib.contextmanager
-def _stop_flag():
-    """A list that becomes non-empty when SIGTERM arrives; the loop looks at it after every step."""
-    flag: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: flag.append(number))
-    except ValueError:  # not the main thread: nobody can send us the signal
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def refuse_what_does_not_fit(config: Any) -> None:

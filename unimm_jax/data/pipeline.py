@@ -12,7 +12,7 @@ import numpy as np
 
 from unimm_jax import text
 from unimm_jax.data import transforms
-from unimm_jax.data.packing import Layout, Records, RowSource
+from unimm_jax.data.packing import Layout, Records, RowSource, build_row
 from unimm_jax.data.sources import Pictures, open_source
 from unimm_jax.text import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
@@ -25,22 +25,28 @@ class Input:
     """What a stage reads.
 
     Attributes:
-      dataset: Grain data set of global batches.
+      rows: random-access source of the rows of all batches, one after the other; or None where nothing is read.
       tokenizer: text tokenizer, or None where the stage has no text.
       vocabulary: token layout, or None likewise.
       records: the pretokenized records of a language stage, or None.
       header: what identifies the data (fingerprint and shapes), kept in checkpoints.
     """
 
-    dataset: Any
+    rows: Any
     tokenizer: TextTokenizer | None = None
     vocabulary: Vocabulary | None = None
     records: Records | None = None
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def iterate(self) -> Any:
-        """A fresh iterator over batches, two threads ahead of the consumer."""
-        return iter(self.dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    def iterate(self, batch: int, share: np.ndarray | None = None) -> Any:
+        """A fresh Grain iterator over batches, two threads ahead of the consumer; its state is the number of the next.
+
+        Args:
+          batch: rows of a global batch. share: which of them this process reads; all if None.
+        """
+        share = np.arange(batch) if share is None else share
+        dataset = grain.MapDataset.source(_Share(self.rows, batch, share)).batch(len(share))
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def open_pictures(data: Any, split: str = "train") -> list[Pictures]:
@@ -73,41 +79,51 @@ def all_texts(pictures: list[Pictures], limit: int = 4_000) -> list[str]:
     return found
 
 
-class PictureBatches:
-    """Global batches of single pictures as a random-access source: batch `index` is a function of (seed, index).
+class PictureRows:
+    """Rows of single pictures as a random-access source: row `visit` is a function of (seed, visit).
 
     Sources are read in proportion to their size; every epoch is a new permutation.
 
     Args (constructor):
-      read: index of a record → its arrays, given the item and a generator for what is drawn afresh at each visit.
+      read: a record → its arrays, given the item and a generator for what is drawn afresh at each visit.
     """
 
-    def __init__(self, sources: list[Any], batch: int, seed: int, steps: int, read: Any):
-        self.sources, self.batch, self.seed, self.steps, self.read = sources, batch, seed, steps, read
+    def __init__(self, sources: list[Any], seed: int, rows: int, read: Any):
+        self.sources, self.seed, self.rows, self.read = sources, seed, rows, read
         self.ends = np.cumsum([len(s) for s in sources])
 
     def __len__(self) -> int:
-        return self.steps
+        return self.rows
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
 
+    def __getitem__(self, visit: int) -> Batch:
+        epoch, place = divmod(visit, int(self.ends[-1]))
+        record = int(self._order(epoch)[place])
+        source = int(np.searchsorted(self.ends, record, side="right"))
+        start = int(self.ends[source - 1]) if source else 0
+        return self.read(self.sources[source][record - start], np.random.default_rng([self.seed, visit, 1]))
+
+
+class _Share:
+    """What one process reads: of every batch the rows that its devices hold, in their order."""
+
+    def __init__(self, rows: Any, batch: int, share: np.ndarray):
+        self.rows, self.batch, self.share = rows, batch, share
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.batch * len(self.share)
+
     def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng([self.seed, index, 1])
-        visits = np.arange(index * self.batch, (index + 1) * self.batch)
-        rows = []
-        for visit in visits:
-            record = int(self._order(int(visit // self.ends[-1]))[visit % self.ends[-1]])
-            source = int(np.searchsorted(self.ends, record, side="right"))
-            start = int(self.ends[source - 1]) if source else 0
-            rows.append(self.read(self.sources[source][record - start], rng))
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        batch, row = divmod(index, len(self.share))
+        return self.rows[batch * self.batch + int(self.share[row])]
 
 
-def _input_of(config: Any, sources: list[Any], read: Any) -> grain.MapDataset:
-    steps = config.train.steps + 10_000  # room for what `prepare` reads
-    return grain.MapDataset.source(PictureBatches(sources, config.train.batch_size, config.seed, steps, read))
+def _rows_of(config: Any, sources: list[Any], read: Any) -> PictureRows:
+    rows = (config.train.steps + 10_000) * config.train.batch_size  # room for what `prepare` reads
+    return PictureRows(sources, config.seed, rows, read)
 
 
 def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[Pictures]) -> Input:
@@ -126,7 +142,7 @@ def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[P
         return {"images": item["image"], "tokens": tokens, "valid": np.arange(length) < len(ids)}
 
     header = {"sources": config.data.sources, "records": [len(p) for p in pictures]}
-    return Input(_input_of(config, pictures, read), tokenizer, None, None, header)
+    return Input(_rows_of(config, pictures, read), tokenizer, None, None, header)
 
 
 class _Decoded:
@@ -148,8 +164,8 @@ def record_input(config: Any) -> Input:
     """Batches {images, codes int32 [B, P], keep boolean [B, P]} from records (the detokenizer's input)."""
     records = Records(config.data.records)
 
-    batches = _input_of(config, [_Decoded(records, config.data.get("pixel_size", 0))], lambda item, _: item)
-    return Input(batches, records.tokenizer, None, records, records.header)
+    rows = _rows_of(config, [_Decoded(records, config.data.get("pixel_size", 0))], lambda item, _: item)
+    return Input(rows, records.tokenizer, None, records, records.header)
 
 
 def packed_input(config: Any) -> Input:
@@ -158,8 +174,26 @@ def packed_input(config: Any) -> Input:
     vocabulary = vocabulary_of(records)
     rows = (config.train.steps + 1) * config.train.batch_size
     source = RowSource(records, layout_of(config), vocabulary, config.seed, rows)
-    dataset = grain.MapDataset.source(source).batch(config.train.batch_size)
-    return Input(dataset, records.tokenizer, vocabulary, records, records.header)
+    return Input(source, records.tokenizer, vocabulary, records, records.header)
+
+
+def batch_shapes(config: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """name → (shape, dtype) of every array of a stage's batch, without data."""
+    b, size = config.train.batch_size, config.data.image_size
+    patches = (size // config.model.encoder.get("patch_size", 14)) ** 2
+    if config.objective == "language_modeling":
+        row = build_row([], layout_of(config), size, patches)
+        return {name: ((b, *x.shape), x.dtype) for name, x in row.items()}
+    shape = lambda *axes: (b, *axes)
+    if config.objective in ("denoising", "pixel_decoding"):
+        size = config.data.get("pixel_size", 0) or size
+        codes, keep = (shape(patches), np.dtype(np.int32)), (shape(patches), np.dtype(bool))
+        return {"images": (shape(size, size, 3), np.dtype(np.uint8)), "codes": codes, "keep": keep}
+    found: dict[str, Any] = {"images": (shape(size, size, 3), np.dtype(np.uint8))}
+    if config.objective == "contrastive":
+        length = config.model.text_tower.max_length
+        found |= {"tokens": (shape(length), np.dtype(np.int32)), "valid": (shape(length), np.dtype(bool))}
+    return found
 
 
 def vocabulary_of(records: Records) -> Vocabulary:

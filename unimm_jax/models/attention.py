@@ -1,22 +1,110 @@
-"""Attention: the plain kind behind one door, the selector's policy softmax, and rotary positions."""
+"""Attention: one door to the kernels, the selector's policy softmax, and rotary positions.
+
+Kernels need `shard_map`, so this file looks at the mesh in force.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from unimm_jax.models.layout import USED
+
+LANES = 128  # width of a TPU register; splash attention takes multiples of it
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
+def platform() -> str:
+    """What the computation is compiled for, "tpu", "gpu" or "cpu": the mesh in force knows, else the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    kind = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if kind in ("cuda", "rocm") else kind
+
+
+def causal_attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The door: attention(q_BTNH, k_BTKH, v_BTKH) → [B, T, N, H], causal inside segments.
+
+    Splash attention on a TPU (rows in multiples of 128), cuDNN on a GPU (half precision), XLA's elsewhere. Rows of
+    segment 0 are padding; what they get differs between the three and is never read.
+    """
+    where, length = platform(), segments_BT.shape[1]
+    if where == "tpu" and length % LANES == 0:
+        return lambda q, k, v: splash_attention(q, k, v, segments_BT)
+    mask_BTS = segment_mask(segments_BT, segments_BT, causal=True)
+
+    def attend(q, k, v):
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        return attention(q, k, v, mask_BTS, "cudnn" if where == "gpu" and half else None)
+
+    return attend
+
+
+def splash_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Splash attention (Pallas, TPU), sharded over batch and heads of the mesh in force.
+
+    Args:
+      interpret: run the kernel's program without a TPU, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads, width = q_BTNH.shape[1:]
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["tensor"]
+    if k_BTKH.shape[2] % ways:  # too few key heads to split: every query head gets its own
+        k_BTKH, v_BTKH = (jnp.repeat(x, heads // x.shape[2], 2) for x in (k_BTKH, v_BTKH))
+    split = "tensor" if heads % ways == 0 else None
+    local = heads // ways if split else heads
+    pad = -width % LANES
+    # [B, N, T, H], queries scaled, width padded to whole lanes
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0),) * 3 + ((0, pad),)) for x in (q_BTNH * width**-0.5, k_BTKH, v_BTKH))
+    block = next(size for size in (512, 256, LANES) if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    attend = kernel.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.CausalMask((length, length))] * local),
+        block_sizes=kernel.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def run(q, k, v, segments):
+        one = lambda q, k, v, s: attend(q, k, v, segment_ids=kernel.SegmentIds(s, s))
+        return jax.vmap(one)(q, k, v, segments)
+
+    if not mesh.empty:
+        rows, spec = P(USED["batch"]), P(USED["batch"], split)
+        run = jax.shard_map(run, in_specs=(spec, spec, spec, rows), out_specs=spec, check_vma=False)
+    return checkpoint_name(run(q, k, v, segments_BT)[..., :width].swapaxes(1, 2), "attention")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> jax.Array:
     """Scaled dot-product attention, grouped queries allowed (K divides N).
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: queries, keys, values; scores are divided by sqrt(H).
       mask_BTS: boolean, True where query t may read key s; broadcast over heads. None reads everything.
+      implementation: "cudnn", or None for XLA's own.
 
     Returns:
       [B, T, N, H], in the dtype of `q_BTNH`.
     """
     mask = None if mask_BTS is None else mask_BTS[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    found = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation=implementation)
+    return checkpoint_name(found, "attention")
 
 
 def segment_mask(q_segments_BT: jax.Array, k_segments_BS: jax.Array, causal: bool) -> jax.Array:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unimm_jax.models.attention import attention, rotary, segment_mask
+from unimm_jax.models.attention import attention, causal_attention, rotary
+from unimm_jax.models.layout import constrain, weight
 from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stack, truncated
 
 
@@ -21,7 +22,7 @@ class LanguageConfig:
       biases: which of q, k, v, o carry a bias ("qkv" in Qwen2, none in LLaMA). mlp_bias: those of the feed-forward.
       qk_norm: RMSNorm on every head's queries and keys (Qwen3).
       tied: the head is the embedding (SmolLM2, small Qwens).
-      scan: compile one layer only. remat: recompute layers in the backward pass.
+      scan: compile one layer only. remat: what is recomputed in the backward pass, a name of `transformer.REMAT`.
     """
 
     width: int = 4096
@@ -38,7 +39,15 @@ class LanguageConfig:
     qk_norm: bool = False
     tied: bool = False
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
+
+    def flops(self, length: int, rows: int) -> float:
+        """Operations of one position's forward pass in a row of `length`: 2 for each weight, and attention counted
+        causal, 4 N H for each of the length / 2 positions that are read on average; the head over `rows` ids."""
+        heads = self.heads * self.head_width
+        kernels = 2 * self.width * heads + 2 * self.width * self.kv_heads * self.head_width
+        layer = 2 * (kernels + 3 * self.width * self.mlp_width) + 4 * heads * length / 2
+        return self.layers * layer + 2 * self.width * rows
 
 
 class SelfAttention(nnx.Module):
@@ -54,8 +63,9 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
-        """[B, T, D] → ([B, T, D], (keys, values)); `cache` is (slot, keys, values) to extend."""
+    def __call__(self, x_BTD, positions_BT, attend, cache=None):
+        """[B, T, D] → ([B, T, D], (keys, values)); `attend` takes queries, keys and values, `cache` is (slot, keys,
+        values) to extend."""
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -65,7 +75,7 @@ class SelfAttention(nnx.Module):
             at, old_k, old_v = cache
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), at, 1)
             v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), at, 1)
-        return self.o(attention(q, k, v, mask_BTS)), (k, v)
+        return self.o(attend(q, k, v)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -78,12 +88,13 @@ class DecoderLayer(nnx.Module):
         self.up = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=c.mlp_bias)
         self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=c.mlp_bias)
 
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache=None):
+    def __call__(self, x_BTD, positions_BT, attend, cache=None):
         """[B, T, D] → ([B, T, D], (keys, values)); see `SelfAttention`."""
-        y_BTD, kv = self.attention(self.norm1(x_BTD), positions_BT, mask_BTS, cache)
-        x_BTD = x_BTD + y_BTD
+        y_BTD, kv = self.attention(self.norm1(x_BTD), positions_BT, attend, cache)
+        x_BTD = constrain(x_BTD + y_BTD, "batch", None, None)
         y_BTD = self.norm2(x_BTD)
-        return x_BTD + self.down(jax.nn.silu(self.gate(y_BTD)) * self.up(y_BTD)), kv
+        y_BTD = self.down(jax.nn.silu(self.gate(y_BTD)) * self.up(y_BTD))
+        return constrain(x_BTD + y_BTD, "batch", None, None), kv
 
 
 class LanguageModel(nnx.Module):
@@ -105,14 +116,17 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """Token ids → [B, T, D] in `dtype`."""
-        table = jnp.concatenate([self.embed_text[...], self.embed_visual[...]]).astype(dtype)
-        return table[tokens_BT]
+        text, visual = (weight(t[...], ("vocab", "embed"), dtype) for t in (self.embed_text, self.embed_visual))
+        visual_BT = jnp.maximum(tokens_BT - self.text_rows, 0)
+        is_text = (tokens_BT < self.text_rows)[..., None]
+        x_BTD = jnp.where(is_text, text[jnp.minimum(tokens_BT, self.text_rows - 1)], visual[visual_BT])
+        return constrain(x_BTD, "batch", None, None)
 
     def head(self, dtype: Any = jnp.float32) -> jax.Array:
         """The output matrix over the whole vocabulary: [V, D]."""
-        if self.head_text is None or self.head_visual is None:
-            return jnp.concatenate([self.embed_text[...], self.embed_visual[...]]).astype(dtype)
-        return jnp.concatenate([self.head_text[...], self.head_visual[...]]).astype(dtype)
+        text = self.embed_text if self.head_text is None else self.head_text
+        visual = self.embed_visual if self.head_visual is None else self.head_visual
+        return jnp.concatenate([weight(table[...], ("vocab", "embed"), dtype) for table in (text, visual)])
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """Input embeddings of packed rows → final hidden states [B, T, D] (multiply by `head` for logits).
@@ -120,8 +134,8 @@ class LanguageModel(nnx.Module):
         Args:
           segments_BT: 0 is padding; a position reads earlier positions of its own segment only.
         """
-        mask = segment_mask(segments_BT, segments_BT, causal=True)
-        step = lambda layer, x: layer(x, positions_BT, mask)[0]
+        attend = causal_attention(segments_BT)
+        step = lambda layer, x: layer(x, positions_BT, attend)[0]
         x_BTD = run_stack(self.layers, x_BTD, step, scan=self.config.scan, remat=self.config.remat)
         return self.norm(x_BTD)
 
@@ -142,7 +156,7 @@ class LanguageModel(nnx.Module):
 
         def step(x, layer_and_cache):
             layer, k, v = layer_and_cache
-            return layer(x, positions_BT, mask_BTS, (at, k, v))
+            return layer(x, positions_BT, lambda q, k, v: attention(q, k, v, mask_BTS), (at, k, v))
 
         x_BTD, cache = jax.lax.scan(step, x_BTD, (self.layers, *cache))
         return self.norm(x_BTD), cache

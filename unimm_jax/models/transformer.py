@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.attention import attention, policy_attention
+from unimm_jax.models.layout import constrain, weight
 
 Initializer = Callable[..., jax.Array]
 truncated = nnx.initializers.truncated_normal(0.02)
@@ -50,6 +51,7 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: Initializer = truncated,
     ):
+        self.axes = axes
         self.out = (out,) if isinstance(out, int) else tuple(out)
         size = 1
         for n in self.out:
@@ -59,7 +61,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., *out]."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = weight(self.kernel[...], self.axes, x.dtype)
         y = linear(x, kernel.reshape(kernel.shape[0], -1)).reshape(*x.shape[:-1], *self.out)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -74,7 +76,7 @@ class Merge(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., N, H] → [..., D]."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = weight(self.kernel[...], ("heads", None, "embed"), x.dtype)
         y = linear(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -190,7 +192,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
         """[B, T, D] → [B, T, D]; mask boolean [B, T, T]."""
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD), mask_BTS=mask_BTS)
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+        return constrain(x_BTD + self.mlp(self.norm2(x_BTD)), "batch", None, None)
 
 
 def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
@@ -198,12 +200,23 @@ def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))
 
 
-def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: bool = False) -> Any:
+# What a layer keeps for its backward pass; the rest is recomputed. "none" recomputes nothing.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: str = "none") -> Any:
     """x → apply(layer, x) through every layer of a stack; `scan` compiles one layer, otherwise all are unrolled.
 
-    `remat` recomputes a layer's activations in the backward pass.
+    Args:
+      remat: one of `REMAT`.
     """
-    step = jax.checkpoint(apply, prevent_cse=not scan) if remat else apply
+    policy = REMAT[remat]
+    step = jax.checkpoint(apply, prevent_cse=not scan, policy=policy) if policy is not None else apply
     if scan:
         return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), x, layers)[0]
     for index in range(jax.tree.leaves(layers)[0].shape[0]):

@@ -36,12 +36,20 @@ class ViTConfig:
     patch_bias: bool = True
     input_norm: bool = False
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def patches(self) -> int:
         """Number of patches a picture."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def flops(self) -> float:
+        """Operations of one picture's forward pass: 2 for each weight and position, 4 T D for each position's
+        attention."""
+        t, d = self.patches + self.class_token, self.width
+        block = 2 * (4 * d * d + 2 * d * self.mlp_width) + 4 * t * d
+        return self.depth * t * block + 2 * self.patches * 3 * self.patch_size**2 * d
 
 
 class ViT(nnx.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unimm_jax import optim
 from unimm_jax.models.conditioner import ConditionerConfig
 from unimm_jax.models.contrastive import TextTowerConfig
 from unimm_jax.models.denoiser import UNetConfig
@@ -19,6 +21,7 @@ from unimm_jax.models.tokenizer import TokenizerConfig
 from unimm_jax.models.unified import UnifiedConfig
 from unimm_jax.models.vae import VAEConfig
 from unimm_jax.models.vit import ViTConfig
+from unimm_jax.sharding import flatten
 
 Tree = Any
 Batch = dict[str, Any]
@@ -39,11 +42,13 @@ class Objective:
     """Base of all objectives: a model split into its graph and pure-dict parameters.
 
     Args (constructor):
-      make: builds the model from `nnx.Rngs`.
+      data: the stage's input (`data.pipeline.Input`). make: builds the model from `nnx.Rngs`.
     """
 
-    def __init__(self, config: Any, make: Callable[[nnx.Rngs], nnx.Module]):
-        self.config = config
+    moved: frozenset[str] = frozenset()  # paths of parameters that the loss itself moves (`Aux.updates`)
+
+    def __init__(self, config: Any, data: Any, make: Callable[[nnx.Rngs], nnx.Module]):
+        self.config, self.data = config, data
         self.make = make
         self.dtype = jnp.dtype(config.dtype)
         self.abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
@@ -71,10 +76,56 @@ class Objective:
         del params, batch
         return {}
 
+    def trained_parts(self) -> set[str]:
+        """First names of the parameters that the config trains ("language", "merger", ...)."""
+        paths = [path for path, _ in flatten(jax.eval_shape(self.init, jax.random.key(0)))]
+        values = optim.match_rules(paths, [(pattern, value) for pattern, value in self.config.optimizer.rules])
+        return {path.split("/")[0] for path in paths if values[path] is not None}
+
+    def step_flops(self, batch: Batch) -> float:
+        """Floating-point operations of a step's matrix products and convolutions, recomputation left out.
+
+        Counted in the program of loss and gradient; objectives with a formula of their own say so.
+
+        Args:
+          batch: abstract arrays.
+        """
+        rules = [(pattern, value) for pattern, value in self.config.optimizer.rules]
+        plain = self.config.copy_and_resolve_references()
+        for section in plain.model.values():
+            if "remat" in section:
+                section.remat = "none"
+        kind: Any = type(self)
+        objective = kind(plain, self.data)
+        trained, frozen, _ = optim.split(jax.eval_shape(objective.init, jax.random.key(0)), rules)
+        loss = lambda t, f, b: objective.loss(optim.join(t, f), b, jax.random.key(0), jnp.asarray(0))[0]
+        return count_flops(jax.make_jaxpr(jax.grad(loss))(trained, frozen, batch).jaxpr)
+
     @functools.cached_property
     def parameter_count(self) -> int:
         """Number of parameters."""
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(self.abstract, nnx.Param)))
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Floating-point operations of all matrix products and convolutions of a program, loops as often as they run."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shared = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * shared
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+            each = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # all axes but the output's channels
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * each
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * count_flops(inner)
+    return total
 
 
 SECTIONS = {

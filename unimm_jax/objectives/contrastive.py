@@ -17,7 +17,7 @@ class Contrastive(Objective):
         m = models(config)
         self.encoder = m["encoder"]
         size = data.tokenizer.size
-        super().__init__(config, lambda r: ContrastiveModel(m["encoder"], m["text_tower"], size, rngs=r))
+        super().__init__(config, data, lambda r: ContrastiveModel(m["encoder"], m["text_tower"], size, rngs=r))
 
     def loss(self, params, batch, key, step):
         """The stage's loss; see `Objective.loss`."""

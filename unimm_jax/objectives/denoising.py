@@ -47,7 +47,7 @@ class _FromCodes(Objective):
 
     def __init__(self, config: Any, data: Any):
         m = models(config)
-        super().__init__(config, lambda r: Detokenizer(m, rngs=r))
+        super().__init__(config, data, lambda r: Detokenizer(m, rngs=r))
         self.draw = jax.jit(self._draw, static_argnames="size")
 
     def features(self, model: Any, batch: Any) -> jax.Array:

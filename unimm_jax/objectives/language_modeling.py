@@ -5,35 +5,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unimm_jax.models.layout import constrain
 from unimm_jax.models.unified import UnifiedModel
 from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.base import Aux, Objective, models
 
 
 def chunked_cross_entropy(
-    hidden_MD: jax.Array, head_VD: jax.Array, targets_M: jax.Array, used: int, chunk: int
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, used: int, chunk: int
 ) -> jax.Array:
-    """Cross-entropy of each position, float32 [M], never holding more than `chunk` rows of logits.
+    """Cross-entropy of each position, float32 [B, T], never holding logits of more than `chunk` positions of a row.
 
     Args:
       used: ids from here on are padding of the vocabulary and cannot win.
-      chunk: rows at a time; logits are recomputed in the backward pass. 0 or at least M does all at once.
+      chunk: positions of every row at a time (rows stay where they are on the mesh); logits are recomputed in the
+        backward pass. 0 or at least T does all at once.
     """
 
     def of(hidden, targets):
-        logits = jnp.einsum("md,vd->mv", hidden, head_VD, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, head_VD, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", None, "vocab")
         logits = jnp.where(jnp.arange(head_VD.shape[0]) < used, logits, -1e30)
-        hit = jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+        hit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits, -1) - hit
 
-    size = hidden_MD.shape[0]
-    if not chunk or size <= chunk:
-        return of(hidden_MD, targets_M)
-    pad = -size % chunk
-    hidden = jnp.pad(hidden_MD, ((0, pad), (0, 0))).reshape(-1, chunk, hidden_MD.shape[1])
-    targets = jnp.pad(targets_M, (0, pad)).reshape(-1, chunk)
+    b, t, d = hidden_BTD.shape
+    if not chunk or t <= chunk:
+        return of(hidden_BTD, targets_BT)
+    pad = -t % chunk
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, chunk, d).swapaxes(0, 1)
+    targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, -1, chunk).swapaxes(0, 1)
     step = jax.checkpoint(lambda _, x: (None, of(*x)))
-    return jax.lax.scan(step, None, (hidden, targets))[1].reshape(-1)[:size]
+    return jax.lax.scan(step, None, (hidden, targets))[1].swapaxes(0, 1).reshape(b, -1)[:, :t]
 
 
 class LanguageModeling(Objective):
@@ -55,7 +58,7 @@ class LanguageModeling(Objective):
                 rngs=rngs,
             )
 
-        super().__init__(config, make)
+        super().__init__(config, data, make)
 
     def init(self, key):
         """Fresh parameters. Ids of patch positions start as the sum of a row's and a column's vector, so that left and
@@ -74,7 +77,7 @@ class LanguageModeling(Objective):
     def cross_entropy(self, params: Any, batch: Any) -> jax.Array:
         """Cross-entropy of every position's target, float32 [B, T], weights not applied."""
         model = self.module(params)
-        b, t = batch["tokens"].shape
+        b = batch["tokens"].shape[0]
         images, keep = batch["images"], batch["keep"]
         if images.shape[1]:
             rows = model.features(
@@ -84,10 +87,30 @@ class LanguageModeling(Objective):
         else:
             x_BTD = model.language.embed(batch["tokens"], self.dtype)
         hidden_BTD = model.language(x_BTD, batch["positions"], batch["segments"])
-        head = model.language.head(self.dtype)
-        flat = hidden_BTD.reshape(b * t, -1)
-        chunk = self.config.loss.chunk
-        return chunked_cross_entropy(flat, head, batch["targets"].reshape(-1), self.used, chunk).reshape(b, t)
+        head_VD = model.language.head(self.dtype)  # gathered once, not in every chunk
+        return chunked_cross_entropy(hidden_BTD, head_VD, batch["targets"], self.used, self.config.loss.chunk)
+
+    def step_flops(self, batch):
+        """The formulae of the parts: what trains costs three forward passes, what lies after it two, the rest one."""
+        m, trained = models(self.config), self.trained_parts()
+        b, t = batch["tokens"].shape
+        pictures, encoder, way_in = b * batch["images"].shape[1], m["encoder"], m["unified"]
+        merges = way_in.way_in == "merger"
+        rows = way_in.budget if merges else encoder.patches
+        inner = 0 if merges else 2 * rows * encoder.width * m["language"].width
+        adapter = inner + 2 * rows * (encoder.width if merges else m["language"].width) * m["language"].width
+        forward = {
+            "encoder": pictures * encoder.flops,
+            "merger": pictures * merges * m["tokenizer"].merger_flops(encoder.width, rows, encoder.patches),
+            "adapter": pictures * adapter,
+            "language": b * t * m["language"].flops(t, self.vocabulary.size),
+        }
+        total, reached = 0.0, False
+        for part, flops in forward.items():
+            own = any(name.startswith(part) for name in trained)
+            total += flops * (3 if own else 2 if reached else 1)
+            reached = reached or own
+        return total
 
     def loss(self, params, batch, key, step):
         """The stage's loss; see `Objective.loss`."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from unimm_jax.metrics import grid, kept_patches
 from unimm_jax.models.tokenizer import VisualTokenizer
@@ -32,10 +33,12 @@ def reconstruction_loss(found: jax.Array, target: jax.Array, kind: str) -> tuple
 class Tokenization(Objective):
     """Batch: images uint8 [B, H, W, 3]. `config.loss.phase` is "selector" or "codes"."""
 
+    moved = frozenset({"quantizer/codebook", "quantizer/count"})
+
     def __init__(self, config: Any, data: Any):
         m = models(config)
         self.settings = m["tokenizer"]
-        super().__init__(config, lambda r: VisualTokenizer(m["encoder"], m["tokenizer"], rngs=r))
+        super().__init__(config, data, lambda r: VisualTokenizer(m["encoder"], m["tokenizer"], rngs=r))
         self._draw = jax.jit(self._reconstruct)
         self._projected = jax.jit(self._project)
 
@@ -113,7 +116,8 @@ class Tokenization(Objective):
         found: list[np.ndarray] = []
         while sum(map(len, found)) < self.config.loss.kmeans_samples * codes:
             z_BPC, keep_BP = self._projected(params, next(batches)["images"])
-            found.append(np.asarray(z_BPC)[np.asarray(keep_BP)])
+            z, keep = multihost_utils.process_allgather((z_BPC, keep_BP), tiled=True)
+            found.append(np.asarray(z)[np.asarray(keep)])
         z_MC = np.concatenate(found)
         start = z_MC[np.random.default_rng(self.config.seed).choice(len(z_MC), codes, replace=False)]
         means, hits = jax.jit(cosine_kmeans)(jnp.asarray(z_MC), jnp.asarray(start))

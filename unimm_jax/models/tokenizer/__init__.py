@@ -4,6 +4,7 @@ ILLUME's fixed-length semantic tokenizer is the same class with `selection="all"
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,13 @@ class TokenizerConfig:
     sink: float = 0.0
     decoder_sink: float = 0.0
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
+
+    def merger_flops(self, width: int, rows: int, patches: int) -> float:
+        """Operations of the merger's forward pass on `rows` tokens of a picture of `patches`."""
+        itself = 8 * rows * width**2 + 4 * rows * rows * width
+        cross = 4 * rows * width**2 + 4 * patches * width**2 + 4 * rows * patches * width
+        return self.merger_depth * (itself + cross + 4 * rows * width * self.mlp_width)
 
 
 class VisualTokenizer(nnx.Module):
@@ -51,7 +58,7 @@ class VisualTokenizer(nnx.Module):
         self.config, self.encoder_config = config, encoder
         self.encoder = ViT(encoder, rngs=rngs)
         self.selector = Selector(width, rngs=rngs)
-        run = dict(scan=c.scan, remat=c.remat)
+        run: dict[str, Any] = dict(scan=c.scan, remat=c.remat)
         self.merger = Merger(width, c.heads, c.mlp_width, c.merger_depth, rngs=rngs, eps=c.eps, sink=c.sink, **run)
         self.quantizer = Quantizer(width, c.codes, c.code_width, rngs=rngs)
         self.decoder = FeatureDecoder(

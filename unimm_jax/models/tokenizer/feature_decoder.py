@@ -47,7 +47,7 @@ class FeatureDecoder(nnx.Module):
         rngs: nnx.Rngs,
         sink: float = 0.0,
         scan: bool = True,
-        remat: bool = False,
+        remat: str = "none",
     ):
         self.sink, self.scan, self.remat = sink, scan, remat
         # Unit code vectors and positions start at a scale at which attention can tell patches apart.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.layout import constrain
 from unimm_jax.models.transformer import Attention, LayerNorm, Mlp, run_stack, stack
 
 
@@ -21,7 +22,7 @@ class MergerBlock(nnx.Module):
         y = self.norm0(x_BTD)
         x_BTD = x_BTD + self.causal.with_policy(y, y, allowed_BTT, eps, sink)
         x_BTD = x_BTD + self.cross.with_policy(self.norm1(x_BTD), source_BPD, allowed_BTP, eps, sink)
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+        return constrain(x_BTD + self.mlp(self.norm2(x_BTD)), "batch", None, None)
 
 
 class Merger(nnx.Module):
@@ -43,7 +44,7 @@ class Merger(nnx.Module):
         eps: float = 1e-6,
         sink: float = 0.0,
         scan: bool = True,
-        remat: bool = False,
+        remat: str = "none",
     ):
         self.eps, self.sink, self.scan, self.remat = eps, sink, scan, remat
         self.source_norm = LayerNorm(width)
