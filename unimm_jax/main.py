@@ -31,6 +31,8 @@ def quiet() -> None:
 
 def run(command) -> None:
     """Runs a command; what the user can mend is one message and exit status 1, not a traceback."""
+    import jax
+
     from unimm_jax.checkpoint import Damaged
     from unimm_jax.config import ConfigError
     from unimm_jax.distributed import StartFailed
@@ -42,6 +44,17 @@ def run(command) -> None:
         if os.environ.get("UNIMM_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        why = str(error).splitlines()[0]
+        print(
+            f"error: another process of this run has ended or cannot be reached ({why}); start all of them again, the "
+            "run goes on from its newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # leaving the usual way would wait for the others
 
 
 def main(_: list[str]) -> None:

@@ -45,7 +45,7 @@ class Input:
           batch: rows of a global batch. share: which of them this process reads; all if None.
         """
         share = np.arange(batch) if share is None else share
-        dataset = grain.MapDataset.source(_Share(self.rows, batch, share)).batch(len(share))
+        dataset = grain.MapDataset.source(_Share(self.rows, batch, share))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
@@ -108,17 +108,17 @@ class PictureRows:
 
 
 class _Share:
-    """What one process reads: of every batch the rows that its devices hold, in their order."""
+    """What one process reads, batch by batch: the rows that its devices hold, in their order."""
 
     def __init__(self, rows: Any, batch: int, share: np.ndarray):
         self.rows, self.batch, self.share = rows, batch, share
 
     def __len__(self) -> int:
-        return len(self.rows) // self.batch * len(self.share)
+        return len(self.rows) // self.batch
 
     def __getitem__(self, index: int) -> Batch:
-        batch, row = divmod(index, len(self.share))
-        return self.rows[batch * self.batch + int(self.share[row])]
+        rows = [self.rows[index * self.batch + int(row)] for row in self.share]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _rows_of(config: Any, sources: list[Any], read: Any) -> PictureRows:

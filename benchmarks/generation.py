@@ -1,0 +1,78 @@
+"""Generation with a key/value cache against `transformers` generate in PyTorch, the same weights' shape, greedy.
+
+python -m benchmarks.generation
+
+float32, 20 million parameters, prompts of 32 tokens, 64 new tokens, batches of 1 and 16.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from benchmarks import timing
+from unimm_jax import main as process
+from unimm_jax.generate import Sampling, pick
+from unimm_jax.models.language import LanguageConfig, LanguageModel
+
+WORDS, PROMPT, NEW = 8192, 32, 64
+SHAPE = LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False)
+
+
+def ours(batch: int, tokens: np.ndarray):
+    """Prefill, then one token after another in a scan, as `generate.Generator` does."""
+    graph, params = nnx.split(LanguageModel(SHAPE, WORDS - 128, 128, rngs=nnx.Rngs(params=0)))
+    greedy = Sampling(temperature=0)
+    keys = jax.random.split(jax.random.key(0), batch)
+
+    @jax.jit
+    def generate(params, tokens):
+        m = nnx.merge(graph, params)
+        slots = jnp.arange(PROMPT + NEW)
+        cache = m.empty_cache(batch, PROMPT + NEW)
+        causal = jnp.broadcast_to(jnp.arange(PROMPT)[:, None] >= slots, (batch, PROMPT, PROMPT + NEW))
+        positions = jnp.broadcast_to(jnp.arange(PROMPT), (batch, PROMPT))
+        hidden, cache = m.extend(m.embed(tokens), positions, causal, cache, 0)
+
+        def body(carry, index):
+            hidden, cache = carry
+            token = pick(hidden @ m.head().T, keys, greedy)
+            at = PROMPT + index
+            mask = jnp.broadcast_to(slots <= at, (batch, 1, PROMPT + NEW))
+            x, cache = m.extend(m.embed(token[:, None]), jnp.full((batch, 1), at), mask, cache, at)
+            return (x[:, 0], cache), token
+
+        return jax.lax.scan(body, (hidden[:, -1], cache), jnp.arange(NEW))[1].T
+
+    return lambda: generate(params, tokens).block_until_ready()
+
+
+def theirs(tokens: np.ndarray):
+    """The same by `generate`."""
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=SHAPE.width,
+        intermediate_size=SHAPE.mlp_width,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor(tokens)
+    options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, attention_mask=torch.ones_like(ids))
+
+    def once():
+        with torch.no_grad():
+            assert model.generate(ids, **options).shape[1] == PROMPT + NEW
+
+    return once
+
+
+if __name__ == "__main__":
+    process.prepare_process()
+    for rows in (1, 16):
+        prompt = np.random.default_rng(0).integers(0, WORDS, (rows, PROMPT))
+        peers = {"transformers generate": theirs(prompt)}
+        timing.compare(f"{NEW} new tokens, batch {rows}, float32", ours(rows, prompt), peers, rounds=5)

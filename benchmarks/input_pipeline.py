@@ -1,0 +1,76 @@
+"""From a folder of JPEG files to batches of 224 pixels, against PyTorch's DataLoader with the same decoding function.
+
+python -m benchmarks.input_pipeline
+
+256 made pictures of 500 × 375 pixels, batches of 32, one pass a round; the peer with 0, 1 and 2 workers.
+"""
+
+import io
+import pathlib
+import tempfile
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from PIL import Image
+
+from benchmarks import timing
+from unimm_jax.data import pipeline, sources, transforms
+
+PICTURES, BATCH, SIZE = 256, 32, 224
+
+
+def write(folder: pathlib.Path) -> None:
+    """Smooth random pictures, so that JPEG has photographs' work."""
+    rng = np.random.default_rng(0)
+    for index in range(PICTURES):
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        small.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        (folder / f"{index:04d}.jpg").write_bytes(buffer.getvalue())
+        (folder / f"{index:04d}.txt").write_text("a picture")
+
+
+class Peer(torch.utils.data.Dataset):
+    """The same files by the same function."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.files = sorted(folder.glob("*.jpg"))
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return transforms.to_pixels(self.files[index].read_bytes(), SIZE)
+
+
+def main() -> None:
+    """Prints the comparison."""
+    sources.CACHE_BYTES = 0  # every visit decodes
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        write(folder)
+        config = ConfigDict(dict(train=dict(steps=1, batch_size=BATCH), seed=0, model={}))
+        config.data = dict(sources=str(folder), image_size=SIZE)
+        data = pipeline.picture_input(config, None, pipeline.open_pictures(config.data))
+        batches = iter(data.iterate(BATCH))
+
+        def ours():
+            for _ in range(PICTURES // BATCH):
+                assert next(batches)["images"].shape == (BATCH, SIZE, SIZE, 3)
+
+        def peer(workers):
+            more = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
+            loader = torch.utils.data.DataLoader(Peer(folder), BATCH, shuffle=True, num_workers=workers, **more)
+
+            def once():
+                assert sum(len(x) for x in loader) == PICTURES
+
+            return once
+
+        peers = {f"DataLoader, {n} workers": peer(n) for n in (0, 1, 2)}
+        timing.compare(f"{PICTURES} JPEG files, {BATCH} a batch", ours, peers, rounds=7)
+
+
+if __name__ == "__main__":
+    main()
