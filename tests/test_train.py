@@ -167,3 +167,27 @@ def test_illumes_semantic_variant_trains_with_the_same_code(run, tmp_path):
     last = train(tiny("stage2", **settings), tmp_path / "stage2")
     assert np.isfinite(last["loss"])
     assert checkpoint.read_meta(tmp_path / "stage2")["data"]["selection"] == "all"
+
+
+def test_a_run_accounts_for_its_time(run):
+    rows = metrics.read(run / "stage3")
+    for row in rows:
+        assert row["tokens_per_second"] > row["examples_per_second"] > 0 and row["images_per_second"] >= 0
+        assert 0 <= row["input_stall"] <= 1 and 0 <= row["goodput"] <= 1 and 0 < row["fill"] <= 1
+    assert "compile_seconds" in rows[0] and "mfu" not in rows[0]  # the peak of this chip is not in the table
+
+
+def test_utilisation_is_the_steps_operations_over_the_peak(run):
+    from unimm_jax import hardware, objectives
+    from unimm_jax.data import pipeline
+
+    class Chip:
+        device_kind = "TPU v5 lite"
+
+    config = tiny("stage3", data__records=str(run / "records"))
+    objective = objectives.build(config, pipeline.open_input(config))
+    seconds = hardware.share_of_peak(objective, config, [Chip, Chip])
+    shapes = pipeline.batch_shapes(config)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    assert np.isclose(seconds, objective.step_flops(batch) / (2 * 197e12))
+    assert hardware.share_of_peak(objective, config, jax.devices()) == 0

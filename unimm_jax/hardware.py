@@ -7,6 +7,10 @@ import dataclasses
 import re
 from typing import Any
 
+import jax
+
+from unimm_jax.data import pipeline
+
 GIB = 2**30
 
 
@@ -85,3 +89,14 @@ def apply(config: Any, topology: str, slices: int = 1, rows: int = 0, remat: str
     if "language" in config.model:
         config.model.language.remat = remat or choice.remat
     return config
+
+
+def share_of_peak(objective: Any, config: Any, devices: list[Any]) -> float:
+    """Seconds that a step's operations would take at the peak of all chips, 0 where the chip is not in the table;
+    divided by the seconds of a step it is the utilisation (MFU)."""
+    chip = CHIPS.get(devices[0].device_kind)
+    if chip is None:
+        return 0.0
+    shapes = pipeline.batch_shapes(config)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    return objective.step_flops(batch) / (len(devices) * chip.flops)

@@ -1,9 +1,11 @@
 """What a run says: console lines with speed and ETA, `metrics.jsonl`, TensorBoard scalars and pictures."""
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,21 +32,29 @@ class Writer:
             self._lines = open(self.workdir / "metrics.jsonl", "a", buffering=1)
             self._board = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
 
-    def scalars(self, step: int, values: dict[str, Any], examples: int) -> dict[str, float]:
-        """Logs one step: adds step time and speed (`examples` a step), prints the console line; returns all values."""
+    def scalars(self, step: int, values: dict[str, Any], amounts: dict[str, float]) -> dict[str, float]:
+        """Logs one step: adds step time and speeds, prints the console line; returns all values.
+
+        Args:
+          amounts: what a step works through, name → number; logged a second. "mfu" is the step's operations over the
+            chips' peak a second, so that its speed is the utilisation.
+        """
         then, clock = self._last
         now = time.perf_counter()
         self._last = (step, now)
         seconds = (now - clock) / max(step - then, 1)
         row = {k: float(np.asarray(v)) for k, v in values.items()}
-        row |= {"step_ms": seconds * 1e3, "examples_per_second": examples / max(seconds, 1e-9)}
+        row["step_ms"] = seconds * 1e3
+        for name, amount in amounts.items():
+            row[name if name == "mfu" else f"{name}_per_second"] = amount / max(seconds, 1e-9)
         if self.active:
             self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
             for key, value in row.items():
                 self._board.add_scalar(key, value, step)
             left = (self.steps - step) * seconds
-            hidden = ("loss", "step_ms", "examples_per_second", "learning_rate", "grad_norm")
-            rest = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in hidden)
+            hidden = ("loss", "step_ms", "learning_rate", "grad_norm", "goodput", "input_stall")
+            shown = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_second")}
+            rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
             print(
                 f"{self.name}  {step:>6}/{self.steps}  loss {row.get('loss', float('nan')):.4f}  {rest}  "
                 f"{row['examples_per_second']:.0f}/s  ETA {int(left // 60)}:{int(left % 60):02d}",
@@ -72,6 +82,35 @@ class Writer:
         if self.active:
             self._lines.close()
             self._board.close()
+
+
+class Clock:
+    """Where a loop's time goes: seconds spent on named things other than steps."""
+
+    def __init__(self) -> None:
+        self.began = self._read = time.perf_counter()
+        self.whole: dict[str, float] = {}
+        self._since: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Counts what happens inside as time spent on `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.whole[what] = self.whole.get(what, 0.0) + spent
+            self._since[what] = self._since.get(what, 0.0) + spent
+
+    def read(self) -> dict[str, float]:
+        """`input_stall`: share of the time since the last reading that the loop waited for data. `goodput`: share of
+        the time since the start that was neither waiting, saving, drawing nor compiling."""
+        now = time.perf_counter()
+        stall = self._since.get("input", 0.0) / max(now - self._read, 1e-9)
+        good = 1 - sum(self.whole.values()) / max(now - self.began, 1e-9)
+        self._read, self._since = now, {}
+        return {"input_stall": stall, "goodput": good}
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:

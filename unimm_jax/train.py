@@ -20,10 +20,10 @@ import numpy as np
 import optax
 
 from unimm_jax import config as config_lib
-from unimm_jax import distributed, import_weights, objectives, optim, sharding, text
+from unimm_jax import distributed, hardware, import_weights, objectives, optim, sharding, text
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.data import pipeline
-from unimm_jax.metrics import Writer
+from unimm_jax.metrics import Clock, Writer
 from unimm_jax.text import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
@@ -111,7 +111,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
       ConfigError: the config is wrong. ValueError: data, weights or mesh do not fit. NonFinite: the loss diverged.
     """
     # ---- Settings and data -------------------------------------------------------------------------------------
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), Clock()
     workdir = pathlib.Path(workdir)
     refuse_what_does_not_fit(config)
     config_lib.check(config, workdir)
@@ -157,6 +157,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
         # ---- The loop ------------------------------------------------------------------------------------------
         writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
         rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.rate)
+        of_peak = hardware.share_of_peak(stage.objective, config, jax.devices())
         last: dict[str, float] = {}
         metrics: dict[str, jax.Array] = {}
         host_batch: dict[str, np.ndarray] = {}
@@ -183,28 +184,32 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             watchdog = distributed.Watchdog(config.train.watchdog)
             while step < config.train.steps and not stopped:
                 if step > start and step % config.train.checkpoint_every == 0:
-                    save(step)
+                    with clock.on("checkpoint"):
+                        save(step)
                     writer.pause()
-                host_batch = next(batches)
+                with clock.on("input"):
+                    host_batch = next(batches)
                 state, metrics = stage.step(state, sharding.put_batch(host_batch, mesh, size))
                 step += 1
                 watchdog.beat()
                 stopped = stop(step)
                 if step == start + 1:
                     jax.block_until_ready(state["step"])
-                    compile_seconds = time.perf_counter() - loop_began
+                    compile_seconds = clock.whole["compile"] = time.perf_counter() - loop_began
                     writer.pause()
                 if step % config.train.log_every == 0 or step == config.train.steps:
-                    values = dict(metrics) | {"learning_rate": rate(step)}
+                    values = dict(metrics) | {"learning_rate": rate(step)} | clock.read()
                     if step <= start + config.train.log_every:
                         values["compile_seconds"] = compile_seconds
-                    last = writer.scalars(step, values, config.train.batch_size)
+                    amounts = {k: n * jax.process_count() for k, n in objective.amounts(host_batch).items()}
+                    last = writer.scalars(step, values, amounts | ({"mfu": of_peak} if of_peak else {}))
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
                 drawn = step % config.train.picture_every == 0 or step == config.train.steps
                 if drawn and jax.process_count() == 1:  # what is drawn must be whole on one process
-                    for name, image in objective.pictures(state["params"], host_batch).items():
-                        writer.picture(step, name, image)
+                    with clock.on("pictures"):
+                        for name, image in objective.pictures(state["params"], host_batch).items():
+                            writer.picture(step, name, image)
                     writer.pause()
             watchdog.close()
             if step > start:

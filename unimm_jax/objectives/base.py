@@ -76,6 +76,10 @@ class Objective:
         del params, batch
         return {}
 
+    def amounts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """What a host batch holds, for speeds: examples, images, in language stages tokens."""
+        return {"examples": len(batch["images"]), "images": len(batch["images"])}
+
     def trained_parts(self) -> set[str]:
         """First names of the parameters that the config trains ("language", "merger", ...)."""
         paths = [path for path, _ in flatten(jax.eval_shape(self.init, jax.random.key(0)))]

@@ -90,6 +90,11 @@ class LanguageModeling(Objective):
         head_VD = model.language.head(self.dtype)  # gathered once, not in every chunk
         return chunked_cross_entropy(hidden_BTD, head_VD, batch["targets"], self.used, self.config.loss.chunk)
 
+    def amounts(self, batch):
+        """Rows, pictures that are read, positions that are not padding."""
+        pictures = int(batch["images"].any((2, 3, 4)).sum()) if batch["images"].size else 0
+        return {"examples": len(batch["tokens"]), "images": pictures, "tokens": int((batch["segments"] > 0).sum())}
+
     def step_flops(self, batch):
         """The formulae of the parts: what trains costs three forward passes, what lies after it two, the rest one."""
         m, trained = models(self.config), self.trained_parts()
