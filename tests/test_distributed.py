@@ -48,7 +48,7 @@ def launch(stage, config, workdir, processes, **env):
 def finish(processes, timeout=240):
     """Waits for all; returns what each said."""
     said = [p.communicate(timeout=timeout)[0] for p in processes]
-    assert all(p.returncode == 0 for p in processes), said
+    assert all(p.returncode == 0 for p in processes), "\n".join(text[-4000:] for text in said)
     return said
 
 
@@ -75,11 +75,12 @@ def check(run, root, plans):
     place(run, root)
     one = np.zeros(20)
     for plan in [[(20, 1)], *plans]:
+        home = root / "-".join(f"{s}x{n}" for s, n in plan)
         for steps, count in plan:
             config = lm()
             config.train.steps = steps
-            finish(launch("stage3", config, root / str(plan), count))
-        found = losses(root / str(plan))
+            finish(launch("stage3", config, home, count))
+        found = losses(home)
         one = one if one.any() else found
         assert len(found) == 20 and np.abs(found / one - 1).max() < 1e-5, plan
 

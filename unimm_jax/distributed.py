@@ -52,15 +52,24 @@ def start() -> None:
         where = f"process {index} of {count}, coordinator {address}"
     else:
         where = "a TPU pod"
+    causes = (
+        f"the processes of this run did not find one another ({where}, waited {{}} s). Likely causes: not every host "
+        "was started with the same command and JAX_NUM_PROCESSES; the coordinator's port is taken or closed by a firewall; "
+        "a TPU is held by an earlier process (end it, or remove a stale /tmp/libtpu_lockfile)"
+    )
+    # When its own time is over JAX may abort the process without an exception, so the causes are said just before.
+    say = lambda: print(f"error: {causes.format(seconds)}", file=sys.stderr, flush=True)
+    last_word = threading.Timer(seconds * 0.9, say)
+    last_word.daemon = True
+    last_word.start()
+    began = time.monotonic()
     try:
         jax.distributed.initialize(**named, shutdown_timeout_seconds=60)
     except Exception as error:
-        raise StartFailed(
-            f"the processes of this run did not find one another ({where}, waited up to {seconds} s). Likely causes: "
-            "not every host was started with the same command and JAX_NUM_PROCESSES; the coordinator's port is "
-            "taken or closed by a firewall; a TPU is held by an earlier process (end it, or remove a stale "
-            f"/tmp/libtpu_lockfile). JAX says: {str(error).splitlines()[0]}"
-        ) from None
+        waited = round(time.monotonic() - began)
+        raise StartFailed(f"{causes.format(waited)}. JAX says: {str(error).splitlines()[0]}") from None
+    finally:
+        last_word.cancel()
 
 
 @contextlib.contextmanager

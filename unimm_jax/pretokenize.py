@@ -7,22 +7,26 @@ import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from unimm_jax import distributed, sharding, text
 from unimm_jax import main as process
-from unimm_jax import text
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.data import pipeline, transforms
 from unimm_jax.data.packing import RecordWriter
 from unimm_jax.models.tokenizer import VisualTokenizer
 from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.base import models
+
+BLOCK = 4096  # records that are lost at most when a run is interrupted
 
 
 def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, Any, str]:
@@ -55,8 +59,11 @@ def text_of(workdir: str | pathlib.Path) -> text.TextTokenizer:
 def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_size: int, batch: int) -> None:
     """Tokenizes every usable record of the sources and writes them to `output`; does nothing if that is already done.
 
+    Pictures are split over the devices of a process, blocks of `BLOCK` records over the processes. Run again after an
+    interruption, it goes on with the blocks that are missing.
+
     Raises:
-      ValueError: no tokenizer, no data, or finished records of another tokenizer in `output`.
+      ValueError: no tokenizer, no data, or records of another tokenizer in `output`.
     """
     started = time.perf_counter()
     config, graph, params, fingerprint = open_tokenizer(tokenizer)
@@ -72,64 +79,79 @@ def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_
         return
     config.data.sources = sources
     pictures = pipeline.open_pictures(config.data)
-    if (pathlib.Path(text_path) / "checkpoints").exists() and text_path:
+    if text_path and (pathlib.Path(text_path) / "checkpoints").exists():
         words = text_of(text_path)
     elif text_path:
         words = text.load(text_path)
     else:
         words = text.train(sorted(set(pipeline.all_texts(pictures))), text_size)
+    places = [(source, index) for source in pictures for index in range(len(source))]
+    identity = dict(fingerprint=fingerprint, sources=sources, places=len(places), block=BLOCK)
+    writer = RecordWriter(output, words, identity)
+
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh((1, len(devices), 1), devices)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    batch = -(-batch // len(devices)) * len(devices)
+    params, split = jax.device_put(params, whole), sharding.batch_sharding(mesh)
     encode = jax.jit(lambda params, images: nnx.merge(graph, params).encode(normalize_pixels(images)))
-    writer = RecordWriter(output, words)
-    total, done, kept, began = sum(len(p) for p in pictures), 0, 0, time.perf_counter()
-    pending: list[dict] = []
+    blocks = range(-(-len(places) // BLOCK))
+    mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
+    total, done, began = sum(len(places[b * BLOCK : (b + 1) * BLOCK]) for b in mine), 0, time.perf_counter()
 
-    def flush() -> None:
-        nonlocal kept
-        images = np.stack([item["image"] for item in pending])
-        images = np.pad(images, ((0, batch - len(pending)), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
-        keep, codes = map(np.asarray, encode(params, images))
-        for item, k, c in zip(pending, keep, codes, strict=False):
-            writer.write(item, k, c)
-            kept += int(k.sum())
-        pending.clear()
-
-    for source in pictures:
-        for index in range(len(source)):
-            item = source.load(index)
-            if item is None:
-                continue
-            pending.append(item)
-            done += 1
-            if len(pending) == batch:
-                flush()
+    def tokenized(block: int) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+        nonlocal done
+        stop = min((block + 1) * BLOCK, len(places))
+        for at in range(block * BLOCK, stop, batch):
+            found = [source.load(index) for source, index in places[at : min(at + batch, stop)]]
+            usable = [item for item in found if item is not None]
+            if usable:
+                images = np.stack([item["image"] for item in usable])
+                images = np.pad(
+                    images, ((0, batch - len(usable)), (0, 0), (0, 0), (0, 0))
+                )  # one shape, one compilation
+                keep, codes = map(np.asarray, encode(params, jax.device_put(images, split)))
+                yield from zip(usable, keep, codes, strict=False)
+            done += len(found)
+            if at // batch % 10 == 9:
                 speed = done / (time.perf_counter() - began)
-                if done // batch % 10 == 0:
-                    print(f"records  {done}/{total}  {speed:.0f}/s  ETA {(total - done) / speed:.0f} s", flush=True)
-    if pending:
-        flush()
+                print(f"records  {done}/{total}  {speed:.0f}/s  ETA {(total - done) / speed:.0f} s", flush=True)
+
+    for block in mine:
+        writer.write(block, tokenized(block))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("records")
+    if jax.process_index():
+        return
     m = models(config)
-    writer.close(
+    header = writer.close(
+        len(blocks),
         {
-            "fingerprint": fingerprint,
-            "sources": sources,
             "patches": m["encoder"].patches,
             "codes": m["tokenizer"].codes,
             "positions": m["tokenizer"].positions,
             "selection": m["tokenizer"].selection,
             "image_size": config.data.image_size,
-            "skipped": sum(len(p.bad) for p in pictures),
-        }
+        },
     )
-    skipped = sum(len(p.bad) for p in pictures)
     (pathlib.Path(output) / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - started, 1)}))
-    print(f"records: {done} written to {output}, {kept / done:.2f} tokens a picture, {skipped} skipped", flush=True)
+    count = header["records"]
+    print(
+        f"records: {count} written to {output}, {header['tokens']:.2f} tokens a picture, {len(places) - count} skipped",
+        flush=True,
+    )
 
 
 def main(_: list[str]) -> None:
     """Runs the command."""
     process.quiet()
     f = flags.FLAGS
-    process.run(lambda: pretokenize(f.tokenizer, f.output, f.sources, f.text_tokenizer, f.text_size, f.batch_size))
+
+    def command() -> None:
+        distributed.start()
+        pretokenize(f.tokenizer, f.output, f.sources, f.text_tokenizer, f.text_size, f.batch_size)
+
+    process.run(command)
 
 
 if __name__ == "__main__":

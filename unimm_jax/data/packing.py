@@ -8,10 +8,12 @@ number is all the state that input has, whatever the number of processes.
 import collections
 import dataclasses
 import functools
+import io
 import json
+import os
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgpack
@@ -27,55 +29,98 @@ IGNORED = -1  # source row of a position that is not a picture feature
 
 
 class RecordWriter:
-    """Writes records of one split to a directory: `data.array_record`, `index.npz`, then `header.json` last.
+    """Writes the records of one split to a directory, block by block, so that an interrupted run goes on and several
+    processes share the work: `blocks/NNNNNN.array_record` with `.npz` (lengths) beside it, then `header.json` last.
 
-    A directory without its header is unfinished and refused by `Records`.
+    A block counts when its `.npz` is there, a directory when its header is.
+
+    Args (constructor):
+      identity: what the records come from (fingerprint, sources, ...); another's unfinished records are refused.
+
+    Raises (constructor):
+      ValueError: the directory holds unfinished records of another tokenizer or of other data.
     """
 
-    def __init__(self, path: str, tokenizer: TextTokenizer):
+    def __init__(self, path: str, tokenizer: TextTokenizer, identity: dict[str, Any]):
+        self.path, self.tokenizer = pathlib.Path(path), tokenizer
+        (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+        self.identity = json.loads(json.dumps(identity | {"text_tokenizer": tokenizer.payload}))
+        plan = self.path / "plan.json"
+        if plan.exists() and json.loads(plan.read_text()) != self.identity:
+            raise ValueError(
+                f"{path} holds unfinished records of another tokenizer or of other data; remove it or give another "
+                "--output"
+            )
+        _write_whole(plan, json.dumps(self.identity).encode())
+
+    def _file(self, block: int, ending: str) -> pathlib.Path:
+        return self.path / "blocks" / f"{block:06d}.{ending}"
+
+    def has(self, block: int) -> bool:
+        """Whether a block is written."""
+        return self._file(block, "npz").exists()
+
+    def write(self, block: int, items: Iterable[tuple[dict, np.ndarray, np.ndarray]]) -> None:
+        """Writes a block of (record, keep boolean [P], codes int [P]; stored for kept patches only)."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self.path, self.tokenizer = pathlib.Path(path), tokenizer
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "header.json").unlink(missing_ok=True)
-        self._writer = ArrayRecordWriter(str(self.path / "data.array_record"), "group_size:1")
-        self._kept: list[int] = []
-        self._captions: list[list[int]] = []
-        self._questions: list[list[int]] = []
-
-    def write(self, item: dict, keep: np.ndarray, codes: np.ndarray) -> None:
-        """Adds one record: `keep` boolean [P], `codes` int [P] (stored for kept patches only)."""
-        picture = item["picture"]
-        data = {
-            "key": item["key"],
-            "picture": picture if isinstance(picture, bytes) else transforms.encode_png(picture),
-            "keep": np.packbits(keep).tobytes(),
-            "codes": codes[keep].astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes(),
-            "captions": item["captions"],
-            "questions": item["questions"],
-        }
-        self._writer.write(msgpack.packb(data))
-        self._kept.append(int(keep.sum()))
-        self._captions.append([len(self.tokenizer.encode(c)) for c in item["captions"]])
-        self._questions.append(
-            [len(self.tokenizer.encode(q)) + len(self.tokenizer.encode(a)) + 1 for q, a, _ in item["questions"]]
-        )
-
-    def close(self, header: dict[str, Any]) -> None:
-        """Finishes the directory. `header` holds at least `fingerprint`, `patches`, `codes` and `image_size`."""
-        self._writer.close()
+        kept: list[int] = []
+        captions: list[list[int]] = []
+        questions: list[list[int]] = []
+        count = lambda words: len(self.tokenizer.encode(words))
+        partial = self._file(block, f"array_record.{os.getpid()}")
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        for item, keep, codes in items:
+            picture = item["picture"]
+            data = {
+                "key": item["key"],
+                "picture": picture if isinstance(picture, bytes) else transforms.encode_png(picture),
+                "keep": np.packbits(keep).tobytes(),
+                "codes": codes[keep].astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes(),
+                "captions": item["captions"],
+                "questions": item["questions"],
+            }
+            writer.write(msgpack.packb(data))
+            kept.append(int(keep.sum()))
+            captions.append([count(c) for c in item["captions"]])
+            questions.append([count(q) + count(a) + 1 for q, a, _ in item["questions"]])
+        writer.close()
+        partial.rename(self._file(block, "array_record"))
         flat = lambda lists: np.array([n for row in lists for n in row], np.uint16)
-        ends = lambda lists: np.cumsum([0] + [len(row) for row in lists])
+        lengths = lambda lists: np.array([len(row) for row in lists], np.int32)
+        buffer = io.BytesIO()
         np.savez(
-            self.path / "index.npz",
-            kept=np.array(self._kept, np.int32),
-            captions=flat(self._captions),
-            caption_ends=ends(self._captions),
-            questions=flat(self._questions),
-            question_ends=ends(self._questions),
+            buffer,
+            kept=np.array(kept, np.int32),
+            captions=flat(captions),
+            caption_counts=lengths(captions),
+            questions=flat(questions),
+            question_counts=lengths(questions),
         )
-        header = header | {"records": len(self._kept), "text_tokenizer": self.tokenizer.payload}
-        (self.path / "header.json").write_text(json.dumps(header))
+        _write_whole(self._file(block, "npz"), buffer.getvalue())
+
+    def close(self, blocks: int, header: dict[str, Any]) -> dict[str, Any]:
+        """Finishes the directory, all its blocks being there; `header` holds at least `patches`, `codes`, `image_size`.
+
+        Returns:
+          the header as written, with the number of records and the tokens a picture.
+        """
+        parts = [np.load(self._file(block, "npz")) for block in range(blocks)]
+        joined: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
+        buffer = io.BytesIO()
+        np.savez(buffer, **joined)
+        _write_whole(self.path / "index.npz", buffer.getvalue())
+        kept = joined["kept"]
+        header = self.identity | header | dict(records=len(kept), blocks=blocks, tokens=round(float(kept.mean()), 4))
+        _write_whole(self.path / "header.json", json.dumps(header).encode())
+        return header
+
+
+def _write_whole(file: pathlib.Path, data: bytes) -> None:
+    """A file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.rename(file)
 
 
 class Records:
@@ -93,8 +138,8 @@ class Records:
         self.tokenizer = TextTokenizer(self.header["text_tokenizer"])
         index = np.load(self.path / "index.npz")
         self.kept: np.ndarray = index["kept"]
-        self.captions = _Ragged(index["captions"], index["caption_ends"])
-        self.questions = _Ragged(index["questions"], index["question_ends"])
+        self.captions = _Ragged(index["captions"], index["caption_counts"])
+        self.questions = _Ragged(index["questions"], index["question_counts"])
         self._reader: Any = None
         self._items: dict[int, dict] = {}
         self._images: dict[int, np.ndarray] = {}
@@ -112,7 +157,8 @@ class Records:
             if self._reader is None:
                 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-                self._reader = ArrayRecordDataSource(str(self.path / "data.array_record"))
+                files = [f"{block:06d}.array_record" for block in range(self.header["blocks"])]
+                self._reader = ArrayRecordDataSource([str(self.path / "blocks" / name) for name in files])
             item = msgpack.unpackb(self._reader[index])
         patches = self.header["patches"]
         item["keep"] = np.unpackbits(np.frombuffer(item["keep"], np.uint8), count=patches).astype(bool)
@@ -137,8 +183,8 @@ class Records:
 class _Ragged:
     """Lists of lengths, stored flat."""
 
-    def __init__(self, values: np.ndarray, ends: np.ndarray):
-        self.values, self.ends = values.astype(np.int32), ends
+    def __init__(self, values: np.ndarray, counts: np.ndarray):
+        self.values, self.ends = values.astype(np.int32), np.concatenate([[0], np.cumsum(counts)])
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.ends[index] : self.ends[index + 1]]
