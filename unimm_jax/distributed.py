@@ -54,8 +54,8 @@ def start() -> None:
         where = "a TPU pod"
     causes = (
         f"the processes of this run did not find one another ({where}, waited {{}} s). Likely causes: not every host "
-        "was started with the same command and JAX_NUM_PROCESSES; the coordinator's port is taken or closed by a firewall; "
-        "a TPU is held by an earlier process (end it, or remove a stale /tmp/libtpu_lockfile)"
+        "was started with the same command and JAX_NUM_PROCESSES; the coordinator's port is taken or closed by a "
+        "firewall; a TPU is held by an earlier process (end it, or remove a stale /tmp/libtpu_lockfile)"
     )
     # When its own time is over JAX may abort the process without an exception, so the causes are said just before.
     say = lambda: print(f"error: {causes.format(seconds)}", file=sys.stderr, flush=True)
