@@ -279,6 +279,8 @@ def test_lavits_files_come_in_and_go_out_again(published, tmp_path):
     (tmp_path / "in").symlink_to(folder / "in")
     lines = command.export(str(tmp_path / "in" / "language"), str(tmp_path / "out"), form="lavit")
     assert lines == ["read again: largest difference of a weight 0.0e+00"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import_weights --source=THIS_DIRECTORY" in card and "AutoModel" not in card and "fingerprint" in card
     import diffusers
 
     for name in ("pixel_decoding", "highres_pixel_decoding"):

@@ -10,6 +10,7 @@ directory appears under its name only when it is complete; at the end it is open
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -340,20 +341,23 @@ def _verify(folder: pathlib.Path, expected: dict[str, np.ndarray], dtype: np.dty
 def write_card(folder: pathlib.Path, checkpoint: str, meta: dict[str, Any], config: ConfigDict) -> None:
     """`README.md`: what this is, what it was trained on, how to load it."""
     data = json.dumps(meta["data"], indent=1, sort_keys=True)
-    whole = (folder / "modeling_unimm.py").exists()
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        f"# {config.name}",
-        "",
-        f"Exported from a checkpoint of unimm_jax ({pathlib.Path(checkpoint).name}, step {meta['step']}).",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'language = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
-        'words = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
-    ]
+    whole, lavit_layout = (folder / "modeling_unimm.py").exists(), (folder / "visual_tokenizer").exists()
+    lines = ["---"] + ([] if lavit_layout else ["library_name: transformers"]) + ["---", f"# {config.name}", ""]
+    lines += [f"Exported from a checkpoint of unimm_jax ({pathlib.Path(checkpoint).name}, step {meta['step']}).", ""]
+    if lavit_layout:
+        lines += [
+            "The layout of the published LaVIT: give this directory to its code as the model path, or come back with",
+            "",
+            "```bash",
+            "python -m unimm_jax.import_weights --source=THIS_DIRECTORY --output=CHECKPOINT_DIR",
+        ]
+    else:
+        lines += [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            'language = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")',
+            'words = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+        ]
     if whole:
         lines += [
             "",
@@ -450,15 +454,31 @@ def _lavit(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify
     write_card(folder, checkpoint, meta, config)
     if not verify:
         return []
+    if not _has_low(folder):
+        return ["not read again: no decoder file"]
+    code = "import sys; from unimm_jax.export import lavit_gap; print(lavit_gap(*sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(folder), str(home)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=env)
+    if done.returncode:
+        raise ValueError(f"the export cannot be read again:\n{done.stderr[-2000:]}")
+    return [f"read again: largest difference of a weight {float(done.stdout.split()[-1]):.1e}"]
+
+
+def lavit_gap(folder: str, checkpoint: str) -> float:
+    """Largest difference of a weight between a LaVIT directory, read as if it were the published one, and a checkpoint
+    of the language model (rows that only pad left out)."""
     from unimm_jax.import_weights import import_lavit
 
-    again = dict(flatten(import_lavit(folder)["language"][0].load())) if _has_low(folder) else {}
-    worst = 0.0
-    for path, value in again.items():
-        used = slice(0, 2 + t.codes) if path.endswith("_visual") else slice(None)
-        gap = np.abs(np.asarray(value, np.float32)[used] - np.asarray(params[path], np.float32)[used]).max()
-        worst = max(worst, float(gap))
-    return [f"read again: largest difference of a weight {worst:.1e}"] if again else ["not read again: no decoder file"]
+    importer, _ = import_lavit(pathlib.Path(folder))["language"]
+    params, worst = dict(flatten(read_params(checkpoint))), 0.0
+    for path, value in importer.read(importer.places):
+        mine, theirs = np.asarray(value, np.float32), np.asarray(params[path], np.float32)
+        used = slice(None)
+        if path.endswith("_visual"):
+            used = slice(0, int(np.flatnonzero(np.abs(theirs).max(1) > 0)[-1]) + 1)
+        worst = max(worst, float(np.abs(mine[used] - theirs[used]).max()))
+    return worst
 
 
 def _has_low(folder: pathlib.Path) -> bool:

@@ -47,7 +47,7 @@ class Choice:
     Attributes:
       mesh: (data, fsdp, tensor) of one slice; more slices multiply `data`.
       remat: of the language model, a name of `models.transformer.REMAT`.
-      rows: rows of a batch on each device, the largest seen to fit `configs/stage2.py:7b`.
+      rows: rows of a batch on each device with which `configs/stage2.py:7b` was seen to fit.
     """
 
     mesh: tuple[int, int, int]
@@ -55,14 +55,14 @@ class Choice:
     rows: int = 1
 
 
-# Pattern of a topology → choice, the first that matches. Beyond 64 chips data-parallel replicas keep the shards of fsdp
-# wide; the figures behind it stand in docs/performance.md.
+# Pattern of a topology → choice, the first that matches. Beyond 64 chips replicas share the work, so that shards stay
+# large; the figures behind it stand in docs/performance.md.
 CHOICES = [
     (r"v5e:4x4", Choice((1, 16, 1))),
     (r"v5e:8x8", Choice((1, 64, 1))),
     (r"v5e:16x16", Choice((4, 64, 1))),
-    (r"(v5p|v5):2x4x4", Choice((1, 32, 1))),
-    (r"v6e:4x4", Choice((1, 16, 1))),
+    (r"(v5p|v5):2x4x4", Choice((1, 32, 1), rows=4)),
+    (r"v6e:4x4", Choice((1, 16, 1), rows=2)),
     (r".*", Choice((1, -1, 1))),
 ]
 
