@@ -242,6 +242,7 @@ np.savez(found, **out)
 """
 
 
+@pytest.mark.slow
 def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_path):
     folder, _ = published
     g = Generator(folder / "in" / "language", batch=2, answer_length=12)
