@@ -111,15 +111,19 @@ def test_every_process_reads_its_part_of_one_order(run):
             state = parts[0].get_state()
 
 
-def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
+def two_under_way(run, tmp_path):
+    """Two processes of one long run, after its first line: (directory, processes)."""
     root = place(run, tmp_path / "root")
     config = lm()
     config.train.steps = 100_000
     processes = launch("stage3", config, root / "x", 2)
-    for line in processes[0].stdout:
-        if "/100000" in line:
-            processes[1].send_signal(signal.SIGTERM)
-            break
+    next(line for line in processes[0].stdout if "/100000" in line)
+    return root, processes
+
+
+def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
+    root, processes = two_under_way(run, tmp_path)
+    processes[1].send_signal(signal.SIGTERM)
     said = [p.communicate(timeout=120)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], said
     steps = {text.split("saved step ")[1].split(";")[0] for text in said}
@@ -128,13 +132,7 @@ def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_with_a_message(run, tmp_path):
-    root = place(run, tmp_path / "root")
-    config = lm()
-    config.train.steps = 100_000
-    processes = launch("stage3", config, root / "x", 2)
-    for line in processes[0].stdout:
-        if "/100000" in line:
-            break
+    _, processes = two_under_way(run, tmp_path)
     processes[1].kill()
     began = time.monotonic()
     said = processes[0].communicate(timeout=90)[0]

@@ -11,7 +11,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,49 +188,44 @@ def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
         return reader.restore(step / "meta")
 
 
-def read_params(path: str | pathlib.Path, shardings: Tree | None = None, only: Collection[str] | None = None) -> Tree:
-    """Parameters of a checkpoint as a nested dict; optimiser state is not read.
-
-    Args:
-      shardings: path → sharding for paths that shall lie on a mesh, as a flat dict; others go to the first device.
-      only: the paths to read; all if None.
-    """
-    step = find(path)
-    shardings = shardings or {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        held = reader.metadata(step / "state").item_metadata.tree["params"]
-    wanted = {p: m for p, m in flatten(held) if only is None or p in only}
-    if not wanted:
-        return {}
-    largest = max(math.prod(m.shape) * m.dtype.itemsize for m in wanted.values())
-    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 2**30))
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings.get(p, local)) for p, m in wanted.items()}
-    item = {"params": unflatten(target)}
-    args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    params = reader.restore(step / "state", args=args)["params"]
-    reader.close()
-    return params
-
-
 class Stored:
-    """The parameters of a checkpoint as a source of weights.
+    """The parameters of a checkpoint, verified once and read when asked; optimiser state is not read.
 
     Attributes:
       shapes: path → shape.
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = path
+        self.step = find(path)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            held = reader.metadata(find(path) / "state").item_metadata.tree["params"]
-        self.shapes = {name: tuple(m.shape) for name, m in flatten(held)}
+            self._held = dict(flatten(reader.metadata(self.step / "state").item_metadata.tree["params"]))
+        self.shapes = {name: tuple(m.shape) for name, m in self._held.items()}
 
-    def read(self, shardings: dict[str, Any]) -> Iterable[tuple[str, jax.Array]]:
+    def read(self, shardings: dict[str, Any]) -> list[tuple[str, jax.Array]]:
         """Pairs of path and array for the paths given, each on its sharding."""
-        return flatten(read_params(self.path, shardings, only=shardings))
+        if not shardings:
+            return []
+        held = {path: self._held[path] for path in shardings}
+        largest = max(math.prod(m.shape) * m.dtype.itemsize for m in held.values())
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 2**30))
+        target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings[p]) for p, m in held.items()}
+        item = {"params": unflatten(target)}
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        params = reader.restore(self.step / "state", args=args)["params"]
+        reader.close()
+        return flatten(params)
+
+
+def read_params(path: str | pathlib.Path, shardings: dict[str, Any] | None = None) -> Tree:
+    """All parameters of a checkpoint as a nested dict.
+
+    Args:
+      shardings: path → sharding for paths that shall lie on a mesh; others go to the first device.
+    """
+    stored, local = Stored(path), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return unflatten(dict(stored.read({name: (shardings or {}).get(name, local) for name in stored.shapes})))
 
 
 def init_from(

@@ -44,7 +44,7 @@ def check(config: Any, workdir: str | pathlib.Path) -> None:
         except re.error as error:
             wrong.append(f"config.optimizer.rules: {pattern!r} is not a regular expression ({error})")
     need(sum(s == -1 for s in config.mesh) <= 1, f"config.mesh is {tuple(config.mesh)}; only one -1 is possible")
-    m = {}
+    m: dict[str, Any] = {}
     for name, section in config.model.items():
         if name in SECTIONS:
             fields = {f.name for f in dataclasses.fields(SECTIONS[name])}
@@ -59,9 +59,11 @@ def check(config: Any, workdir: str | pathlib.Path) -> None:
         width, heads = getattr(m[name], "width", encoder.width), m[name].heads
         need(width % heads == 0, f"config.model.{name}: width {width} does not divide by {heads} heads")
     if "language" in m:
-        m = m["language"]
-        need(m.heads % m.kv_heads == 0, f"config.model.language: {m.kv_heads} kv_heads do not divide {m.heads} heads")
-        need(m.head_width % 2 == 0, f"config.model.language.head_width {m.head_width} must be even (rotary pairs)")
+        lm = m["language"]
+        need(
+            lm.heads % lm.kv_heads == 0, f"config.model.language: {lm.kv_heads} kv_heads do not divide {lm.heads} heads"
+        )
+        need(lm.head_width % 2 == 0, f"config.model.language.head_width {lm.head_width} must be even (rotary pairs)")
     if config.objective == "language_modeling":
         tasks = config.data.tasks
         unknown = [t for t in (*tasks, *config.data.tasks_end) if t not in TASKS]

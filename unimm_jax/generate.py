@@ -112,7 +112,7 @@ class Generator:
                 f"{checkpoint} is a checkpoint of {config.name}; give one of a language stage (stage1 to 3)"
             )
         self.header = meta["data"]
-        self.text = text_of(step)
+        self.text = text_of(meta, checkpoint)
         grid = self.header["positions"] == "grid" and self.header["selection"] != "all"
         self.vocabulary = Vocabulary(self.text.size, self.header["codes"], self.header["patches"] if grid else 0)
         self.objective = LanguageModeling(config, self)

@@ -77,7 +77,12 @@ def apply(config: Any, topology: str, slices: int = 1, rows: int = 0, remat: str
 
     Args:
       rows: on each device, instead of the table's. remat: instead of the table's.
+
+    Raises:
+      ValueError: a name that is not KIND:AxB or KIND:AxBxC.
     """
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise ValueError(f"a topology is named like v5e:8x8 or v5p:2x4x4, not {topology!r}")
     choice, config = choose(topology), config.copy_and_resolve_references()
     chips = slices
     for size in topology.split(":")[1].split("x"):

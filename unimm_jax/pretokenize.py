@@ -42,17 +42,15 @@ def open_tokenizer(workdir: str | pathlib.Path) -> tuple[ConfigDict, Any, Any, s
     return config, nnx.graphdef(model), params, digest.hexdigest()[:16]
 
 
-def text_of(workdir: str | pathlib.Path) -> text.TextTokenizer:
-    """The text tokenizer that travels in a checkpoint.
+def text_of(meta: dict[str, Any], where: str | pathlib.Path) -> text.TextTokenizer:
+    """The text tokenizer that travels in a checkpoint's `meta`.
 
     Raises:
       ValueError: none does.
     """
-    payload = json.loads(read_meta(find(workdir))["tokenizer"])
+    payload = json.loads(meta["tokenizer"])
     if payload is None:
-        raise ValueError(
-            f"{workdir} carries no text tokenizer; give a tokenizer.json or a .model file beside its weights"
-        )
+        raise ValueError(f"{where} carries no text tokenizer; give a tokenizer.json or a sentencepiece .model file")
     return text.TextTokenizer(payload)
 
 
@@ -80,7 +78,7 @@ def pretokenize(tokenizer: str, output: str, sources: str, text_path: str, text_
     config.data.sources = sources
     pictures = pipeline.open_pictures(config.data)
     if text_path and (pathlib.Path(text_path) / "checkpoints").exists():
-        words = text_of(text_path)
+        words = text_of(read_meta(text_path), text_path)
     elif text_path:
         words = text.load(text_path)
     else:

@@ -1,5 +1,6 @@
 """Mesh, logical axes and shardings. Models name logical axes; only this file knows which mesh axis they lie on."""
 
+import functools
 import re
 from typing import Any
 
@@ -89,6 +90,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+@functools.lru_cache
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold, ascending.
 

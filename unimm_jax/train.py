@@ -179,9 +179,10 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             checkpoints.save(step, state, meta)
 
         loop_began, compile_seconds = time.perf_counter(), 0.0
-        with contextlib.closing(checkpoints), contextlib.closing(writer), distributed.stop_signal() as stop:
+        watchdog = distributed.Watchdog(config.train.watchdog)
+        closing = contextlib.closing
+        with closing(checkpoints), closing(writer), closing(watchdog), distributed.stop_signal() as stop:
             step, stopped = start, False
-            watchdog = distributed.Watchdog(config.train.watchdog)
             while step < config.train.steps and not stopped:
                 if step > start and step % config.train.checkpoint_every == 0:
                     with clock.on("checkpoint"):
@@ -211,7 +212,6 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                         for name, image in objective.pictures(state["params"], host_batch).items():
                             writer.picture(step, name, image)
                     writer.pause()
-            watchdog.close()
             if step > start:
                 save(step)
             checkpoints.wait()
