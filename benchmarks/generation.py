@@ -31,17 +31,19 @@ def ours(batch: int, tokens: np.ndarray):
     def generate(params, tokens):
         m = nnx.merge(graph, params)
         slots = jnp.arange(PROMPT + NEW)
-        cache = m.empty_cache(batch, PROMPT + NEW)
+        extend, cache = m.incremental(batch, PROMPT + NEW)
         causal = jnp.broadcast_to(jnp.arange(PROMPT)[:, None] >= slots, (batch, PROMPT, PROMPT + NEW))
         positions = jnp.broadcast_to(jnp.arange(PROMPT), (batch, PROMPT))
-        hidden, cache = m.extend(m.embed(tokens), positions, causal, cache, 0)
+        hidden, cache = extend(m.embed(tokens), positions, causal, cache, 0)
+
+        head = m.head()
 
         def body(carry, index):
             hidden, cache = carry
-            token = pick(hidden @ m.head().T, keys, greedy)
+            token = pick(jnp.einsum("nd,vd->nv", hidden, head), keys, greedy)
             at = PROMPT + index
             mask = jnp.broadcast_to(slots <= at, (batch, 1, PROMPT + NEW))
-            x, cache = m.extend(m.embed(token[:, None]), jnp.full((batch, 1), at), mask, cache, at)
+            x, cache = extend(m.embed(token[:, None]), jnp.full((batch, 1), at), mask, cache, at)
             return (x[:, 0], cache), token
 
         return jax.lax.scan(body, (hidden[:, -1], cache), jnp.arange(NEW))[1].T

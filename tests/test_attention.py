@@ -92,13 +92,13 @@ def test_the_cache_gives_what_the_whole_sequence_gives(lm):
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
     positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
     whole = lm(lm.embed(tokens), positions, segments)
-    cache = lm.empty_cache(2, 9)
+    extend, cache = lm.incremental(2, 9)
     mask = jnp.broadcast_to(jnp.arange(5)[:, None] >= jnp.arange(9), (2, 5, 9))
-    first, cache = lm.extend(lm.embed(tokens[:, :5]), positions[:, :5], mask, cache, 0)
+    first, cache = extend(lm.embed(tokens[:, :5]), positions[:, :5], mask, cache, 0)
     found = [first]
     for t in range(5, 9):
         mask = jnp.broadcast_to(jnp.arange(9) <= t, (2, 1, 9))
-        hidden, cache = lm.extend(lm.embed(tokens[:, t : t + 1]), positions[:, t : t + 1], mask, cache, t)
+        hidden, cache = extend(lm.embed(tokens[:, t : t + 1]), positions[:, t : t + 1], mask, cache, t)
         found.append(hidden)
     assert jnp.allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
 
@@ -113,6 +113,23 @@ def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
     assert shapes(scanned) == shapes(lm)
     x, ones = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.ones((1, 6), jnp.int32)
     assert jnp.allclose(scanned(x, jnp.arange(6)[None], ones), lm(x, jnp.arange(6)[None], ones), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [30, 64, 150, 300])
+def test_blocks_of_queries_read_what_jaxs_own_attention_reads(length):
+    keys = jax.random.split(jax.random.key(1), 4)
+    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:3])
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, length)), -1))
+    mask = A.segment_mask(segments, segments, causal=True)[:, None]
+
+    def of(attend):
+        value, back = jax.vjp(attend, q, k, v)
+        return [value, *back(jnp.cos(q))]
+
+    wanted = of(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask))
+    for a, b in zip(of(A.causal_attention(segments)), wanted, strict=True):
+        assert jnp.allclose(a, b, atol=1e-5), jnp.abs(a - b).max()
 
 
 @pytest.mark.parametrize("heads, groups, width", [(4, 1, 128), (4, 2, 32)])
@@ -154,9 +171,10 @@ def test_no_remat_policy_changes_a_gradient(remat):
 def test_the_door_chooses_by_what_the_mesh_is_made_of(monkeypatch):
     taken = []
     monkeypatch.setattr(A, "splash_attention", lambda q, k, v, s: taken.append("splash") or q)
-    monkeypatch.setattr(A, "attention", lambda q, k, v, m, kind=None: taken.append(kind or "xla") or q)
+    monkeypatch.setattr(A, "cudnn_attention", lambda q, k, v, m: taken.append("cudnn") or q)
+    monkeypatch.setattr(A, "attention", lambda q, k, v, m: taken.append("xla") or q)
     q = jnp.zeros((1, 128, 2, 8), jnp.bfloat16)
-    for where, x in (("tpu", q), ("tpu", q[:, :100]), ("gpu", q), ("gpu", q.astype(jnp.float32)), ("cpu", q)):
+    for where, x in (("tpu", q), ("tpu", q[:, :60]), ("gpu", q), ("gpu", q.astype(jnp.float32)), ("cpu", q)):
         monkeypatch.setattr(A, "platform", lambda where=where: where)
         A.causal_attention(jnp.ones(x.shape[:2], int))(x, x, x)
-    assert taken == ["splash", "xla", "cudnn", "xla", "xla"]
+    assert taken == ["splash", "xla", "cudnn", "xla", "xla", "xla", "xla"]  # two blocks of 64 queries

@@ -166,8 +166,8 @@ class Generator:
         causal = jnp.arange(t)[:, None] >= jnp.arange(t + steps)[None]
         # a padded query reads itself only, so that no row of the softmax is empty
         mask = (slots[:, None] & causal) | jnp.eye(t, t + steps, dtype=bool)
-        cache = model.language.empty_cache(n, t + steps, dtype)
-        hidden, cache = model.language.extend(x_BTD, positions, mask, cache, 0)
+        extend, cache = model.language.incremental(n, t + steps, dtype)
+        hidden, cache = extend(x_BTD, positions, mask, cache, 0)
         head = model.language.head(dtype)
         kinds = jnp.asarray(v.kinds())
         # [/IMG] and </s> end; a text may not hold padding or a second beginning
@@ -200,7 +200,7 @@ class Generator:
             both = jnp.concatenate([token, token]) if guided else token
             x = model.language.embed(both[:, None], dtype)
             at = positions[:, -1:] + 1 + index
-            hidden, cache = model.language.extend(x, at, slots[:, None], cache, t + index)
+            hidden, cache = extend(x, at, slots[:, None], cache, t + index)
             return (hidden[:, 0], cache, slots, token, place, count, done), token
 
         zero = jnp.zeros((b,), jnp.int32)

@@ -1,5 +1,6 @@
 """Trains one stage: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2"""
 
+import ctypes
 import logging
 import os
 import pathlib
@@ -11,15 +12,33 @@ from absl import app, flags
 def prepare_process() -> None:
     """Settings of this process that must precede the first use of JAX: quiet logs, compilation cache, CPU preset."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
-        preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_RUNTIME"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {preset}".strip()
+    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and not _accelerators():
+        if "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
+            preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_RUNTIME"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {preset}".strip()
+        _keep_freed_memory()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path.home() / ".cache" / "unimm_jax" / "xla")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     for name in ("absl", "orbax", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _accelerators() -> list[pathlib.Path]:
+    """Device files of TPUs and GPUs."""
+    return [
+        path for pattern in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*") for path in pathlib.Path("/dev").glob(pattern)
+    ]
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step: XLA's CPU buffers would be mapped and zeroed anew at each one."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
+        for name, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1), (m_top_pad, 2**28)):
+            mallopt(name, value)
 
 
 def quiet() -> None:

@@ -4,7 +4,7 @@ Kernels need `shard_map`, so this file looks at the mesh in force.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from unimm_jax.models.layout import USED
 
+CAUSAL_BLOCKS = 4  # parts of the queries in XLA's causal attention
 LANES = 128  # width of a TPU register; splash attention takes multiples of it
 
 
@@ -35,12 +36,24 @@ def causal_attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, 
     if where == "tpu" and length % LANES == 0:
         return lambda q, k, v: splash_attention(q, k, v, segments_BT)
     mask_BTS = segment_mask(segments_BT, segments_BT, causal=True)
+    size = max(-(-length // CAUSAL_BLOCKS), 64)
 
     def attend(q, k, v):
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        return attention(q, k, v, mask_BTS, "cudnn" if where == "gpu" and half else None)
+        if where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+            return cudnn_attention(q, k, v, mask_BTS)
+        # later keys than a block's last query are never read: three eighths of the scores are not computed
+        spans = [(start, min(start + size, length)) for start in range(0, length, size)]
+        parts = [attention(q[:, i:j], k[:, :j], v[:, :j], mask_BTS[:, i:j, :j]) for i, j in spans]
+        return jnp.concatenate(parts, 1)
 
     return attend
+
+
+def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """cuDNN's fused attention, half precision only."""
+    mask = mask_BTS[:, None]
+    found = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, implementation="cudnn")
+    return checkpoint_name(found, "attention")
 
 
 def splash_attention(
@@ -85,26 +98,34 @@ def splash_attention(
     return checkpoint_name(run(q, k, v, segments_BT)[..., :width].swapaxes(1, 2), "attention")
 
 
-def attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BTS: jax.Array | None = None,
-    implementation: Literal["xla", "cudnn"] | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention, grouped queries allowed (K divides N).
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention, grouped queries allowed (K divides N); softmax in float32.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: queries, keys, values; scores are divided by sqrt(H).
-      mask_BTS: boolean, True where query t may read key s; broadcast over heads. None reads everything.
-      implementation: "cudnn", or None for XLA's own.
+      mask_BTS: boolean, True where query t may read key s; broadcast over heads. None reads everything. A query that
+        may read nothing gets the mean of all values.
 
     Returns:
       [B, T, N, H], in the dtype of `q_BTNH`.
     """
-    mask = None if mask_BTS is None else mask_BTS[:, None]
-    found = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation=implementation)
-    return checkpoint_name(found, "attention")
+    found = heads_attention(q_BTNH.swapaxes(1, 2), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask_BTS)
+    return checkpoint_name(found.swapaxes(1, 2), "attention")
+
+
+def heads_attention(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array | None = None
+) -> jax.Array:
+    """`attention` with heads before positions, as a cache keeps them: plain batched products [G·T, H] × [H, S]."""
+    b, n, t, h = q_BNTH.shape
+    groups = k_BKSH.shape[1]
+    q = (q_BNTH * h**-0.5).reshape(b, groups, n // groups * t, h)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=jnp.float32)
+    if mask_BTS is not None:
+        scores = jnp.where(jnp.tile(mask_BTS, (1, n // groups, 1))[:, None], scores, -1e30)
+    p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    found = jnp.einsum("bkts,bksh->bkth", p.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    return (found / p.sum(-1, keepdims=True)).astype(q_BNTH.dtype).reshape(b, n, t, h)
 
 
 def segment_mask(q_segments_BT: jax.Array, k_segments_BS: jax.Array, causal: bool) -> jax.Array:

@@ -1,15 +1,18 @@
 """The language model: a LLaMA-shaped decoder over text and visual codes, with and without a key/value cache."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unimm_jax.models.attention import attention, causal_attention, rotary
+from unimm_jax.models.attention import causal_attention, heads_attention, rotary
 from unimm_jax.models.layout import constrain, weight
-from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stack, truncated
+from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stack, truncated, unstacked
+
+Cache = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,10 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
 
     def __call__(self, x_BTD, positions_BT, attend, cache=None):
-        """[B, T, D] → ([B, T, D], (keys, values)); `attend` takes queries, keys and values, `cache` is (slot, keys,
-        values) to extend."""
+        """[B, T, D] → ([B, T, D], (keys, values)); `attend` takes queries, keys and values.
+
+        With a cache (slot, keys, values), the latter [B, K, S, H], queries, keys and values have their heads first.
+        """
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -73,8 +78,9 @@ class SelfAttention(nnx.Module):
         k = rotary(k, positions_BT, self.theta, self.scaling)
         if cache is not None:
             at, old_k, old_v = cache
-            k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), at, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), at, 1)
+            k = jax.lax.dynamic_update_slice_in_dim(old_k, k.swapaxes(1, 2).astype(old_k.dtype), at, 2)
+            v = jax.lax.dynamic_update_slice_in_dim(old_v, v.swapaxes(1, 2).astype(old_v.dtype), at, 2)
+            return self.o(attend(q.swapaxes(1, 2), k, v).swapaxes(1, 2)), (k, v)
         return self.o(attend(q, k, v)), (k, v)
 
 
@@ -139,24 +145,30 @@ class LanguageModel(nnx.Module):
         x_BTD = run_stack(self.layers, x_BTD, step, scan=self.config.scan, remat=self.config.remat)
         return self.norm(x_BTD)
 
-    def empty_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-        """Keys and values, each [L, B, length, K, H]."""
-        c = self.config
-        shape = (c.layers, batch, length, c.kv_heads, c.head_width)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    def incremental(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], Cache]:
+        """What generation needs, made once before its loop: (extend, empty cache of `length` slots).
 
-    def extend(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, mask_BTS: jax.Array, cache: tuple, at: jax.Array | int
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Runs T new positions against the cache, writing them at slot `at`: (hidden [B, T, D], new cache).
+        The cache holds keys and values, [B, K, length, H] each, stacked over the layers if they are scanned, else a
+        pair a layer. Unscanned layers are taken out of their stack here, not at every token.
 
-        Args:
-          mask_BTS: which cache slots each new position may read (its own included).
+        extend(x_BTD, positions_BT, mask_BTS, cache, at) runs T new positions against the cache, writing them at slot
+        `at`: (hidden [B, T, D], new cache). `mask_BTS` says which slots each new position may read, its own included.
         """
+        c = self.config
+        shape = (batch, c.kv_heads, length, c.head_width)
+        empty = lambda *stack: (jnp.zeros((*stack, *shape), dtype), jnp.zeros((*stack, *shape), dtype))
+        layers = self.layers if c.scan else unstacked(self.layers)
 
-        def step(x, layer_and_cache):
-            layer, k, v = layer_and_cache
-            return layer(x, positions_BT, lambda q, k, v: attention(q, k, v, mask_BTS), (at, k, v))
+        def extend(x_BTD, positions_BT, mask_BTS, cache, at):
+            attend = lambda q, k, v: heads_attention(q, k, v, mask_BTS)
+            step = lambda x, layer_and_kv: layer_and_kv[0](x, positions_BT, attend, (at, *layer_and_kv[1]))
+            if c.scan:
+                x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
+                return self.norm(x_BTD), cache
+            found = []
+            for pair in zip(layers, cache, strict=True):
+                x_BTD, kv = step(x_BTD, pair)
+                found.append(kv)
+            return self.norm(x_BTD), tuple(found)
 
-        x_BTD, cache = jax.lax.scan(step, x_BTD, (self.layers, *cache))
-        return self.norm(x_BTD), cache
+        return extend, empty(c.layers) if c.scan else tuple(empty() for _ in range(c.layers))

@@ -219,6 +219,21 @@ def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bo
     step = jax.checkpoint(apply, prevent_cse=not scan, policy=policy) if policy is not None else apply
     if scan:
         return jax.lax.scan(lambda carry, layer: (step(layer, carry), None), x, layers)[0]
-    for index in range(jax.tree.leaves(layers)[0].shape[0]):
-        x = step(jax.tree.map(lambda leaf: leaf[index], layers), x)  # noqa: B023
+    for layer in unstacked(layers):
+        x = step(layer, x)
     return x
+
+
+def unstacked(layers: Any) -> list[Any]:
+    """The layers of a stack, one by one."""
+    leaves, tree = jax.tree.flatten(layers)
+    return [jax.tree.unflatten(tree, parts) for parts in zip(*map(_unstack, leaves), strict=True)]
+
+
+@jax.custom_vjp
+def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
+    """[L, ...] → L arrays. Its gradient is one stack, where that of L slices is L padded arrays and their sum."""
+    return tuple(x[i] for i in range(x.shape[0]))
+
+
+_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, parts: (jnp.stack(parts),))

@@ -25,8 +25,10 @@ def chunked_cross_entropy(
     def of(hidden, targets):
         logits = jnp.einsum("btd,vd->btv", hidden, head_VD, preferred_element_type=jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
-        logits = jnp.where(jnp.arange(head_VD.shape[0]) < used, logits, -1e30)
-        hit = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        ids = jnp.arange(head_VD.shape[0])
+        logits = jnp.where(ids < used, logits, -1e30)
+        # the target's logit by comparison: the gradient of a look-up is a scatter into an array of logits
+        hit = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, -1) - hit
 
     b, t, d = hidden_BTD.shape
