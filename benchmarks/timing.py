@@ -5,11 +5,16 @@ import time
 from collections.abc import Callable
 
 
-def compare(title: str, ours: Callable[[], None], peers: dict[str, Callable[[], None]], rounds: int = 9) -> None:
+def compare(
+    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], None]], rounds: int = 9
+) -> dict[str, float]:
     """Runs ours and each peer in turn, after one warm-up each; prints medians and ratios (above 1: ours is faster).
 
     Args:
       ours, peers: each does the work once and waits for its end.
+
+    Returns:
+      median seconds of "ours" and of each peer.
     """
     cases = {"ours": ours} | peers
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -27,3 +32,4 @@ def compare(title: str, ours: Callable[[], None], peers: dict[str, Callable[[], 
         spread = (max(values) - min(values)) / medians[name]
         ratio = "" if name == "ours" else f"   ours is {medians[name] / medians['ours']:.2f} times as fast"
         print(f"{title}: {name:24} {medians[name] * 1e3:9.1f} ms (spread {spread:.0%}){ratio}", flush=True)
+    return medians

@@ -34,7 +34,6 @@ PUBLISHED_RULES = {
 # `laptop` and `one_gpu` start from nothing. The text stage gives the language model its words; from stage 1 on the
 # merger's copy trains too, since its tokenizer saw minutes of training rather than 100M pictures.
 SCRATCH_RULES = {
-    "text": [(_ENCODER, FROZEN), (_MERGER, FROZEN), (_WAY_IN, FROZEN), (_LM_ALL, 1.0)],
     "stage1": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
     "stage2": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
     "stage3": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
@@ -227,17 +226,18 @@ def language_stage(stage: str, size: str) -> ConfigDict:
     )  # where the shares move to, over `passes` passes over the records; empty is constant
     c.data.passes = 1
     if not small:
-        text_only = [("(?!language/).*", FROZEN), (_LM_ALL, 1.0)]
-        c.optimizer.rules = text_only if stage == "text" else PUBLISHED_RULES[flavour(size), stage]
         c.optimizer.warmup = 0.03
+    if stage == "text":
+        c.optimizer.rules = [(_LM_ALL, 1.0)]
     else:
-        c.optimizer.rules = SCRATCH_RULES[stage]
+        c.optimizer.rules = SCRATCH_RULES[stage] if small else PUBLISHED_RULES[flavour(size), stage]
     return c
 
 
-def start_from_tokenizer() -> dict:
-    """The LM's copies of encoder and merger start as the tokenizer's."""
-    return dict(checkpoint="../tokenizer", rename=[("encoder/", "encoder/"), ("merger/", "merger/")])
+def start_from_tokenizer(size: str) -> dict:
+    """The LM's copies of encoder and (LaVIT) merger start as the tokenizer's."""
+    parts = ("encoder/",) if flavour(size) == "illume" else ("encoder/", "merger/")
+    return dict(checkpoint="../tokenizer", rename=[(part, part) for part in parts])
 
 
 def start_from(stage: str) -> dict:

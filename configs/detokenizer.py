@@ -38,6 +38,7 @@ def get_config(size=None):
             context_dropout=0.1,
             guidance=1.5,
             sampling_steps=20,
+            remat="none" if small else "full",  # of the U-Net's blocks, a name of models.transformer.REMAT
         )
     )
     width = c.model.encoder.get("width", 1408)

@@ -19,5 +19,5 @@ def get_config(size=None):
     c.data.tasks = dict(caption=0.5, reconstruct=0.5)
     c.optimizer.rate = {"laptop": 4e-3, "one_gpu": 1e-3}.get(c.size, 2e-4)
     c.optimizer.muon_rate = 8e-3
-    c.init_from = (common.start_from("text"),)
+    c.init_from = (common.start_from_tokenizer(c.size), common.start_from("text"))
     return c

@@ -1,4 +1,4 @@
-"""Text stage: the language model learns words, for sizes that start from nothing (published sizes load a model).
+"""Text stage: the language model alone learns words, for sizes that start from nothing (published sizes load a model).
 
 Command: python -m unimm_jax.main --config=configs/text.py:laptop --workdir=runs/text
 Hardware, time, figure at laptop: two CPU cores, 27 s, text cross-entropy about 1.2.
@@ -16,5 +16,4 @@ def get_config(size=None):
     c.data.row_pictures = 0
     c.optimizer.rate = 4e-3 if c.size == "laptop" else 1e-3
     c.optimizer.muon_rate = 8e-3
-    c.init_from = (common.start_from_tokenizer(),)
     return c

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
     assert jnp.allclose(scanned(x, jnp.arange(6)[None], ones), lm(x, jnp.arange(6)[None], ones), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [30, 64, 150, 300])
+@pytest.mark.parametrize("length", [64, 150])
 def test_blocks_of_queries_read_what_jaxs_own_attention_reads(length):
     keys = jax.random.split(jax.random.key(1), 4)
     q = jax.random.normal(keys[0], (2, length, 4, 8))
@@ -123,6 +124,7 @@ def test_blocks_of_queries_read_what_jaxs_own_attention_reads(length):
     segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, length)), -1))
     mask = A.segment_mask(segments, segments, causal=True)[:, None]
 
+    @functools.partial(jax.jit, static_argnums=0)
     def of(attend):
         value, back = jax.vjp(attend, q, k, v)
         return [value, *back(jnp.cos(q))]

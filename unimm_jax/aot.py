@@ -148,15 +148,18 @@ def mesh_of(shape: tuple[int, int, int], devices: list[Any], slices: int) -> jax
     return jax.sharding.Mesh(array, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
-def compile_step(config: Any, topology: str, slices: int = 1) -> Report:
+def compile_step(config: Any, topology: str, slices: int = 1, codes: int = CODES) -> Report:
     """Compiles the train step of a config whose mesh and batch are those of the topology.
+
+    Args:
+      codes: visual codes of the vocabulary; 0 leaves the language model its words.
 
     Raises:
       DoesNotFit: the program needs more memory than a chip has.
     """
     devices = topology_devices(topology, slices)
     mesh = mesh_of(tuple(config.mesh), devices, slices)
-    stand_in = pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(WORDS, CODES))
+    stand_in = pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(WORDS, codes))
     stage, place = build(config, stand_in, mesh), sharding.batch_sharding(mesh)
     shapes = pipeline.batch_shapes(config)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in shapes.items()}
@@ -278,7 +281,7 @@ def command() -> None:
     rows = f.rows or hardware.choose(f.topology).rows
     config = hardware.apply(CONFIG.value, f.topology, f.slices, rows, f.remat)
     try:
-        report = compile_step(config, f.topology, f.slices)
+        report = compile_step(config, f.topology, f.slices, f.codes)
     except DoesNotFit as error:
         advice = suggest(config, f.topology, f.slices, rows)
         if f.json:
@@ -319,6 +322,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, as v5e:4x4, v5p:2x4x4, v6e:4x4.")
     flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Rows of a batch on each device; the topology's choice if 0.", lower_bound=0)
+    flags.DEFINE_integer("codes", CODES, "Visual codes of the vocabulary.", lower_bound=0)
     flags.DEFINE_string("remat", "", "Remat policy of the language model; the topology's choice if empty.")
     flags.DEFINE_bool("json", False, "Print one object instead of the table.")
     flags.mark_flag_as_required("config")

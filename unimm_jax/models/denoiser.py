@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax.models.attention import attention
-from unimm_jax.models.transformer import LayerNorm, Linear, Merge
+from unimm_jax.models.layout import constrain, weight
+from unimm_jax.models.transformer import REMAT, LayerNorm, Linear, Merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C_in] → [B, H', W', C_out]."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = weight(self.kernel[...], (None, None, "embed", "mlp"), x.dtype)
         pad = ((kernel.shape[0] // 2,) * 2,) * 2
         y = jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return y + self.bias[...].astype(x.dtype)
@@ -97,7 +98,8 @@ class ResnetBlock(nnx.Module):
         if self.time_emb_proj is not None and time_BD is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time_BD))[:, None, None]
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y = y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return constrain(y, "batch", None, None, None)
 
 
 class CrossAttention(nnx.Module):
@@ -214,13 +216,17 @@ class UNet(nnx.Module):
         pooled_BD: jax.Array | None = None,
         sizes_BS: jax.Array | None = None,
         mask_BS: jax.Array | None = None,
+        remat: str = "none",
     ) -> jax.Array:
         """Predicts the noise; see the class.
 
         Args:
           mask_BS: boolean, which rows of the context may be read; all where None.
+          remat: what residual blocks and transformers recompute for their gradients, one of `transformer.REMAT`.
         """
-        c = self.config
+        c, policy = self.config, REMAT[remat]
+        plain = lambda block, *inputs: block(*inputs)
+        run = plain if policy is None else jax.checkpoint(plain, policy=policy)
         time = self.time_embedding1(sinusoid(steps_B, c.block_out_channels[0]).astype(x.dtype))
         time = self.time_embedding2(jax.nn.silu(time))
         if c.addition_embed_type:
@@ -233,17 +239,17 @@ class UNet(nnx.Module):
         skips = [x]
         for level in self.down:
             for resnet, mixer in zip(level.resnets, level.mixers, strict=True):
-                x = resnet(x, time)
-                x = x if mixer is None else mixer(x, context_BSD, mask_BS)
+                x = run(resnet, x, time)
+                x = x if mixer is None else run(mixer, x, context_BSD, mask_BS)
                 skips.append(x)
             if level.sampler is not None:
                 x = level.sampler(x)
                 skips.append(x)
-        x = self.mid2(self.mid_mixer(self.mid1(x, time), context_BSD, mask_BS), time)
+        x = run(self.mid2, run(self.mid_mixer, run(self.mid1, x, time), context_BSD, mask_BS), time)
         for level in self.up:
             for resnet, mixer in zip(level.resnets, level.mixers, strict=True):
-                x = resnet(jnp.concatenate([x, skips.pop()], -1), time)
-                x = x if mixer is None else mixer(x, context_BSD, mask_BS)
+                x = run(resnet, jnp.concatenate([x, skips.pop()], -1), time)
+                x = x if mixer is None else run(mixer, x, context_BSD, mask_BS)
             if level.sampler is not None:
                 x = level.sampler(x.repeat(2, 1).repeat(2, 2))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

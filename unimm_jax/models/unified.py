@@ -32,11 +32,15 @@ class UnifiedConfig:
 
 
 class UnifiedModel(nnx.Module):
-    """Encoder (the LM's copy), merger (the LM's copy) or none, adapter, language model."""
+    """Encoder (the LM's copy), merger (the LM's copy) or none, adapter, language model.
+
+    Args (constructor):
+      encoder: None leaves the language model alone (the text stage, which reads no pictures).
+    """
 
     def __init__(
         self,
-        encoder: ViTConfig,
+        encoder: ViTConfig | None,
         tokenizer: TokenizerConfig,
         language: LanguageConfig,
         config: UnifiedConfig,
@@ -46,15 +50,16 @@ class UnifiedModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        width = encoder.width
-        self.encoder = ViT(encoder, rngs=rngs)
-        t, merges = tokenizer, config.way_in == "merger"
-        options: dict = dict(eps=t.eps, sink=t.sink, scan=t.scan, remat=t.remat)
-        self.merger = Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
-        if not merges:
-            self.adapter_inner = Linear(width, language.width, axes=("embed", "mlp"), rngs=rngs)
-        d_in = width if merges else language.width
-        self.adapter = Linear(d_in, language.width, axes=("mlp", "embed"), rngs=rngs)
+        if encoder is not None:
+            width = encoder.width
+            self.encoder = ViT(encoder, rngs=rngs)
+            t, merges = tokenizer, config.way_in == "merger"
+            options: dict = dict(eps=t.eps, sink=t.sink, scan=t.scan, remat=t.remat)
+            self.merger = Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
+            if not merges:
+                self.adapter_inner = Linear(width, language.width, axes=("embed", "mlp"), rngs=rngs)
+            d_in = width if merges else language.width
+            self.adapter = Linear(d_in, language.width, axes=("mlp", "embed"), rngs=rngs)
         self.language = LanguageModel(language, text_rows, visual_rows, rngs=rngs)
 
     def features(self, images_MHWC: jax.Array, keep_MP: jax.Array) -> jax.Array:

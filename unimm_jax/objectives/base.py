@@ -96,7 +96,7 @@ class Objective:
         """
         rules = [(pattern, value) for pattern, value in self.config.optimizer.rules]
         plain = self.config.copy_and_resolve_references()
-        for section in plain.model.values():
+        for section in (*plain.model.values(), plain.get("loss", {})):
             if "remat" in section:
                 section.remat = "none"
         kind: Any = type(self)

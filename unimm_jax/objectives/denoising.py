@@ -110,7 +110,8 @@ class Denoising(_FromCodes):
         dropped = jax.random.bernoulli(k3, c.context_dropout, (x.shape[0],))
         conditions = self._conditions(model, self.features(model, batch), pixels.shape[1:3])
         conditions = jax.tree.map(lambda free, own: jnp.where(_like(dropped, own), free, own), *conditions)
-        found = model.unet(add_noise(x, noise, steps).astype(self.dtype), steps, *conditions).astype(jnp.float32)
+        noisy = add_noise(x, noise, steps).astype(self.dtype)
+        found = model.unet(noisy, steps, *conditions, remat=c.remat).astype(jnp.float32)
         loss = ((found - (noise if c.prediction == "epsilon" else x)) ** 2).mean()
         return loss, Aux({})
 

@@ -51,7 +51,7 @@ class LanguageModeling(Objective):
 
         def make(rngs):
             return UnifiedModel(
-                m["encoder"],
+                m["encoder"] if config.data.row_pictures else None,
                 m["tokenizer"],
                 m["language"],
                 m["unified"],
