@@ -3,8 +3,8 @@
 python -m benchmarks.dynamic_tokens
 
 Equal models (float32 on a processor, bfloat16 on a GPU): a language model of 110 million parameters, an encoder of an
-eighth of it and a trained merger, all in the step, AdamW. Half the pairs are [image, text], half [text, image], captions
-of 20 tokens, rows of 2,048. Kept tokens of a picture are drawn around LaVIT's mean of 90 (standard deviation 25).
+eighth of it and a trained merger, all in the step, AdamW. Half the pairs are [image, text], half [text, image], with
+captions of 20 tokens, in rows of 2,048. Kept tokens of a picture are drawn around LaVIT's mean of 90 (deviation 25).
 """
 
 import jax
