@@ -77,6 +77,20 @@ def test_bounds_and_ceiling_follow_the_chips_figures():
     assert json.loads(json.dumps(found)) and any("MFU at most 33%" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("room, wanted", [(100, 1), (119, 1), (120, 2), (330, 12), (1000, 45)])
+def test_the_largest_batch_is_found_and_its_neighbour_seen_not_to_fit(room, wanted):
+    chip, tried = hardware.Chip("x", room, 1.0, 1.0, 1.0), []
+
+    def compile_rows(rows):
+        tried.append(rows)
+        peak = 80 + 20 * rows + rows // 8  # nearly linear
+        if peak > room:
+            raise aot.DoesNotFit("too much")
+        return aot.Report("c", "t", 1, chip, rows, rows, 0, 0, peak, {}, 1.0, 1.0)
+
+    assert aot.largest(compile_rows).rows == wanted and wanted + 1 in tried and len(tried) < 9
+
+
 def compiled(*arguments):
     command = [sys.executable, "-m", "unimm_jax.aot", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

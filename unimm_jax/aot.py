@@ -1,6 +1,6 @@
 """Compiles a stage's real train step for a TPU topology, on a machine without a TPU, and says what it will take.
 
-python -m unimm_jax.aot --config=configs/stage2.py:7b --topology=v5e:8x8 [--slices=2] [--rows=2] [--json]
+python -m unimm_jax.aot --config=configs/stage2.py:7b --topology=v5e:8x8 [--slices=2] [--rows=2] [--largest] [--json]
 
 Needs libtpu (`pip install libtpu`, the version that goes with jaxlib: `pip install "jax[tpu]"`), which compiles for any
 named topology. Figures are of one chip. Exits 1 where the step does not fit, naming a change with which it was seen to.
@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -275,13 +276,42 @@ def suggest(config: Any, topology: str, slices: int, rows: int) -> str:
     return "nothing that was tried fits: " + ", ".join(flag for flag, _ in attempts)
 
 
+def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
+    """The report of the largest number of rows a device that fits, each number on the way compiled.
+
+    Guesses where the memory of the last two that fitted runs out, then closes in.
+
+    Raises:
+      DoesNotFit: `first` rows do not.
+    """
+    fitted, too_many = [compile_rows(first)], 0
+    while too_many != fitted[-1].rows + 1:
+        last = fitted[-1]
+        if len(fitted) == 1:
+            guess = 2 * last.rows
+        else:
+            before = fitted[-2]
+            each = max((last.peak - before.peak) / (last.rows - before.rows), 1)
+            guess = last.rows + max(int((last.chip.memory - last.peak) / each), 1)
+        guess = min(guess, too_many - 1) if too_many else guess
+        try:
+            fitted.append(compile_rows(guess))
+            print(f"{guess} rows a device: {fitted[-1].peak / GIB:.2f} GiB", file=sys.stderr, flush=True)
+        except DoesNotFit as error:
+            too_many = guess
+            print(f"{guess} rows a device: {error}", file=sys.stderr, flush=True)
+    return fitted[-1]
+
+
 def command() -> None:
     """Compiles as the flags say; prints the table or the object, exits 1 where it does not fit."""
     f = flags.FLAGS
     rows = f.rows or hardware.choose(f.topology).rows
-    config = hardware.apply(CONFIG.value, f.topology, f.slices, rows, f.remat)
+    settle = lambda rows: hardware.apply(CONFIG.value, f.topology, f.slices, rows, f.remat)
+    compile_rows = lambda rows: compile_step(settle(rows), f.topology, f.slices, f.codes)
+    config = settle(rows)
     try:
-        report = compile_step(config, f.topology, f.slices, f.codes)
+        report = largest(compile_rows, rows) if f.largest else compile_rows(rows)
     except DoesNotFit as error:
         advice = suggest(config, f.topology, f.slices, rows)
         if f.json:
@@ -322,6 +352,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, as v5e:4x4, v5p:2x4x4, v6e:4x4.")
     flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Rows of a batch on each device; the topology's choice if 0.", lower_bound=0)
+    flags.DEFINE_bool("largest", False, "Search for the most rows a device that fit, from --rows on.")
     flags.DEFINE_integer("codes", CODES, "Visual codes of the vocabulary.", lower_bound=0)
     flags.DEFINE_string("remat", "", "Remat policy of the language model; the topology's choice if empty.")
     flags.DEFINE_bool("json", False, "Print one object instead of the table.")
