@@ -120,3 +120,20 @@ def test_what_would_fit_is_tried_before_it_is_said(monkeypatch):
     with pytest.raises(aot.DoesNotFit):
         aot.compile_step(config, "v5e:2x2")
     assert "it fits with --rows=2" in aot.suggest(config, "v5e:2x2", 1, 8)
+
+
+@pytest.mark.slow
+def test_this_compiler_sums_what_it_should_scatter():
+    """Why there are all-reduces of gradients at 64 chips (docs/performance.md). Failing is good news: look again."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    aot.prepare_compiler()
+    mesh = aot.mesh_of((1, 64, 1), aot.topology_devices("v5e:8x8", 1), 1)
+    scatter = lambda x: jax.lax.psum_scatter(x[0], "fsdp", tiled=True)
+    whole = jax.ShapeDtypeStruct((64, 4096, 11008), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+    run = jax.jit(jax.shard_map(scatter, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))
+    found = aot.count_collectives(run.lower(whole).compile().as_text())
+    assert found["all-reduce"] == aot.Collective(1, 4096 * 11008 * 2) and not found["reduce-scatter"].runs
