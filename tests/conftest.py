@@ -11,7 +11,7 @@ from unimm_jax import main as process
 
 # Tests compile much and run little.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE")
-process.prepare_process()
+process.prepare_process(keep_memory=False)
 os.environ.setdefault("UNIMM_TRACEBACK", "1")
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
