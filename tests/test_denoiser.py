@@ -67,7 +67,7 @@ def test_both_predictions_train_and_draw(run, prediction):
     assert drawn.shape == (8, 64, 64, 3) and drawn.dtype == jnp.uint8
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_denoising_in_latent_space(run, kind):
     """Both of LaVIT's conditionings: gradients reach U-Net and conditioner alone, any aspect ratio is drawn."""
     from unimm_jax import objectives, optim

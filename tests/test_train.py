@@ -36,7 +36,7 @@ def _link(run, root, *names):
         (root / name).symlink_to(run / name)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "stage3"])
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "stage3"])
 def test_a_killed_run_resumes_to_the_same_bits_twice(run, tmp_path, stage):
     """SIGKILL at an arbitrary step, resumed, killed again, resumed: equal to the uninterrupted run (EMA codebook and
     packed, mixed rows included)."""
