@@ -57,6 +57,7 @@ def test_a_topology_gives_mesh_batch_and_remat():
     assert found.mesh == (2, 16, 1) and found.train.batch_size == 96 and found.model.language.remat == "dots"
     assert hardware.apply(config, "v6e:2x4").mesh == (1, 8, 1)  # not in the table: all chips share the weights
     assert config.train.batch_size == 1024  # the experiment is not touched
+    assert hardware.apply(get_config("laptop"), "v5e:4x4", remat="dots").model.language.remat == "dots"
     with pytest.raises(ValueError, match="named like v5e:8x8"):
         hardware.apply(config, "v5e")
 

@@ -92,7 +92,8 @@ def apply(config: Any, topology: str, slices: int = 1, rows: int = 0, remat: str
     config.mesh = (data * slices, fsdp, tensor)
     config.train.batch_size = (rows or choice.rows) * data * slices * fsdp
     if "language" in config.model:
-        config.model.language.remat = remat or choice.remat
+        with config.unlocked():  # sizes that leave remat at its default do not name it
+            config.model.language.remat = remat or choice.remat
     return config
 
 
