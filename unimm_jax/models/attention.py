@@ -41,7 +41,7 @@ def causal_attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, 
     def attend(q, k, v):
         if where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
             return cudnn_attention(q, k, v, mask_BTS)
-        # later keys than a block's last query are never read: three eighths of the scores are not computed
+        # later keys than a block's last query are never read: up to three eighths of the scores are not computed
         spans = [(start, min(start + size, length)) for start in range(0, length, size)]
         parts = [attention(q[:, i:j], k[:, :j], v[:, :j], mask_BTS[:, i:j, :j]) for i, j in spans]
         return jnp.concatenate(parts, 1)
