@@ -2,7 +2,8 @@
 
 python -m benchmarks.generation
 
-float32, 20 million parameters, prompts of 32 tokens, 64 new tokens, batches of 1 and 16.
+float32, prompts of 32 tokens, 64 new tokens, batches of 1 and 16; the `laptop` language model, and one of 20 million
+parameters.
 """
 
 import jax
@@ -13,17 +14,25 @@ import transformers
 from flax import nnx
 
 from benchmarks import timing
+from configs import common
 from unimm_jax import main as process
 from unimm_jax.generate import Sampling, pick
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 
-WORDS, PROMPT, NEW = 8192, 32, 64
-SHAPE = LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False)
+PROMPT, NEW = 32, 64
+# name: language model, ids
+SHAPES = {
+    "laptop": (LanguageConfig(**common.language("laptop")), 1024),
+    "20M": (
+        LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False),
+        8192,
+    ),
+}
 
 
-def ours(batch: int, tokens: np.ndarray):
+def ours(shape: LanguageConfig, words: int, batch: int, tokens: np.ndarray):
     """Prefill, then one token after another in a scan, as `generate.Generator` does."""
-    graph, params = nnx.split(LanguageModel(SHAPE, WORDS - 128, 128, rngs=nnx.Rngs(params=0)))
+    graph, params = nnx.split(LanguageModel(shape, words - 128, 128, rngs=nnx.Rngs(params=0)))
     greedy = Sampling(temperature=0)
     keys = jax.random.split(jax.random.key(0), batch)
 
@@ -36,11 +45,11 @@ def ours(batch: int, tokens: np.ndarray):
         positions = jnp.broadcast_to(jnp.arange(PROMPT), (batch, PROMPT))
         hidden, cache = extend(m.embed(tokens), positions, causal, cache, 0)
 
-        head = m.head()
+        head = m.head().T  # as products read it
 
         def body(carry, index):
             hidden, cache = carry
-            token = pick(jnp.einsum("nd,vd->nv", hidden, head), keys, greedy)
+            token = pick(jnp.einsum("nd,dv->nv", hidden, head), keys, greedy)
             at = PROMPT + index
             mask = jnp.broadcast_to(slots <= at, (batch, 1, PROMPT + NEW))
             x, cache = extend(m.embed(token[:, None]), jnp.full((batch, 1), at), mask, cache, at)
@@ -51,14 +60,14 @@ def ours(batch: int, tokens: np.ndarray):
     return lambda: generate(params, tokens).block_until_ready()
 
 
-def theirs(tokens: np.ndarray):
+def theirs(shape: LanguageConfig, words: int, tokens: np.ndarray):
     """The same by `generate`."""
     config = transformers.LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=SHAPE.width,
-        intermediate_size=SHAPE.mlp_width,
-        num_hidden_layers=SHAPE.layers,
-        num_attention_heads=SHAPE.heads,
+        vocab_size=words,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         eos_token_id=None,
         pad_token_id=0,
     )
@@ -74,7 +83,9 @@ def theirs(tokens: np.ndarray):
 
 if __name__ == "__main__":
     process.prepare_process()
-    for rows in (1, 16):
-        prompt = np.random.default_rng(0).integers(0, WORDS, (rows, PROMPT))
-        peers = {"transformers generate": theirs(prompt)}
-        timing.compare(f"{NEW} new tokens, batch {rows}, float32", ours(rows, prompt), peers, rounds=5)
+    for name, (model, size) in SHAPES.items():
+        for rows in (1, 16):
+            prompt = np.random.default_rng(0).integers(0, size, (rows, PROMPT))
+            peers = {"transformers generate": theirs(model, size, prompt)}
+            title = f"{NEW} new tokens, {name}, batch {rows}, float32"
+            timing.compare(title, ours(model, size, rows, prompt), peers, rounds=5)

@@ -1,11 +1,13 @@
-"""From a folder of JPEG files to batches of 224 pixels, against PyTorch's DataLoader with the same decoding function.
+"""From a folder of JPEG files to batches of 224 pixels, against PyTorch's DataLoader and (where installed) tf.data.
 
-python -m benchmarks.input_pipeline
+python -m benchmarks.input_pipeline        (pip install tensorflow-cpu for the second peer)
 
 256 made pictures of 500 × 375 pixels, batches of 32, four passes a round (ours reads four batches ahead, also while the
-peer has its turn: an eighth of a round); the peer with 0, 1 and 2 workers.
+peer has its turn: an eighth of a round). DataLoader has 0, 1 and 2 workers and our decoding function; tf.data does the
+same work, decoding and antialiased bicubic resizing, in its own C++ on as many threads as it likes.
 """
 
+import importlib.util
 import io
 import pathlib
 import tempfile
@@ -45,6 +47,24 @@ class Peer(torch.utils.data.Dataset):
         return transforms.to_pixels(self.files[index].read_bytes(), SIZE)
 
 
+def tf_data(folder: pathlib.Path):
+    """A round of tf.data."""
+    import tensorflow as tf
+
+    def read(file):
+        image = tf.io.decode_jpeg(tf.io.read_file(file), channels=3)
+        image = tf.image.resize(image, (SIZE, SIZE), method="bicubic", antialias=True)
+        return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+    files = tf.data.Dataset.list_files(str(folder / "*.jpg"), shuffle=True).repeat(PASSES)
+    batches = files.map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE)
+
+    def once():
+        assert sum(len(x) for x in batches.as_numpy_iterator()) == PASSES * PICTURES
+
+    return once
+
+
 def main() -> None:
     """Prints the comparison."""
     sources.CACHE_BYTES = 0  # every visit decodes
@@ -70,6 +90,8 @@ def main() -> None:
             return once
 
         peers = {f"DataLoader, {n} workers": peer(n) for n in (0, 1, 2)}
+        if importlib.util.find_spec("tensorflow"):
+            peers["tf.data"] = tf_data(folder)
         timing.compare(f"{PASSES * PICTURES} JPEG files, {BATCH} a batch", ours, peers, rounds=5)
 
 

@@ -306,6 +306,7 @@ def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
 def command() -> None:
     """Compiles as the flags say; prints the table or the object, exits 1 where it does not fit."""
     f = flags.FLAGS
+    jax.config.update("jax_exec_time_optimization_effort", f.effort)
     rows = f.rows or hardware.choose(f.topology).rows
     settle = lambda rows: hardware.apply(CONFIG.value, f.topology, f.slices, rows, f.remat)
     compile_rows = lambda rows: compile_step(settle(rows), f.topology, f.slices, f.codes)
@@ -354,6 +355,14 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rows", 0, "Rows of a batch on each device; the topology's choice if 0.", lower_bound=0)
     flags.DEFINE_bool("largest", False, "Search for the most rows a device that fit, from --rows on.")
     flags.DEFINE_integer("codes", CODES, "Visual codes of the vocabulary.", lower_bound=0)
+    flags.DEFINE_float(
+        "effort",
+        0.0,
+        "The compiler's effort to make the step fast. -1 compiles several times sooner, mostly convolutions, and may "
+        "give a step that needs more memory.",
+        lower_bound=-1.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_string("remat", "", "Remat policy of the language model; the topology's choice if empty.")
     flags.DEFINE_bool("json", False, "Print one object instead of the table.")
     flags.mark_flag_as_required("config")

@@ -168,7 +168,7 @@ class Generator:
         mask = (slots[:, None] & causal) | jnp.eye(t, t + steps, dtype=bool)
         extend, cache = model.language.incremental(n, t + steps, dtype)
         hidden, cache = extend(x_BTD, positions, mask, cache, 0)
-        head = model.language.head(dtype)
+        head = model.language.head(dtype).T  # once, as the products of the loop read it
         kinds = jnp.asarray(v.kinds())
         # [/IMG] and </s> end; a text may not hold padding or a second beginning
         banned = [i for i in {self.text.pad, self.text.bos} if i is not None and i != self.text.eos]
@@ -176,7 +176,7 @@ class Generator:
         text_only = (kinds == vocab.TEXT).at[jnp.asarray(banned, jnp.int32)].set(False)[None]
 
         def next_logits(hidden_ND):
-            logits = jnp.einsum("nd,vd->nv", hidden_ND, head, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("nd,dv->nv", hidden_ND, head, preferred_element_type=jnp.float32)
             logp = jax.nn.log_softmax(jnp.where(kinds == vocab.PADDING, NEVER, logits), -1)
             if guided:
                 conditional, free = jnp.split(logp, 2)

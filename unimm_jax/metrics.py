@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,16 @@ class Writer:
             for key, value in row.items():
                 self._board.add_scalar(key, value, step)
             left = (self.steps - step) * seconds
-            hidden = ("loss", "step_ms", "learning_rate", "grad_norm", "goodput", "input_stall")
+            hidden = (
+                "loss",
+                "step_ms",
+                "learning_rate",
+                "grad_norm",
+                "goodput",
+                "input_stall",
+                "checkpoint_seconds",
+                "checkpoint_blocking",
+            )
             shown = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_second")}
             rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
             print(
@@ -62,9 +71,16 @@ class Writer:
             )
         return row
 
-    def pause(self) -> None:
-        """Leaves out of the speed what happens between `pause` and the next step (saves, pictures)."""
-        self._last = (self._last[0], time.perf_counter())
+    def count_from(self, step: int) -> None:
+        """Speeds count from this step, now, on."""
+        self._last = (step, time.perf_counter())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out of the speed what happens inside."""
+        start = time.perf_counter()
+        yield
+        self._last = (self._last[0], self._last[1] + time.perf_counter() - start)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture, uint8 [H, W, 3], to TensorBoard and to `pictures/<name>.png` (the newest)."""
@@ -93,19 +109,21 @@ class Clock:
         self._since: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Counts what happens inside as time spent on `what`."""
+    def on(self, what: str, counts: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Counts what happens inside as time spent on `what`, unless `counts`, asked at its end, says no."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.whole[what] = self.whole.get(what, 0.0) + spent
-            self._since[what] = self._since.get(what, 0.0) + spent
+            if counts():
+                spent = time.perf_counter() - start
+                self.whole[what] = self.whole.get(what, 0.0) + spent
+                self._since[what] = self._since.get(what, 0.0) + spent
 
     def read(self) -> dict[str, float]:
-        """`input_stall`: share of the time since the last reading that the loop waited for data. `goodput`: share of
-        the time since the start that was neither waiting, saving, drawing nor compiling."""
+        """`input_stall`: share of the time since the last reading in which devices had no work because the next batch
+        was not there (a wait at whose end they had none counts whole). `goodput`: share of the time since the start
+        that was neither waiting, saving, drawing nor compiling."""
         now = time.perf_counter()
         stall = self._since.get("input", 0.0) / max(now - self._read, 1e-9)
         good = 1 - sum(self.whole.values()) / max(now - self.began, 1e-9)

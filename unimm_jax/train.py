@@ -187,8 +187,8 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                 if step > start and step % config.train.checkpoint_every == 0:
                     with clock.on("checkpoint"):
                         save(step)
-                    writer.pause()
-                with clock.on("input"):
+                # while devices still work on earlier steps, waiting for a batch costs nothing
+                with clock.on("input", counts=functools.partial(_done, metrics)):
                     host_batch = next(batches)
                 state, metrics = stage.step(state, sharding.put_batch(host_batch, mesh, size))
                 step += 1
@@ -197,9 +197,9 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                 if step == start + 1:
                     jax.block_until_ready(state["step"])
                     compile_seconds = clock.whole["compile"] = time.perf_counter() - loop_began
-                    writer.pause()
+                    writer.count_from(step)
                 if step % config.train.log_every == 0 or step == config.train.steps:
-                    values = dict(metrics) | {"learning_rate": rate(step)} | clock.read()
+                    values = dict(metrics) | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
                     if step <= start + config.train.log_every:
                         values["compile_seconds"] = compile_seconds
                     amounts = {k: n * jax.process_count() for k, n in objective.amounts(host_batch).items()}
@@ -208,10 +208,10 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                         save(step)  # raises, naming the step
                 drawn = step % config.train.picture_every == 0 or step == config.train.steps
                 if drawn and jax.process_count() == 1:  # what is drawn must be whole on one process
-                    with clock.on("pictures"):
+                    jax.block_until_ready(state["step"])
+                    with clock.on("pictures"), writer.paused():
                         for name, image in objective.pictures(state["params"], host_batch).items():
                             writer.picture(step, name, image)
-                    writer.pause()
             if step > start:
                 save(step)
             checkpoints.wait()
@@ -221,6 +221,10 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
     if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to go on", flush=True)
     return last
+
+
+def _done(arrays: dict[str, Any]) -> bool:
+    return all(x.is_ready() for x in arrays.values())
 
 
 def _abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:

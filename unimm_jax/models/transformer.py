@@ -4,6 +4,7 @@ Parameters are `nnx.Param(value, axes=...)`; `axes` are logical names that `unim
 of a stack are stored as [L, ...] whether they are scanned or unrolled. Every layer computes in the dtype of its input.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,21 +19,24 @@ Initializer = Callable[..., jax.Array]
 truncated = nnx.initializers.truncated_normal(0.02)
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x[..., D] @ w[D, F]. Its gradient contracts rows directly: XLA's CPU backend would transpose a copy of x."""
-    return jnp.einsum("...d,df->...f", x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
+    """x[..., D] @ w[D, F], in `dtype` if it is given.
+
+    Its gradient contracts rows directly: XLA's CPU backend would transpose a copy of x.
+    """
+    return jnp.einsum("...d,df->...f", x, w, preferred_element_type=dtype)
 
 
-def _linear_fwd(x, w):
-    return linear(x, w), (x, w)
+def _linear_fwd(x, w, dtype):
+    return linear(x, w, dtype), (x, w)
 
 
-def _linear_bwd(residuals, dy):
+def _linear_bwd(dtype, residuals, dy):
     x, w = residuals
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dw = jax.lax.dot_general(rows, drows, (((0,), (0,)), ((), ())))
-    return jnp.einsum("...f,df->...d", dy, w), dw.astype(w.dtype)
+    return jnp.einsum("...f,df->...d", dy, w).astype(x.dtype), dw.astype(w.dtype)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)

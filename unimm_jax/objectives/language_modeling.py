@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from unimm_jax.models.layout import constrain
+from unimm_jax.models.transformer import linear
 from unimm_jax.models.unified import UnifiedModel
 from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.base import Aux, Objective, models
@@ -23,7 +24,7 @@ def chunked_cross_entropy(
     """
 
     def of(hidden, targets):
-        logits = jnp.einsum("btd,vd->btv", hidden, head_VD, preferred_element_type=jnp.float32)
+        logits = linear(hidden, head_VD.T, jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
         ids = jnp.arange(head_VD.shape[0])
         logits = jnp.where(ids < used, logits, -1e30)
