@@ -105,7 +105,9 @@ def test_answers_are_text_and_pictures_are_pictures(generator):
 
 
 def test_wrong_checkpoints_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="language stage"):
+    with pytest.raises(ValueError, match="give one of stage 1, 2 or 3"):
         Generator(run / "tokenizer")
+    with pytest.raises(ValueError, match="sees no pictures with its language model"):
+        Generator(run / "text")
     with pytest.raises(ValueError, match="no checkpoint"):
         Generator(tmp_path)

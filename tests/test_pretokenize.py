@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -48,6 +49,15 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(run, tmp_path, monkeypa
     command.pretokenize(str(run / "tokenizer"), str(output), *ARGUMENTS)
     assert again == [1, 2] and "96 written" in capsys.readouterr().out
     same(output, run / "records")
+
+
+def test_records_of_another_version_are_refused(run, tmp_path):
+    shutil.copytree(run / "records", tmp_path / "old")
+    arrays = dict(np.load(tmp_path / "old" / "index.npz"))
+    arrays.pop("caption_counts")
+    np.savez(tmp_path / "old" / "index.npz", **arrays)
+    with pytest.raises(ValueError, match="lacks caption_counts: another version .* write them anew"):
+        Records(str(tmp_path / "old"))
 
 
 SCRIPT = """

@@ -69,6 +69,22 @@ def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path):
             assert len(losses) == 8 and np.abs(losses / on[stage] - 1).max() < 2e-4, (stage, losses, on[stage])
 
 
+def test_a_split_model_draws_the_same(run):
+    script = f"""
+import numpy as np
+from unimm_jax.generate import Generator, Sampling
+prompts = ["a red circle", "two blue squares"]
+drawn = [
+    Generator("{run / "stage3"}", batch=2, tensor=n).draw_ids(prompts, Sampling(guidance=2.0, temperature=0))
+    for n in (1, 2)
+]
+assert drawn[0].any() and (drawn[0] == drawn[1]).all()
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_specs_fall_back_to_whole():
     sizes = {"data": 1, "fsdp": 4, "tensor": 2}
 

@@ -1,6 +1,10 @@
 """Compiles a stage's real train step for a TPU topology, on a machine without a TPU, and says what it will take.
 
 python -m unimm_jax.aot --config=configs/stage2.py:7b --topology=v5e:8x8 [--slices=2] [--rows=2] [--largest] [--json]
+python -m unimm_jax.aot --config=configs/stage2.py:7b --topology=v5e:4x4 --generate [--tensor=8]
+
+The second form compiles the program that draws a picture from a prompt, with guidance, the model split over `tensor`
+chips and the pictures over the rest.
 
 Needs libtpu (`pip install libtpu`, the version that goes with jaxlib: `pip install "jax[tpu]"`), which compiles for any
 named topology. Figures are of one chip. Exits 1 where the step does not fit, naming a change with which it was seen to.
@@ -17,12 +21,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from unimm_jax import hardware, sharding, text
 from unimm_jax import main as process
 from unimm_jax.data import pipeline
+from unimm_jax.generate import Decoding, Sampling
 from unimm_jax.hardware import GIB, Chip
+from unimm_jax.objectives.base import models
 from unimm_jax.train import build
 from unimm_jax.vocabulary import Vocabulary
 
@@ -46,7 +53,11 @@ class Collective:
 
 @dataclasses.dataclass
 class Report:
-    """What a compiled step takes on one chip; bytes, seconds, floating-point operations of the whole step."""
+    """What a compiled step takes on one chip; bytes, seconds, floating-point operations of the whole step.
+
+    Attributes:
+      passes: how often a step moves its arguments at least; training reads and writes them.
+    """
 
     config: str
     topology: str
@@ -60,14 +71,15 @@ class Report:
     collectives: dict[str, Collective]
     model_flops: float
     compile_seconds: float
+    passes: int = 2
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds a step takes at least: by compute, by HBM (every argument is read and written), by the links."""
+        """Seconds a step takes at least: by compute, by HBM (`passes` times the arguments), by the links."""
         moved = sum(c.bytes for c in self.collectives.values())
         return {
             "compute": self.model_flops / self.chips / self.chip.flops,
-            "memory": 2 * self.arguments / self.chip.bandwidth,
+            "memory": self.passes * self.arguments / self.chip.bandwidth,
             "links": moved / self.chip.link,
         }
 
@@ -158,15 +170,61 @@ def compile_step(config: Any, topology: str, slices: int = 1, codes: int = CODES
     Raises:
       DoesNotFit: the program needs more memory than a chip has.
     """
-    devices = topology_devices(topology, slices)
-    mesh = mesh_of(tuple(config.mesh), devices, slices)
-    stand_in = pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(WORDS, codes))
-    stage, place = build(config, stand_in, mesh), sharding.batch_sharding(mesh)
+    mesh = mesh_of(tuple(config.mesh), topology_devices(topology, slices), slices)
+    stage = build(config, _stand_in(codes), mesh)
     shapes = pipeline.batch_shapes(config)
+    place = sharding.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in shapes.items()}
+    where = topology if slices == 1 else f"{slices} slices of {topology}"
+    flops = stage.objective.step_flops(batch)
+    return _compile(mesh, stage.step, (stage.state, batch), {}, config.name, where, config.train.batch_size, flops)
+
+
+def compile_generation(config: Any, topology: str, rows: int, tensor: int) -> Report:
+    """Compiles what draws pictures from prompts of 64 tokens, with guidance, by a language stage's model.
+
+    Args:
+      rows: pictures at a time on each group of chips. tensor: chips of a group, over which the model is split.
+
+    Raises:
+      ValueError: the chips are no multiple of `tensor`, or the stage draws nothing. DoesNotFit: see `compile_step`.
+    """
+    devices = topology_devices(topology, 1)
+    if len(devices) % tensor:
+        raise ValueError(f"{topology} has {len(devices)} chips, no multiple of --tensor={tensor}")
+    if config.objective != "language_modeling" or not config.data.row_pictures:
+        raise ValueError(f"{config.name} does not draw from prompts; give one of stage 1, 2 or 3")
+    mesh = sharding.make_mesh((len(devices) // tensor, 1, tensor), devices)
+    batch = rows * mesh.shape["data"]
+    data, patches, prompt = _stand_in(CODES), config.model.unified.budget, 64
+    assert data.vocabulary is not None and data.tokenizer is not None
+    stage, place = build(config, data, mesh), sharding.batch_sharding(mesh)
+    fixed = config.model.tokenizer.get("selection", "argmax") == "all"
+    decoding = Decoding(stage.objective, data.vocabulary, data.tokenizer, patches, fixed)
+    shaped = lambda shape, dtype: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    arguments = (
+        stage.state["params"],
+        *(shaped((prompt,), dtype) for dtype in (np.int32, bool, np.int32)),
+        *(shaped((0,), dtype) for dtype in (np.uint8, bool)),
+        jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place),
+    )
+    run = jax.jit(decoding, static_argnames=("drawing", "sampling"))
+    options = dict(drawing=True, sampling=Sampling(guidance=3.0))
+    length = prompt + decoding.drawing_steps
+    flops = 2 * batch * length * models(config)["language"].flops(length, data.vocabulary.size)
+    name = f"drawing with {config.name}"
+    return _compile(mesh, run, arguments, options, name, topology, batch, flops, passes=1 + decoding.drawing_steps)
+
+
+def _stand_in(codes: int) -> pipeline.Input:
+    return pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(WORDS, codes))
+
+
+def _compile(mesh, program, arguments, options, name, topology, batch, flops, passes=2) -> Report:
     with jax.set_mesh(mesh):
         began = time.perf_counter()
-        lowered = stage.step.lower(stage.state, batch)
+        lowered = program.lower(*arguments, **options)
         try:
             compiled = lowered.compile()
         except Exception as error:
@@ -175,20 +233,21 @@ def compile_step(config: Any, topology: str, slices: int = 1, codes: int = CODES
             raise DoesNotFit(_memory_sentence(str(error))) from None
         seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    chip = hardware.CHIPS[devices[0].device_kind]
+    chip = hardware.CHIPS[mesh.devices.flat[0].device_kind]
     report = Report(
-        config=config.name,
-        topology=topology if slices == 1 else f"{slices} slices of {topology}",
-        chips=len(devices),
+        config=name,
+        topology=topology,
+        chips=mesh.size,
         chip=chip,
-        rows=config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
-        batch=config.train.batch_size,
+        rows=batch // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        batch=batch,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         collectives=count_collectives(compiled.as_text()),
-        model_flops=stage.objective.step_flops(batch),
+        model_flops=flops,
         compile_seconds=seconds,
+        passes=passes,
     )
     if report.peak > chip.memory:
         raise DoesNotFit(f"{report.peak / GIB:.2f} GiB needed, a chip has {chip.memory / GIB:.2f}")
@@ -311,10 +370,14 @@ def command() -> None:
     settle = lambda rows: hardware.apply(CONFIG.value, f.topology, f.slices, rows, f.remat)
     compile_rows = lambda rows: compile_step(settle(rows), f.topology, f.slices, f.codes)
     config = settle(rows)
+    if f.generate:
+        if f.slices > 1:
+            raise ValueError("--generate draws on one slice; leave --slices out")
+        compile_rows = lambda rows: compile_generation(settle(rows), f.topology, rows, f.tensor)
     try:
         report = largest(compile_rows, rows) if f.largest else compile_rows(rows)
     except DoesNotFit as error:
-        advice = suggest(config, f.topology, f.slices, rows)
+        advice = "try --rows or --tensor" if f.generate else suggest(config, f.topology, f.slices, rows)
         if f.json:
             print(
                 json.dumps(
@@ -353,6 +416,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, as v5e:4x4, v5p:2x4x4, v6e:4x4.")
     flags.DEFINE_integer("slices", 1, "Slices of that topology.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Rows of a batch on each device; the topology's choice if 0.", lower_bound=0)
+    flags.DEFINE_bool("generate", False, "Compile the drawing of pictures from prompts instead of the train step.")
+    flags.DEFINE_integer("tensor", 8, "Chips over which --generate splits the model.", lower_bound=1)
     flags.DEFINE_bool("largest", False, "Search for the most rows a device that fit, from --rows on.")
     flags.DEFINE_integer("codes", CODES, "Visual codes of the vocabulary.", lower_bound=0)
     flags.DEFINE_float(

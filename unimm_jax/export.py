@@ -385,7 +385,8 @@ def _lavit(checkpoint: str, folder: pathlib.Path, dtype: np.dtype | None, verify
     config = ConfigDict(json.loads(meta["config"]))
     m = models(config)
     missing = [n for n in ("encoder", "tokenizer", "language", "unified") if n not in m]
-    if missing:
+    if missing or ("data" in config and not config.data.get("row_pictures", 1)):
+        missing = missing or ["encoder with its language model"]  # a text stage
         raise ValueError(f"{checkpoint} has no {', '.join(missing)}; the lavit format holds a whole unified model")
     e: ViTConfig = m["encoder"]
     t: TokenizerConfig = m["tokenizer"]

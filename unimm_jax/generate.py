@@ -5,7 +5,6 @@ python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --prompt="ho
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from unimm_jax import main as process
+from unimm_jax import sharding
 from unimm_jax import vocabulary as vocab
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.data import transforms
@@ -25,6 +25,7 @@ from unimm_jax.models.vit import normalize_pixels
 from unimm_jax.objectives.denoising import Denoising, PixelDecoding
 from unimm_jax.objectives.language_modeling import LanguageModeling
 from unimm_jax.pretokenize import open_tokenizer, text_of
+from unimm_jax.text import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 NEVER = -1e30
@@ -88,68 +89,36 @@ def image_mask(v: Vocabulary, last_B: jax.Array, place_B: jax.Array, count_B: ja
     return ((kinds == vocab.CODE) & ~full) | ((kinds == vocab.END) & end_now)
 
 
-class Generator:
-    """A trained unified model with its tokenizer and pixel decoders, ready to draw and to answer.
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The program of a unified model that reads prompts and writes on, to be jitted; one shape serves all prompts.
 
-    Args (constructor):
-      checkpoint: workdir (or step directory) of a language stage.
-      batch: pictures or questions at a time; part of the compiled shape.
-      prompt_length: tokens a prompt takes at most, picture features included; 0 is a picture and 32 words, at least 64.
+    Attributes:
+      patches: codes a picture has at most. fixed: it has exactly as many.
       answer_length: tokens an answer takes at most.
-
-    Raises (constructor):
-      ValueError: no such checkpoint, or companions that belong to another tokenizer.
     """
 
-    def __init__(
-        self, checkpoint: str | pathlib.Path, batch: int = 32, prompt_length: int = 0, answer_length: int = 40
-    ):
-        step = find(checkpoint)
-        meta = read_meta(step)
-        self.config = config = ConfigDict(json.loads(meta["config"]))
-        if config.get("objective") != "language_modeling":
-            raise ValueError(
-                f"{checkpoint} is a checkpoint of {config.name}; give one of a language stage (stage1 to 3)"
-            )
-        self.header = meta["data"]
-        self.text = text_of(meta, checkpoint)
-        grid = self.header["positions"] == "grid" and self.header["selection"] != "all"
-        self.vocabulary = Vocabulary(self.text.size, self.header["codes"], self.header["patches"] if grid else 0)
-        self.objective = LanguageModeling(config, self)
-        self.params = read_params(step)
-        self.budget: int = config.model.unified.budget
-        picture = self.budget * (2 if grid else 1)
-        self.batch, self.answer_length = batch, answer_length
-        self.prompt_length = prompt_length or max(64, picture + 32)
-        home = step.parent.parent if step.parent.name == "checkpoints" else step.parent
-        places = {k: (home / v).resolve() for k, v in config.companions.items()}
-        self.tokenizer_config, graph, self.tokenizer_params, fingerprint = open_tokenizer(places["tokenizer"])
-        if fingerprint != self.header["fingerprint"]:
-            raise ValueError(
-                f"the tokenizer in {places['tokenizer']} is not the one that {checkpoint} was trained with "
-                f"(fingerprints {fingerprint} and {self.header['fingerprint']})"
-            )
-        self._tokenizer = lambda params: nnx.merge(graph, params)
-        self.decoders = {}
-        for name, kind in DECODERS.items():
-            if name in places and (places[name] / "checkpoints").exists():
-                config_of = ConfigDict(json.loads(read_meta(places[name])["config"]))
-                self.decoders[name] = (kind(config_of, None), read_params(places[name]))
-        self._encode = jax.jit(lambda p, x: self._tokenizer(p).encode(normalize_pixels(x)))
-        self._encode_kept = jax.jit(self._codes_of)
-        self._run = jax.jit(self._generate, static_argnames=("drawing", "sampling"))
+    objective: LanguageModeling
+    vocabulary: Vocabulary
+    text: TextTokenizer
+    patches: int
+    fixed: bool
+    answer_length: int = 40
 
-    # ---- What is jitted, with one shape for all prompts ----------------------------------------------------------
+    @property
+    def drawing_steps(self) -> int:
+        """Tokens that a picture takes at most, its end included."""
+        return self.patches * (2 if self.vocabulary.patches else 1) + 1
 
-    def _generate(self, params, tokens_BT, valid_BT, feature_index_BT, images, keep_BP, keys_B, drawing, sampling):
+    def __call__(self, params, tokens_BT, valid_BT, feature_index_BT, images, keep_BP, keys_B, drawing, sampling):
         """Prefills the prompts (left-padded) and draws token by token: int32 [B, steps].
 
-        Drawing with guidance runs a second stream that sees [IMG] alone.
+        Drawing with guidance runs a second stream that sees [IMG] alone; it reads no pictures.
         """
         v, model = self.vocabulary, self.objective.module(params)
         dtype = self.objective.dtype
         guided = drawing and sampling.guidance != 1
-        steps = self._drawing_steps if drawing else self.answer_length
+        steps = self.drawing_steps if drawing else self.answer_length
         b, t = tokens_BT.shape
         if drawing:
             x_BTD = model.language.embed(tokens_BT, dtype)
@@ -187,7 +156,7 @@ class Generator:
             hidden, cache, slots, last, place, count, done = carry
             logp = next_logits(hidden)
             if drawing:
-                legal = image_mask(v, last, place, count, self._patches, self.header["selection"] == "all")
+                legal = image_mask(v, last, place, count, self.patches, self.fixed)
             else:
                 legal = text_only
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
@@ -207,18 +176,75 @@ class Generator:
         start = (hidden[:, -1], cache, slots, zero + v.start, zero - 1, zero, zero > 0)
         return jax.lax.scan(body, start, jnp.arange(steps))[1].T
 
+
+class Generator:
+    """A trained unified model with its tokenizer and pixel decoders, ready to draw and to answer.
+
+    Args (constructor):
+      checkpoint: workdir (or step directory) of a language stage.
+      batch: pictures or questions at a time; part of the compiled shape.
+      prompt_length: tokens a prompt takes at most, picture features included; 0 is a picture and 32 words, at least 64.
+      answer_length: tokens an answer takes at most.
+      tensor: devices over which the language model is split; tokenizer and decoders stay on the first.
+
+    Raises (constructor):
+      ValueError: no such checkpoint, fewer devices, or companions that belong to another tokenizer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | pathlib.Path,
+        batch: int = 32,
+        prompt_length: int = 0,
+        answer_length: int = 40,
+        tensor: int = 1,
+    ):
+        step = find(checkpoint)
+        meta = read_meta(step)
+        self.config = config = ConfigDict(json.loads(meta["config"]))
+        if config.get("objective") != "language_modeling" or not config.data.row_pictures:
+            raise ValueError(
+                f"{checkpoint} is a checkpoint of {config.name}, which sees no pictures with its language model; give "
+                "one of stage 1, 2 or 3"
+            )
+        self.header = meta["data"]
+        self.text = text_of(meta, checkpoint)
+        grid = self.header["positions"] == "grid" and self.header["selection"] != "all"
+        self.vocabulary = Vocabulary(self.text.size, self.header["codes"], self.header["patches"] if grid else 0)
+        self.objective = LanguageModeling(config, self)
+        if tensor > jax.local_device_count():
+            raise ValueError(f"the model cannot be split over {tensor} devices, here are {jax.local_device_count()}")
+        self._mesh = sharding.make_mesh((1, 1, tensor), jax.local_devices()[:tensor])
+        shards = sharding.param_shardings(self.objective.abstract, self._mesh)
+        self.params = read_params(step, dict(sharding.flatten(shards)))
+        self.budget: int = config.model.unified.budget
+        picture = self.budget * (2 if grid else 1)
+        self.batch = batch
+        self.prompt_length = prompt_length or max(64, picture + 32)
+        home = step.parent.parent if step.parent.name == "checkpoints" else step.parent
+        places = {k: (home / v).resolve() for k, v in config.companions.items()}
+        self.tokenizer_config, graph, self.tokenizer_params, fingerprint = open_tokenizer(places["tokenizer"])
+        if fingerprint != self.header["fingerprint"]:
+            raise ValueError(
+                f"the tokenizer in {places['tokenizer']} is not the one that {checkpoint} was trained with "
+                f"(fingerprints {fingerprint} and {self.header['fingerprint']})"
+            )
+        self._tokenizer = lambda params: nnx.merge(graph, params)
+        self.decoders = {}
+        for name, kind in DECODERS.items():
+            if name in places and (places[name] / "checkpoints").exists():
+                config_of = ConfigDict(json.loads(read_meta(places[name])["config"]))
+                self.decoders[name] = (kind(config_of, None), read_params(places[name]))
+        self._encode = jax.jit(lambda p, x: self._tokenizer(p).encode(normalize_pixels(x)))
+        self._encode_kept = jax.jit(self._codes_of)
+        most, fixed = min(self.header["patches"], self.budget), self.header["selection"] == "all"
+        decoding = Decoding(self.objective, self.vocabulary, self.text, most, fixed, answer_length)
+        self._run = jax.jit(decoding, static_argnames=("drawing", "sampling"))
+
     def _codes_of(self, params, images_and_keep):
         images, keep = images_and_keep
         tokenizer = self._tokenizer(params)
         return keep, tokenizer.codes_of(tokenizer.encoder(normalize_pixels(images)), keep)
-
-    @functools.cached_property
-    def _patches(self) -> int:
-        return min(self.header["patches"], self.budget)
-
-    @functools.cached_property
-    def _drawing_steps(self) -> int:
-        return self._patches * (2 if self.vocabulary.patches else 1) + 1
 
     # ---- Drawing -------------------------------------------------------------------------------------------------
 
@@ -333,7 +359,8 @@ class Generator:
             cut = slice(at, at + self.batch)
             arrays = [_pad(x[cut], self.batch) for x in (tokens, valid, index, images, keep)]
             part = keys[np.minimum(np.arange(at, at + self.batch), len(rows) - 1)]
-            found.append(np.asarray(self._run(self.params, *arrays, part, drawing=drawing, sampling=sampling)))
+            with jax.set_mesh(self._mesh):
+                found.append(np.asarray(self._run(self.params, *arrays, part, drawing=drawing, sampling=sampling)))
         return np.concatenate(found)[: len(rows)]
 
 
@@ -356,7 +383,7 @@ def main(_: list[str]) -> None:
 def command() -> None:
     """Draws or answers as the flags say."""
     f = flags.FLAGS
-    generator = Generator(f.checkpoint, batch=max(1, min(f.samples, 32)))
+    generator = Generator(f.checkpoint, batch=max(1, min(f.samples, 32)), tensor=f.tensor)
     if f.image:
         file = pathlib.Path(f.image)
         if not file.exists():
@@ -383,6 +410,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompt", "", "What to draw, or what to ask about --image (empty: describe it).")
     flags.DEFINE_string("image", "", "A picture to answer about.")
     flags.DEFINE_string("output", "samples", "Folder for the pictures.")
+    flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "Pictures to draw.", lower_bound=1)
     flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 is without.")
     flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token.")

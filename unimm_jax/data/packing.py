@@ -137,6 +137,11 @@ class Records:
         self.header: dict[str, Any] = json.loads((self.path / "header.json").read_text())
         self.tokenizer = TextTokenizer(self.header["text_tokenizer"])
         index = np.load(self.path / "index.npz")
+        if missing := {"kept", "captions", "caption_counts", "questions", "question_counts"} - set(index.files):
+            raise ValueError(
+                f"{path}/index.npz lacks {', '.join(sorted(missing))}: another version of unimm_jax wrote these "
+                "records; write them anew with python -m unimm_jax.pretokenize"
+            )
         self.kept: np.ndarray = index["kept"]
         self.captions = _Ragged(index["captions"], index["caption_counts"])
         self.questions = _Ragged(index["questions"], index["question_counts"])
