@@ -343,7 +343,11 @@ def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
     Raises:
       DoesNotFit: `first` rows do not.
     """
+    said = lambda report: print(
+        f"{report.rows} rows a device: {report.peak / GIB:.2f} GiB", file=sys.stderr, flush=True
+    )
     fitted, too_many = [compile_rows(first)], 0
+    said(fitted[0])
     while too_many != fitted[-1].rows + 1:
         last = fitted[-1]
         if len(fitted) == 1:
@@ -355,7 +359,7 @@ def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
         guess = min(guess, too_many - 1) if too_many else guess
         try:
             fitted.append(compile_rows(guess))
-            print(f"{guess} rows a device: {fitted[-1].peak / GIB:.2f} GiB", file=sys.stderr, flush=True)
+            said(fitted[-1])
         except DoesNotFit as error:
             too_many = guess
             print(f"{guess} rows a device: {error}", file=sys.stderr, flush=True)
