@@ -9,6 +9,7 @@ from flax import nnx
 
 from unimm_jax.models import attention as A
 from unimm_jax.models.language import LanguageConfig, LanguageModel
+from unimm_jax.models.transformer import Linear, run_stack, stack
 
 
 def _qkv(seed, b=2, t=5, s=7, n=3, h=4):
@@ -102,6 +103,25 @@ def test_the_cache_gives_what_the_whole_sequence_gives(lm):
         hidden, cache = extend(lm.embed(tokens[:, t : t + 1]), positions[:, t : t + 1], mask, cache, t)
         found.append(hidden)
     assert jnp.allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
+
+
+def test_gradients_of_scanned_kernels_have_the_dtype_of_activations():
+    layers = stack(lambda r: Linear(8, (8,), axes=(None, None), rngs=r), 3, nnx.Rngs(params=0))
+    graph, kernels = nnx.split(layers)
+    x = jax.random.normal(jax.random.key(1), (2, 4, 8), jnp.bfloat16)
+    merge = lambda k: nnx.merge(graph, k)
+    plain = lambda k, x: jax.lax.scan(lambda x, layer: (layer(x), None), x, merge(k))[0]
+    ours = lambda k, x: run_stack(merge(k), x, lambda layer, x: layer(x), scan=True)
+    grad = lambda run: jax.grad(lambda k: run(k, x).astype(jnp.float32).sum())
+    for a, b in zip(*(jax.tree.leaves(jax.jit(grad(run))(kernels)) for run in (ours, plain)), strict=True):
+        assert a.dtype == jnp.float32 and a.any()
+        assert jnp.allclose(a, b, rtol=2**-7, atol=2**-7 * jnp.abs(b).max())  # the compiler may leave roundings out
+
+    def gathered(run):
+        scans = [e for e in jax.make_jaxpr(grad(run))(kernels).eqns if e.primitive.name == "scan"]
+        return {str(v.aval.dtype) for e in scans for v in e.outvars if v.aval.shape == (3, 8, 8)}
+
+    assert gathered(ours) == {"bfloat16"} and "float32" in gathered(plain)
 
 
 def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):

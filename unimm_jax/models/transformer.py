@@ -23,7 +23,7 @@ truncated = nnx.initializers.truncated_normal(0.02)
 def linear(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     """x[..., D] @ w[D, F], in `dtype` if it is given.
 
-    Its gradient contracts rows directly: XLA's CPU backend would transpose a copy of x.
+    Its gradient is computed in the dtype of x. It contracts rows directly; XLA's CPU backend would transpose a copy.
     """
     return jnp.einsum("...d,df->...f", x, w, preferred_element_type=dtype)
 
@@ -34,9 +34,10 @@ def _linear_fwd(x, w, dtype):
 
 def _linear_bwd(dtype, residuals, dy):
     x, w = residuals
+    dy = dy.astype(x.dtype)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dw = jax.lax.dot_general(rows, drows, (((0,), (0,)), ((), ())))
-    return jnp.einsum("...f,df->...d", dy, w).astype(x.dtype), dw.astype(w.dtype)
+    return jnp.einsum("...f,df->...d", dy, w), dw.astype(w.dtype)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
@@ -216,8 +217,8 @@ REMAT = {
 def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: str = "none") -> Any:
     """x → apply(layer, x) through every layer of a stack; `scan` compiles one layer, otherwise all are unrolled.
 
-    Scanned kernels are cast to the dtype of x before the loop, as every layer would itself: the gradients that the loop
-    gathers then have that dtype too, half the memory in bfloat16, and not a bit is lost.
+    Scanned kernels are cast to the dtype of x before the loop, as every layer would itself. The gradients that the loop
+    gathers then have that dtype, too: in bfloat16 half the memory, rounded as products of bfloat16 are.
 
     Args:
       remat: one of `REMAT`.
