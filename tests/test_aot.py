@@ -3,8 +3,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from unimm_jax import aot, hardware
 
@@ -92,6 +96,19 @@ def test_the_largest_batch_is_found_and_its_neighbour_seen_not_to_fit(room, want
     assert aot.largest(compile_rows).rows == wanted and wanted + 1 in tried and len(tried) < 9
 
 
+@pytest.mark.slow
+def test_drawing_compiles_for_a_slice():
+    done = compiled("--config=configs/stage2.py:laptop", "--topology=v5e:2x2", "--generate", "--tensor=2", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["fits"] and found["chips"] == 4 and found["rows"] == 1 and found["collectives"]["all-reduce"]["runs"]
+    for flag, words in (("--tensor=3", "no multiple of --tensor=3"), ("--slices=2", "draws on one slice")):
+        done = compiled("--config=configs/stage2.py:laptop", "--topology=v5e:2x2", "--generate", flag)
+        assert done.returncode == 1 and words in done.stderr
+    done = compiled("--config=configs/text.py:laptop", "--topology=v5e:2x2", "--generate", "--tensor=2")
+    assert done.returncode == 1 and "does not draw from prompts" in done.stderr
+
+
 def compiled(*arguments):
     command = [sys.executable, "-m", "unimm_jax.aot", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -114,6 +131,7 @@ def test_what_would_fit_is_tried_before_it_is_said(monkeypatch):
     from configs.stage2 import get_config
 
     aot.prepare_compiler()
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     report = aot.compile_step(hardware.apply(get_config("laptop"), "v5e:2x2", rows=2), "v5e:2x2")
     small = dataclasses.replace(report.chip, memory=report.peak)
     monkeypatch.setitem(hardware.CHIPS, "TPU v5 lite", small)
@@ -121,16 +139,12 @@ def test_what_would_fit_is_tried_before_it_is_said(monkeypatch):
     with pytest.raises(aot.DoesNotFit):
         aot.compile_step(config, "v5e:2x2")
     assert "it fits with --rows=2" in aot.suggest(config, "v5e:2x2", 1, 8)
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 @pytest.mark.slow
 def test_this_compiler_sums_what_it_should_scatter():
     """Why there are all-reduces of gradients at 64 chips (docs/performance.md). Failing is good news: look again."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
     aot.prepare_compiler()
     mesh = aot.mesh_of((1, 64, 1), aot.topology_devices("v5e:8x8", 1), 1)
     scatter = lambda x: jax.lax.psum_scatter(x[0], "fsdp", tiled=True)

@@ -399,7 +399,8 @@ def main(_: list[str]) -> None:
 
 
 def prepare_compiler() -> None:
-    """Settings of libtpu that keep it from looking for a TPU."""
+    """Keeps libtpu from looking for a TPU, and JAX from caching programs that it could not read back here."""
+    jax.config.update("jax_enable_compilation_cache", False)
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
