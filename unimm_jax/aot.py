@@ -338,7 +338,8 @@ def suggest(config: Any, topology: str, slices: int, rows: int) -> str:
 def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
     """The report of the largest number of rows a device that fits, each number on the way compiled.
 
-    Guesses where the memory of the last two that fitted runs out, then closes in.
+    Guesses where the memory runs out by what a row took so far, and halves what is left open after a miss: close to the
+    limit the compiler finds savings, so that what a row takes there says little.
 
     Raises:
       DoesNotFit: `first` rows do not.
@@ -351,12 +352,11 @@ def largest(compile_rows: Callable[[int], Report], first: int = 1) -> Report:
     while too_many != fitted[-1].rows + 1:
         last = fitted[-1]
         if len(fitted) == 1:
-            guess = 2 * last.rows
+            each = (last.peak - last.arguments) / last.rows  # too much: not all of it grows with the rows
         else:
-            before = fitted[-2]
-            each = max((last.peak - before.peak) / (last.rows - before.rows), 1)
-            guess = last.rows + max(int((last.chip.memory - last.peak) / each), 1)
-        guess = min(guess, too_many - 1) if too_many else guess
+            each = (last.peak - fitted[0].peak) / (last.rows - first)
+        guess = last.rows + max(int((last.chip.memory - last.peak) / max(each, 1)), 1)
+        guess = min(guess, (last.rows + too_many) // 2) if too_many else guess
         try:
             fitted.append(compile_rows(guess))
             said(fitted[-1])

@@ -188,7 +188,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                     with clock.on("checkpoint"):
                         save(step)
                 # while devices still work on earlier steps, waiting for a batch costs nothing
-                with clock.on("input", counts=functools.partial(_done, metrics)):
+                with clock.on("input" if metrics else "start", counts=functools.partial(_done, metrics)):
                     host_batch = next(batches)
                 state, metrics = stage.step(state, sharding.put_batch(host_batch, mesh, size))
                 step += 1
@@ -198,6 +198,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                     jax.block_until_ready(state["step"])
                     compile_seconds = clock.whole["compile"] = time.perf_counter() - loop_began
                     writer.count_from(step)
+                    clock.read()
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     values = dict(metrics) | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
                     if step <= start + config.train.log_every:
