@@ -185,6 +185,7 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
             step, stopped = start, False
             while step < config.train.steps and not stopped:
                 if step > start and step % config.train.checkpoint_every == 0:
+                    jax.block_until_ready(state["bad_step"])
                     with clock.on("checkpoint"):
                         save(step)
                 # while devices still work on earlier steps, waiting for a batch costs nothing
