@@ -31,6 +31,22 @@ def saved(tmp_path):
     return tmp_path
 
 
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path), _state(5.0)
+    places = _abstract(state)
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    checkpoints.save(7, state, {"config": "{}"})
+    for _ in range(20):
+        state = advance(state)
+    checkpoints.wait()
+    clock = checkpoints.read_clock()
+    assert 0 < clock["checkpoint_blocking"] < 1 and clock["checkpoint_seconds"] > 0 and checkpoints.read_clock() == {}
+    found, _ = checkpoints.restore(7, places)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(_state(5.0)), strict=True):
+        assert np.array_equal(a, b)
+    checkpoints.close()
+
+
 def test_what_is_saved_is_restored(saved):
     checkpoints = Checkpoints(saved)
     assert checkpoints.newest() == 3

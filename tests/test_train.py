@@ -191,3 +191,21 @@ def test_utilisation_is_the_steps_operations_over_the_peak(run):
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     assert np.isclose(seconds, objective.step_flops(batch) / (2 * 197e12))
     assert hardware.share_of_peak(objective, config, jax.devices()) == 0
+
+
+def test_clocks_count_what_they_say(tmp_path):
+    clock = metrics.Clock()
+    with clock.on("input", counts=lambda: False):
+        time.sleep(0.05)
+    assert clock.read()["input_stall"] == 0 and "input" not in clock.whole
+    with clock.on("input"):
+        time.sleep(0.05)
+    assert clock.read()["input_stall"] > 0.5 and clock.read()["input_stall"] == 0
+    writer = metrics.Writer(tmp_path, "x", 10, 0)
+    writer.count_from(2)
+    time.sleep(0.04)
+    with writer.paused():
+        time.sleep(0.4)
+    found = writer.scalars(6, {"loss": 1.0}, {"examples": 2.0})
+    assert 10 <= found["step_ms"] < 60 and found["examples_per_second"] == pytest.approx(2e3 / found["step_ms"])
+    writer.close()
