@@ -1,5 +1,6 @@
 """Tiny stages that the tests share: the laptop configs, shrunk until a step takes milliseconds."""
 
+import fcntl
 import importlib
 import os
 import pathlib
@@ -82,14 +83,18 @@ def arguments(config, stage):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A directory with every tiny stage trained: encoder … stage3."""
+    """A directory with every tiny stage trained: encoder … stage3. Read it only: workers of pytest-xdist share it."""
     from unimm_jax.pretokenize import pretokenize
     from unimm_jax.train import train
 
-    root = tmp_path_factory.mktemp("run")
-    for stage in ("encoder", "selector", "tokenizer"):
-        train(tiny(stage), root / stage)
-    pretokenize(str(root / "tokenizer"), str(root / "records"), "", "", 400, 32)
-    for stage in ("pixel_decoder", "detokenizer", "text", "stage1", "stage2", "stage3"):
-        train(tiny(stage), root / stage)
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "run"
+    with open(f"{root}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # stages that another worker has finished do nothing here
+        for stage in ("encoder", "selector", "tokenizer"):
+            train(tiny(stage), root / stage)
+        pretokenize(str(root / "tokenizer"), str(root / "records"), "", "", 400, 32)
+        for stage in ("pixel_decoder", "detokenizer", "text", "stage1", "stage2", "stage3"):
+            train(tiny(stage), root / stage)
     return root
