@@ -83,7 +83,7 @@ def arguments(config, stage):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A directory with every tiny stage trained: encoder … stage3. Read it only: workers of pytest-xdist share it."""
+    """A directory with every tiny stage trained: encoder … stage3. Workers of pytest-xdist share it."""
     from unimm_jax.pretokenize import pretokenize
     from unimm_jax.train import train
 
@@ -91,7 +91,7 @@ def run(tmp_path_factory):
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "run"
     with open(f"{root}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # stages that another worker has finished do nothing here
+        # stages that another worker has finished do nothing here; no test may change what others read
         for stage in ("encoder", "selector", "tokenizer"):
             train(tiny(stage), root / stage)
         pretokenize(str(root / "tokenizer"), str(root / "records"), "", "", 400, 32)
