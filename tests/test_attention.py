@@ -71,15 +71,16 @@ def test_segment_mask_separates_examples_and_padding():
 
 def test_rotary_depends_on_relative_positions_only():
     q, k, _ = _qkv(3, t=1, s=1)
-    score = lambda a, b: jnp.einsum(
-        "btnh,bsnh->bn", A.rotary(q, jnp.full((2, 1), a), 1e4), A.rotary(k, jnp.full((2, 1), b), 1e4)
-    )
+    table = A.rotary_table(16, q.shape[-1], 1e4)
+    turned = lambda x, at: A.rotary(x, A.rotary_turns(table, jnp.full((2, 1), at)))
+    score = lambda a, b: jnp.einsum("btnh,bsnh->bn", turned(q, a), turned(k, b))
     assert jnp.allclose(score(3, 1), score(12, 10), atol=1e-4)
     assert not jnp.allclose(score(3, 1), score(3, 2), atol=1e-3)
+    assert jnp.isnan(turned(q, 16)).all()  # beyond the table: not some other position's angles
     # first and second half of the head pair up (the Hugging Face convention)
     x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    turned = A.rotary(x, jnp.ones((1, 1), jnp.int32), 1e4)[0, 0, 0]
-    assert np.allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
+    found = A.rotary(x, A.rotary_turns(A.rotary_table(2, 4, 1e4), jnp.ones((1, 1), jnp.int32)))[0, 0, 0]
+    assert np.allclose(found, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -196,15 +196,28 @@ def rotary_frequencies(half: int, theta: float, scaling: tuple[float, ...] = ())
     return frequency.astype(np.float32)
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
+def rotary_table(length: int, width: int, theta: float, scaling: tuple[float, ...] = ()) -> jax.Array:
+    """Cosines and sines of the rotary angles of positions 0 to `length` - 1, float32 [length, 2, H / 2].
+
+    Args:
+      width: H, of a head.
+      theta: base of the wavelengths (10000 in LLaMA). scaling: see `rotary_frequencies`.
+    """
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * rotary_frequencies(width // 2, theta, scaling)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
+
+
+def rotary_turns(table: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """What `rotary` needs, looked up once for all layers: [B, T, 2, H / 2]. A position beyond the table gives NaN."""
+    return table.at[positions_BT].get(mode="fill")
+
+
+def rotary(x_BTNH: jax.Array, turns: jax.Array) -> jax.Array:
     """Rotary position embedding in the Hugging Face convention (first and second half of H form the pairs).
 
     Args:
-      positions_BT: int32 positions.
-      theta: base of the wavelengths (10000 in LLaMA). scaling: see `rotary_frequencies`.
+      turns: of `rotary_turns`.
     """
-    frequency = rotary_frequencies(x_BTNH.shape[-1] // 2, theta, scaling)
-    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    cos, sin = jnp.split(turns, 2, axis=2)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)

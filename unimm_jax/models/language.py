@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unimm_jax.models.attention import causal_attention, heads_attention, rotary
+from unimm_jax.models.attention import causal_attention, heads_attention, rotary, rotary_table, rotary_turns
 from unimm_jax.models.layout import constrain, weight
 from unimm_jax.models.transformer import Linear, Merge, RMSNorm, run_stack, stack, truncated, unstacked
 
@@ -57,7 +57,6 @@ class SelfAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
     def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
-        self.theta, self.scaling = c.rope_theta, c.rope_scaling
         axes = ("embed", "heads", None)
         self.q = Linear(c.width, (c.heads, c.head_width), axes=axes, rngs=rngs, bias="q" in c.biases)
         self.k = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias="k" in c.biases)
@@ -66,16 +65,16 @@ class SelfAttention(nnx.Module):
         self.q_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_width, eps=c.eps) if c.qk_norm else None
 
-    def __call__(self, x_BTD, positions_BT, attend, cache=None):
-        """[B, T, D] → ([B, T, D], (keys, values)); `attend` takes queries, keys and values.
+    def __call__(self, x_BTD, turns, attend, cache=None):
+        """[B, T, D] → ([B, T, D], (keys, values)); `turns` are of `rotary_turns`, `attend` takes queries,
+        keys and values.
 
         With a cache (slot, keys, values), the latter [B, K, S, H], queries, keys and values have their heads first.
         """
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotary(q, positions_BT, self.theta, self.scaling)
-        k = rotary(k, positions_BT, self.theta, self.scaling)
+        q, k = rotary(q, turns), rotary(k, turns)
         if cache is not None:
             at, old_k, old_v = cache
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k.swapaxes(1, 2).astype(old_k.dtype), at, 2)
@@ -94,9 +93,9 @@ class DecoderLayer(nnx.Module):
         self.up = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=c.mlp_bias)
         self.down = Linear(c.mlp_width, c.width, axes=("mlp", "embed"), rngs=rngs, bias=c.mlp_bias)
 
-    def __call__(self, x_BTD, positions_BT, attend, cache=None):
+    def __call__(self, x_BTD, turns, attend, cache=None):
         """[B, T, D] → ([B, T, D], (keys, values)); see `SelfAttention`."""
-        y_BTD, kv = self.attention(self.norm1(x_BTD), positions_BT, attend, cache)
+        y_BTD, kv = self.attention(self.norm1(x_BTD), turns, attend, cache)
         x_BTD = constrain(x_BTD + y_BTD, "batch", None, None)
         y_BTD = self.norm2(x_BTD)
         y_BTD = self.down(jax.nn.silu(self.gate(y_BTD)) * self.up(y_BTD))
@@ -138,12 +137,17 @@ class LanguageModel(nnx.Module):
         """Input embeddings of packed rows → final hidden states [B, T, D] (multiply by `head` for logits).
 
         Args:
-          segments_BT: 0 is padding; a position reads earlier positions of its own segment only.
+          positions_BT: below T. segments_BT: 0 is padding; a position reads earlier positions of its own segment only.
         """
         attend = causal_attention(segments_BT)
-        step = lambda layer, x: layer(x, positions_BT, attend)[0]
+        turns = rotary_turns(self._table(x_BTD.shape[1]), positions_BT)
+        step = lambda layer, x: layer(x, turns, attend)[0]
         x_BTD = run_stack(self.layers, x_BTD, step, scan=self.config.scan, remat=self.config.remat)
         return self.norm(x_BTD)
+
+    def _table(self, length):
+        c = self.config
+        return rotary_table(length, c.head_width, c.rope_theta, c.rope_scaling)
 
     def incremental(self, batch: int, length: int, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], Cache]:
         """What generation needs, made once before its loop: (extend, empty cache of `length` slots).
@@ -158,10 +162,12 @@ class LanguageModel(nnx.Module):
         shape = (batch, c.kv_heads, length, c.head_width)
         empty = lambda *stack: (jnp.zeros((*stack, *shape), dtype), jnp.zeros((*stack, *shape), dtype))
         layers = self.layers if c.scan else unstacked(self.layers)
+        table = self._table(length)
 
         def extend(x_BTD, positions_BT, mask_BTS, cache, at):
             attend = lambda q, k, v: heads_attention(q, k, v, mask_BTS)
-            step = lambda x, layer_and_kv: layer_and_kv[0](x, positions_BT, attend, (at, *layer_and_kv[1]))
+            turns = rotary_turns(table, positions_BT)
+            step = lambda x, layer_and_kv: layer_and_kv[0](x, turns, attend, (at, *layer_and_kv[1]))
             if c.scan:
                 x_BTD, cache = jax.lax.scan(step, x_BTD, (layers, cache))
                 return self.norm(x_BTD), cache
