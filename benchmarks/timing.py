@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 
 def compare(
-    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], None]], rounds: int = 9
+    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], float | None]], rounds: int = 9
 ) -> dict[str, float]:
     """Runs ours and each peer in turn, after one warm-up each; prints medians and ratios (above 1: ours is faster).
 
     Args:
-      ours, peers: each does the work once and waits for its end.
+      ours, peers: each does the work once and waits for its end; a peer that times itself returns its seconds.
 
     Returns:
       median seconds of "ours" and of each peer.
     """
-    cases = {"ours": ours} | peers
+    cases: dict[str, Callable[[], float | None]] = {"ours": ours} | peers
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for name, run in cases.items():
         began = time.perf_counter()
@@ -25,8 +25,8 @@ def compare(
     for _ in range(rounds):
         for name, run in cases.items():
             began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            timed = run()
+            seconds[name].append(time.perf_counter() - began if timed is None else timed)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         spread = (max(values) - min(values)) / medians[name]

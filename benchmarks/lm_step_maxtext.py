@@ -1,0 +1,99 @@
+"""The train step of `benchmarks.lm_step` at 8 rows against MaxText's, with PyTorch's eager step beside both.
+
+python -m venv maxtext && maxtext/bin/pip install "maxtext[tpu]==0.2.5"        (Python 3.12, 3 GB; takes its own jax)
+python -m benchmarks.lm_step_maxtext maxtext/bin/python
+
+MaxText's own trainer runs in a process of its own, on made data, in float32 without remat choices of ours (its default,
+full), and is stopped while the others have their turn. Its step is the time between two of its lines.
+"""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from benchmarks import lm_step, timing
+from unimm_jax import main as process
+
+ROWS = 8
+LAUNCH = (
+    "import pathlib, runpy, sys, maxtext; base = pathlib.Path(maxtext.__file__).parent / 'configs/base.yml'; "
+    "sys.argv.insert(1, str(base)); runpy.run_module('maxtext.trainers.pre_train.train', run_name='__main__')"
+)
+
+
+def settings(folder: str) -> list[str]:
+    """MaxText's names for `lm_step.SHAPE`."""
+    shape = lm_step.SHAPE
+    values = {
+        "run_name": "step",
+        "base_output_directory": folder,
+        "hardware": "cpu",
+        "skip_jax_distributed_system": True,
+        "dataset_type": "synthetic",
+        "steps": 10_000,
+        "decoder_block": "llama2",
+        "base_emb_dim": shape.width,
+        "base_num_query_heads": shape.heads,
+        "base_num_kv_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "base_mlp_dim": shape.mlp_width,
+        "base_num_decoder_layers": shape.layers,
+        "vocab_size": lm_step.WORDS + 128,
+        "max_target_length": lm_step.LENGTH,
+        "per_device_batch_size": ROWS,
+        "dtype": "float32",
+        "weight_dtype": "float32",
+        "mlp_activations": '["silu","linear"]',
+        "attention": "dot_product",
+        "remat_policy": "full",
+        "enable_checkpointing": False,
+        "enable_goodput_recording": False,
+        "monitor_goodput": False,
+    }
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
+
+
+class MaxText:
+    """Its trainer, stopped between calls of `step`."""
+
+    def __init__(self, python: str, folder: str):
+        self.log: list[str] = []
+        command = [python, "-u", "-c", LAUNCH, *settings(folder)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(4):  # compilation, and the steps that were dispatched ahead
+            self._step()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def _step(self) -> float:
+        for line in self.process.stdout or ():
+            self.log.append(line)
+            if "completed step" in line:
+                return time.perf_counter()
+        raise SystemExit("MaxText ended:\n" + "".join(self.log[-20:]))
+
+    def step(self) -> float:
+        """Seconds of one whole step; it runs during this call only."""
+        self.process.send_signal(signal.SIGCONT)
+        began = self._step()  # the rest of the step in which it was stopped
+        ended = self._step()
+        self.process.send_signal(signal.SIGSTOP)
+        return ended - began
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not pathlib.Path(sys.argv[1]).exists():
+        raise SystemExit("usage: python -m benchmarks.lm_step_maxtext PYTHON, a Python that has maxtext[tpu]==0.2.5")
+    process.prepare_process()
+    ids = np.random.default_rng(0).integers(0, lm_step.WORDS, (ROWS, lm_step.LENGTH))
+    with tempfile.TemporaryDirectory() as folder:
+        maxtext = MaxText(sys.argv[1], folder)
+        try:
+            peers = {"MaxText 0.2.5": maxtext.step, "transformers, eager": lm_step.theirs(ids, False)}
+            timing.compare("LM train step, 20M, 8 rows, float32", lm_step.ours(ids), peers)
+        finally:
+            maxtext.process.kill()
