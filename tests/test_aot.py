@@ -126,12 +126,21 @@ def test_a_stage_compiles_for_a_slice(tmp_path):
     assert done.returncode == 1 and "does not know the topology 'v5e:3x5'" in done.stderr
 
 
+@pytest.fixture
+def low_effort():
+    """The compiler in a hurry."""
+    name = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, name)
+    jax.config.update(name, -1.0)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.slow
-def test_what_would_fit_is_tried_before_it_is_said(monkeypatch):
+def test_what_would_fit_is_tried_before_it_is_said(monkeypatch, low_effort):
     from configs.stage2 import get_config
 
     aot.prepare_compiler()
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     report = aot.compile_step(hardware.apply(get_config("laptop"), "v5e:2x2", rows=2), "v5e:2x2")
     small = dataclasses.replace(report.chip, memory=report.peak)
     monkeypatch.setitem(hardware.CHIPS, "TPU v5 lite", small)
@@ -139,7 +148,6 @@ def test_what_would_fit_is_tried_before_it_is_said(monkeypatch):
     with pytest.raises(aot.DoesNotFit):
         aot.compile_step(config, "v5e:2x2")
     assert "it fits with --rows=2" in aot.suggest(config, "v5e:2x2", 1, 8)
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Whoever iterates holds a Grain iterator; its state is the index of the next batc
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import grain
@@ -18,6 +19,7 @@ from unimm_jax.text import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
+THREADS = max(2, min(16, os.cpu_count() or 2))  # each builds whole batches; more than cores slows reading down
 
 
 @dataclasses.dataclass
@@ -39,14 +41,14 @@ class Input:
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def iterate(self, batch: int, share: np.ndarray | None = None) -> Any:
-        """A fresh Grain iterator over batches, two threads ahead of the consumer; its state is the number of the next.
+        """A fresh Grain iterator over batches, `THREADS` ahead of the consumer; its state is the number of the next.
 
         Args:
           batch: rows of a global batch. share: which of them this process reads; all if None.
         """
         share = np.arange(batch) if share is None else share
         dataset = grain.MapDataset.source(_Share(self.rows, batch, share))
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2)))
 
 
 def open_pictures(data: Any, split: str = "train") -> list[Pictures]:
