@@ -4,7 +4,7 @@ python -m venv maxtext && maxtext/bin/pip install "maxtext[tpu]==0.2.5"        (
 python -m benchmarks.lm_step_maxtext maxtext/bin/python
 
 MaxText's own trainer runs in a process of its own, on made data, in float32 without remat choices of ours (its default,
-full), and is stopped while the others have their turn. Its step is the time between two of its lines.
+full), and is stopped, at a step's line, while the others have their turn.
 """
 
 import pathlib
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 
@@ -66,23 +65,16 @@ class MaxText:
         command = [python, "-u", "-c", LAUNCH, *settings(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(4):  # compilation, and the steps that were dispatched ahead
-            self._step()
-        self.process.send_signal(signal.SIGSTOP)
+            self.step()
 
-    def _step(self) -> float:
+    def step(self) -> None:
+        """Runs until the next step is done."""
+        self.process.send_signal(signal.SIGCONT)
         for line in self.process.stdout or ():
             self.log.append(line)
             if "completed step" in line:
-                return time.perf_counter()
+                return self.process.send_signal(signal.SIGSTOP)
         raise SystemExit("MaxText ended:\n" + "".join(self.log[-20:]))
-
-    def step(self) -> float:
-        """Seconds of one whole step; it runs during this call only."""
-        self.process.send_signal(signal.SIGCONT)
-        began = self._step()  # the rest of the step in which it was stopped
-        ended = self._step()
-        self.process.send_signal(signal.SIGSTOP)
-        return ended - began
 
 
 if __name__ == "__main__":

@@ -3,21 +3,20 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 
 def compare(
-    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], Any]], rounds: int = 9
+    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], None]], rounds: int = 9
 ) -> dict[str, float]:
     """Runs ours and each peer in turn, after one warm-up each; prints medians and ratios (above 1: ours is faster).
 
     Args:
-      ours, peers: each does the work once and waits for its end; a peer that times itself returns its seconds.
+      ours, peers: each does the work once and waits for its end.
 
     Returns:
       median seconds of "ours" and of each peer.
     """
-    cases: dict[str, Callable[[], Any]] = {"ours": ours} | peers
+    cases = {"ours": ours} | peers
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for name, run in cases.items():
         began = time.perf_counter()
@@ -26,8 +25,8 @@ def compare(
     for _ in range(rounds):
         for name, run in cases.items():
             began = time.perf_counter()
-            timed = run()
-            seconds[name].append(timed if isinstance(timed, float) else time.perf_counter() - began)
+            run()
+            seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         spread = (max(values) - min(values)) / medians[name]

@@ -208,12 +208,12 @@ def rotary_table(length: int, width: int, theta: float, scaling: tuple[float, ..
 
 
 def rotary_turns(table: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """What `rotary` needs, looked up once for all layers: [B, T, 2, H / 2]. A position beyond the table gives NaN."""
+    """What `rotary` needs, once for all layers: float32 [B, T, 2, H / 2]. A position beyond the table gives NaN."""
     return table.at[positions_BT].get(mode="fill")
 
 
 def rotary(x_BTNH: jax.Array, turns: jax.Array) -> jax.Array:
-    """Rotary position embedding in the Hugging Face convention (first and second half of H form the pairs).
+    """Rotary position embedding (RoFormer, §3.2), paired as Hugging Face does: first and second half of H.
 
     Args:
       turns: of `rotary_turns`.
