@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import timing
+from unimm_jax import main as process
 from unimm_jax.data import pipeline, sources, transforms
 
 PICTURES, BATCH, SIZE, PASSES = 256, 32, 224, 4
@@ -67,6 +68,7 @@ def tf_data(folder: pathlib.Path):
 
 def main() -> None:
     """Prints the comparison."""
+    process.prepare_process()
     sources.CACHE_BYTES = 0  # every visit decodes
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)

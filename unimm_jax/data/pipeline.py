@@ -6,6 +6,7 @@ Whoever iterates holds a Grain iterator; its state is the index of the next batc
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -87,7 +88,8 @@ class PictureRows:
     Sources are read in proportion to their size; every epoch is a new permutation.
 
     Args (constructor):
-      read: a record → its arrays, given the item and a generator for what is drawn afresh at each visit.
+      read: a record → its arrays, given the item and what makes the generator for all that is drawn afresh at each
+        visit (it takes as long as a small read, so only readers that draw call it).
     """
 
     def __init__(self, sources: list[Any], seed: int, rows: int, read: Any):
@@ -106,7 +108,8 @@ class PictureRows:
         record = int(self._order(epoch)[place])
         source = int(np.searchsorted(self.ends, record, side="right"))
         start = int(self.ends[source - 1]) if source else 0
-        return self.read(self.sources[source][record - start], np.random.default_rng([self.seed, visit, 1]))
+        generator = functools.partial(np.random.default_rng, [self.seed, visit, 1])
+        return self.read(self.sources[source][record - start], generator)
 
 
 class _Share:
@@ -135,10 +138,10 @@ def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[P
     """
     length = config.model.get("text_tower", {}).get("max_length", 0)
 
-    def read(item: dict, rng: np.random.Generator) -> Batch:
+    def read(item: dict, generator: Callable[[], np.random.Generator]) -> Batch:
         if tokenizer is None:
             return {"images": item["image"]}
-        ids = tokenizer.encode(item["captions"][rng.integers(len(item["captions"]))])[:length]
+        ids = tokenizer.encode(item["captions"][generator().integers(len(item["captions"]))])[:length]
         tokens = np.zeros(length, np.int32)
         tokens[: len(ids)] = ids
         return {"images": item["image"], "tokens": tokens, "valid": np.arange(length) < len(ids)}

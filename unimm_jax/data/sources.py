@@ -69,10 +69,10 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         file = self.files[index]
         text = file.with_suffix(".txt")
-        if not text.exists():
-            raise BadRecord(f"no caption file {text.name} beside it")
         try:
             lines = text.read_bytes().decode("utf-8").splitlines()
+        except FileNotFoundError:
+            raise BadRecord(f"no caption file {text.name} beside it") from None
         except UnicodeDecodeError as error:
             raise BadRecord(f"its caption is not UTF-8 text ({error.reason} at byte {error.start})") from error
         captions = [line.strip() for line in lines if line.strip()]

@@ -10,6 +10,8 @@ MIN_SIDE = 8  # pixels
 MAX_PIXELS = 80_000_000
 MAX_ASPECT = 20
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # once: catch_warnings around a decode is not safe in threads
+
 
 class BadRecord(ValueError):
     """A record that cannot be used; the message says why."""
@@ -25,25 +27,23 @@ def decode_picture(data: bytes) -> Image.Image:
       BadRecord: not a picture, truncated, too small, too large or too elongated.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            if min(width, height) < MIN_SIDE:
-                raise BadRecord(f"too small: {width} × {height} pixels, at least {MIN_SIDE} a side are needed")
-            if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                raise BadRecord(f"too large or too elongated: {width} × {height} pixels")
-            image.seek(0)
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image, np.float64)
-                top = 65535.0 if values.max() > 255 else 255.0
-                image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if min(width, height) < MIN_SIDE:
+            raise BadRecord(f"too small: {width} × {height} pixels, at least {MIN_SIDE} a side are needed")
+        if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadRecord(f"too large or too elongated: {width} × {height} pixels")
+        image.seek(0)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.asarray(image, np.float64)
+            top = 65535.0 if values.max() > 255 else 255.0
+            image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even then
     except BadRecord:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
