@@ -44,6 +44,39 @@ def test_ordinary_and_odd_pictures_become_rgb():
     assert np.asarray(upright)[:12].mean() < 30 < 220 < np.asarray(upright)[20:].mean()
 
 
+def _outcome(data):
+    """Pixels, or why not."""
+    try:
+        return np.asarray(transforms.decode_picture(data))
+    except BadRecord as error:
+        return str(error)
+
+
+def test_simplejpeg_and_pillow_give_the_same_pixels(monkeypatch):
+    noise = np.random.default_rng(0)
+    picture = Image.fromarray(noise.integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((53, 37))
+    exif = Image.Exif()
+    files = []
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        files.append(_bytes(picture, "JPEG", exif=exif))
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"keep_rgb": True}, {"quality": 5}):
+        files.append(_bytes(picture, "JPEG", **options))
+    files += [_bytes(picture.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for at in noise.integers(2, len(files[0]), 100):  # damaged: read alike or refused alike
+        files.append(files[0][:at] + bytes([noise.integers(256)]) + files[0][at + 1 :])
+    fast = [_outcome(data) for data in files]
+    decoded = []
+    simplejpeg = transforms.simplejpeg
+    assert simplejpeg is not None, "the tests need the extra [jpeg]"
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    for data, pixels in zip(files, fast):
+        plain = _outcome(data)
+        assert type(plain) is type(pixels) and np.array_equal(plain, pixels)
+        decoded.append(not isinstance(plain, str))
+    assert all(decoded[:15]) and sum(decoded) > 15
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
