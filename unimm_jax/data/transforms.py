@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -51,6 +51,8 @@ def decode_picture(data: bytes) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even then
     except BadRecord:
         raise
+    except UnidentifiedImageError:  # whose own words name a Python object
+        raise BadRecord("not a readable picture: of no format that Pillow knows") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise BadRecord(f"not a readable picture: {error}") from error
 
