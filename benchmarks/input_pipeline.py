@@ -1,6 +1,6 @@
 """From a folder of JPEG files to batches of 224 pixels, against PyTorch's DataLoader and (where installed) tf.data.
 
-python -m benchmarks.input_pipeline        (pip install tensorflow-cpu for the second peer)
+python -m benchmarks.input_pipeline        (pip install simplejpeg; tensorflow-cpu for the second peer)
 
 256 made pictures of 500 × 375 pixels, batches of 32, four passes a round (ours reads four batches ahead, also while the
 peer has its turn: an eighth of a round). DataLoader has 0, 1 and 2 workers and our decoding function; tf.data does the
