@@ -16,7 +16,7 @@ def prepare_process(keep_memory: bool = True) -> None:
       keep_memory: on processors, keep freed memory for the next step; compiling gets slower by it, steps faster.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("PILLOW_BLOCKS_MAX", "64")  # decoding threads reuse 16 MiB blocks instead of mapping anew
+    os.environ.setdefault("PILLOW_BLOCKS_MAX", "64")  # decoding threads reuse memory instead of mapping it anew
     if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu" and not _accelerators():
         if "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
             preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_RUNTIME"
