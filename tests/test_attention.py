@@ -197,7 +197,30 @@ def test_the_door_chooses_by_what_the_mesh_is_made_of(monkeypatch):
     monkeypatch.setattr(A, "cudnn_attention", lambda q, k, v, m: taken.append("cudnn") or q)
     monkeypatch.setattr(A, "attention", lambda q, k, v, m: taken.append("xla") or q)
     q = jnp.zeros((1, 128, 2, 8), jnp.bfloat16)
-    for where, x in (("tpu", q), ("tpu", q[:, :60]), ("gpu", q), ("gpu", q.astype(jnp.float32)), ("cpu", q)):
+    cases = [("tpu", q), ("tpu", q[:, :60]), ("gpu", q), ("gpu", q.astype(jnp.float32)), ("cpu", q)]
+    cases += [("gpu", q[:, :63]), ("gpu", q[:, :64, :, :4])]  # an odd row, a narrow head
+    for where, x in cases:
         monkeypatch.setattr(A, "platform", lambda where=where: where)
         A.causal_attention(jnp.ones(x.shape[:2], int))(x, x, x)
-    assert taken == ["splash", "xla", "cudnn", "xla", "xla", "xla", "xla"]  # two blocks of 64 queries
+    assert taken == ["splash", "xla", "cudnn", "xla", "xla", "xla", "xla", "xla", "xla"]  # 128 queries are two blocks
+
+
+def test_cudnn_attention_is_attention_and_becomes_cudnns_kernels(monkeypatch):
+    """Without a GPU: the program for CUDA holds cuDNN's kernels; the same call through XLA gives plain attention."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in _qkv(0, t=8, s=8, h=8))
+    k, v = k[:, :, :1], v[:, :, :1]  # grouped queries
+    mask = A.segment_mask(*[jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 2], [1] * 8])] * 2, causal=True)
+
+    def of(attend):
+        value, back = jax.vjp(lambda *qkv: attend(*qkv, mask), q, k, v)
+        return [value, *back(jnp.cos(q))]
+
+    with monkeypatch.context() as patched:  # the version of a library that this machine lacks
+        patched.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+        program = jax.jit(lambda: of(A.cudnn_attention)).trace().lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaScaleBiasSoftmax(" in program and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
+
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, implementation, **given: plain(*x, **given))
+    for found, wanted in zip(of(A.cudnn_attention), of(A.attention), strict=True):
+        assert jnp.allclose(found, wanted, atol=0.05), jnp.abs(found - wanted).max()

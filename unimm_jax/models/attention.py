@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from unimm_jax.models.layout import USED
 
 CAUSAL_BLOCKS = 4  # parts of the queries in XLA's causal attention
+CUDNN_WIDTH = 128  # widest head that cuDNN's attention takes on every GPU
 LANES = 128  # width of a TPU register; splash attention takes multiples of it
 
 
@@ -29,7 +30,8 @@ def platform() -> str:
 def causal_attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The door: attention(q_BTNH, k_BTKH, v_BTKH) → [B, T, N, H], causal inside segments.
 
-    Splash attention on a TPU (rows in multiples of 128), cuDNN on a GPU (half precision), XLA's elsewhere. Rows of
+    Splash attention on a TPU (rows in multiples of 128), cuDNN on a GPU (half precision and the shapes that it takes:
+    even rows, heads in multiples of 8 up to 128), XLA's elsewhere. Rows of
     segment 0 are padding; what they get differs between the three and is never read.
     """
     where, length = platform(), segments_BT.shape[1]
@@ -39,7 +41,8 @@ def causal_attention(segments_BT: jax.Array) -> Callable[[jax.Array, jax.Array, 
     size = max(-(-length // CAUSAL_BLOCKS), 64)
 
     def attend(q, k, v):
-        if where == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        if where == "gpu" and half and length % 2 == 0 and q.shape[-1] % 8 == 0 and q.shape[-1] <= CUDNN_WIDTH:
             return cudnn_attention(q, k, v, mask_BTS)
         # later keys than a block's last query are never read: up to three eighths of the scores are not computed
         spans = [(start, min(start + size, length)) for start in range(0, length, size)]
