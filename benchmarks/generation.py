@@ -2,8 +2,8 @@
 
 python -m benchmarks.generation
 
-float32, prompts of 32 tokens, 64 new tokens, batches of 1 and 16; the `laptop` language model, and one of 20 million
-parameters.
+Prompts of 32 tokens, 64 new tokens, batches of 1 and 16. On a processor float32, the `laptop` language model and one of
+20 million parameters; on a GPU bfloat16 and 1.1 billion parameters.
 """
 
 import jax
@@ -13,26 +13,28 @@ import torch
 import transformers
 from flax import nnx
 
-from benchmarks import timing
+from benchmarks import lm_step, timing
 from configs import common
-from unimm_jax import main as process
 from unimm_jax.generate import Sampling, pick
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 
 PROMPT, NEW = 32, 64
 # name: language model, ids
-SHAPES = {
+CPU = {
     "laptop": (LanguageConfig(**common.language("laptop")), 1024),
     "20M": (
         LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False),
         8192,
     ),
 }
+GPU = {"1.1B": (lm_step.GPU.shape, lm_step.GPU.words)}
 
 
-def ours(shape: LanguageConfig, words: int, batch: int, tokens: np.ndarray):
+def ours(shape: LanguageConfig, words: int, tokens: np.ndarray, dtype: str):
     """Prefill, then one token after another in a scan, as `generate.Generator` does."""
+    batch = len(tokens)
     graph, params = nnx.split(LanguageModel(shape, words - 128, 128, rngs=nnx.Rngs(params=0)))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     greedy = Sampling(temperature=0)
     keys = jax.random.split(jax.random.key(0), batch)
 
@@ -40,19 +42,19 @@ def ours(shape: LanguageConfig, words: int, batch: int, tokens: np.ndarray):
     def generate(params, tokens):
         m = nnx.merge(graph, params)
         slots = jnp.arange(PROMPT + NEW)
-        extend, cache = m.incremental(batch, PROMPT + NEW)
+        extend, cache = m.incremental(batch, PROMPT + NEW, dtype)
         causal = jnp.broadcast_to(jnp.arange(PROMPT)[:, None] >= slots, (batch, PROMPT, PROMPT + NEW))
         positions = jnp.broadcast_to(jnp.arange(PROMPT), (batch, PROMPT))
-        hidden, cache = extend(m.embed(tokens), positions, causal, cache, 0)
+        hidden, cache = extend(m.embed(tokens, dtype), positions, causal, cache, 0)
 
-        head = m.head().T  # as products read it
+        head = m.head(dtype).T  # as products read it
 
         def body(carry, index):
             hidden, cache = carry
             token = pick(jnp.einsum("nd,dv->nv", hidden, head), keys, greedy)
             at = PROMPT + index
             mask = jnp.broadcast_to(slots <= at, (batch, 1, PROMPT + NEW))
-            x, cache = extend(m.embed(token[:, None]), jnp.full((batch, 1), at), mask, cache, at)
+            x, cache = extend(m.embed(token[:, None], dtype), jnp.full((batch, 1), at), mask, cache, at)
             return (x[:, 0], cache), token
 
         return jax.lax.scan(body, (hidden[:, -1], cache), jnp.arange(NEW))[1].T
@@ -60,7 +62,7 @@ def ours(shape: LanguageConfig, words: int, batch: int, tokens: np.ndarray):
     return lambda: generate(params, tokens).block_until_ready()
 
 
-def theirs(shape: LanguageConfig, words: int, tokens: np.ndarray):
+def theirs(shape: LanguageConfig, words: int, tokens: np.ndarray, dtype: str):
     """The same by `generate`."""
     config = transformers.LlamaConfig(
         vocab_size=words,
@@ -68,24 +70,33 @@ def theirs(shape: LanguageConfig, words: int, tokens: np.ndarray):
         intermediate_size=shape.mlp_width,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         eos_token_id=None,
         pad_token_id=0,
     )
-    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor(tokens)
+    model = transformers.LlamaForCausalLM(config).eval().to(timing.peer_device(), getattr(torch, dtype))
+    ids = torch.tensor(tokens, device=timing.peer_device())
     options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, attention_mask=torch.ones_like(ids))
 
     def once():
         with torch.no_grad():
             assert model.generate(ids, **options).shape[1] == PROMPT + NEW
 
-    return once
+    return timing.waited(once)
+
+
+def main(shapes: dict[str, tuple[LanguageConfig, int]], dtype: str, rounds: int = 5) -> None:
+    """Prints the comparison of each shape at both batches."""
+    for name, (shape, words) in shapes.items():
+        for rows in (1, 16):
+            prompt = np.random.default_rng(0).integers(0, words, (rows, PROMPT))
+            peers = {"transformers generate": theirs(shape, words, prompt, dtype)}
+            title = f"{NEW} new tokens, {name}, batch {rows}, {dtype}"
+            timing.compare(title, ours(shape, words, prompt, dtype), peers, rounds)
 
 
 if __name__ == "__main__":
-    process.prepare_process()
-    for name, (model, size) in SHAPES.items():
-        for rows in (1, 16):
-            prompt = np.random.default_rng(0).integers(0, size, (rows, PROMPT))
-            peers = {"transformers generate": theirs(model, size, prompt)}
-            title = f"{NEW} new tokens, {name}, batch {rows}, float32"
-            timing.compare(title, ours(model, size, rows, prompt), peers, rounds=5)
+    if timing.prepare():
+        main(GPU, "bfloat16")
+    else:
+        main(CPU, "float32")

@@ -1,9 +1,15 @@
-"""Train step of a LLaMA-shaped language model of 20 million parameters against `transformers` in PyTorch.
+"""Train step of a LLaMA-shaped language model against `transformers` in PyTorch, eager (SDPA) and `torch.compile`.
 
 python -m benchmarks.lm_step
 
-float32, both on all cores: forward, loss, gradient and AdamW of 4 rows of 256 tokens.
+Forward, loss, gradient and AdamW on both sides, parameters in float32. On a processor 20 million parameters, 4 rows of
+256 tokens, all in float32 on all cores. On a GPU 1.1 billion parameters (TinyLlama's shape), 4 rows of 2,048, computing
+in bfloat16 (PyTorch by autocast, and compiled only, for the sake of its memory), with the share that each side reaches
+of a measured matrix product.
 """
+
+import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +20,50 @@ import transformers
 from flax import nnx
 
 from benchmarks import timing
-from unimm_jax import main as process
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.objectives.language_modeling import chunked_cross_entropy
 
-WORDS, ROWS, LENGTH = 8064, 4, 256
-SHAPE = LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False)
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is trained: `words` text ids and 128 others, `rows` rows of `length` tokens, computed in `dtype`."""
+
+    shape: LanguageConfig
+    words: int
+    rows: int
+    length: int
+    dtype: str
+
+    @property
+    def flops(self) -> float:
+        """Operations of a step by the model's formula: three forward passes."""
+        return 3 * self.rows * self.length * self.shape.flops(self.length, self.words + 128)
 
 
-def ours(tokens: np.ndarray):
+CPU = Case(
+    LanguageConfig(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False),
+    *(8064, 4, 256, "float32"),
+)
+GPU = Case(
+    LanguageConfig(width=2048, layers=22, heads=32, kv_heads=4, head_width=64, mlp_width=5632),
+    *(32_000, 4, 2048, "bfloat16"),
+)
+
+
+def ours(case: Case, tokens: np.ndarray):
     """A function that trains one step."""
-    model = LanguageModel(SHAPE, WORDS, 128, rngs=nnx.Rngs(params=0))
+    model = LanguageModel(case.shape, case.words, 128, rngs=nnx.Rngs(params=0))
     graph, params = nnx.split(model)
     tx = optax.adamw(1e-4)
     segments = jnp.ones_like(tokens)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(case.length), tokens.shape)
+    dtype = jnp.dtype(case.dtype)
 
     def step(params, opt, tokens):
         def loss_of(params):
             m = nnx.merge(graph, params)
-            hidden = m(m.embed(tokens), positions, segments)
-            return chunked_cross_entropy(hidden[:, :-1], m.head(), tokens[:, 1:], WORDS, 0).mean()
+            hidden = m(m.embed(tokens, dtype), positions, segments)
+            return chunked_cross_entropy(hidden[:, :-1], m.head(dtype), tokens[:, 1:], case.words, 0).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt = tx.update(grads, opt, params)
@@ -42,40 +71,61 @@ def ours(tokens: np.ndarray):
 
     run = jax.jit(step, donate_argnums=(0, 1))
     state = [params, tx.init(params)]
+    ids = jnp.asarray(tokens)
 
     def once():
-        *state[:], loss = run(*state, jnp.asarray(tokens))
+        *state[:], loss = run(*state, ids)
         loss.block_until_ready()
 
     print(f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.1f} million parameters")
     return once
 
 
-def theirs(tokens: np.ndarray, compiled: bool):
-    """The same in PyTorch."""
+def peer_model(shape: LanguageConfig, ids: int) -> torch.nn.Module:
+    """`transformers`' model of the same shape."""
     config = transformers.LlamaConfig(
-        vocab_size=WORDS + 128,
-        hidden_size=SHAPE.width,
-        intermediate_size=SHAPE.mlp_width,
-        num_hidden_layers=SHAPE.layers,
-        num_attention_heads=SHAPE.heads,
+        vocab_size=ids,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         use_cache=False,
+        attn_implementation="sdpa",
     )
-    model = transformers.LlamaForCausalLM(config).train()
+    return transformers.LlamaForCausalLM(config)
+
+
+def theirs(case: Case, tokens: np.ndarray, compiled: bool):
+    """The same in PyTorch."""
+    device = timing.peer_device()
+    model = peer_model(case.shape, case.words + 128).to(device).train()
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.tensor(tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if device == "cuda" else {}))
+    ids = torch.tensor(tokens, device=device)
+    half = case.dtype == "bfloat16"
 
     def once():
         optimizer.zero_grad()
-        forward(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
 
-    return once
+    return timing.waited(once)
+
+
+def main(case: Case, peak: float = 0.0, rounds: int = 9) -> dict[str, float]:
+    """Prints the comparison; `peak` is of `timing.ceiling`."""
+    tokens = np.random.default_rng(0).integers(0, case.words, (case.rows, case.length))
+    names = ("eager", "compiled") if timing.peer_device() == "cpu" else ("compiled",)
+    peers = {f"transformers, {name}": theirs(case, tokens, name == "compiled") for name in names}
+    title = f"LM train step, {case.rows} × {case.length}, {case.dtype}"
+    return timing.compare(title, ours(case, tokens), peers, rounds, case.flops, peak)
 
 
 if __name__ == "__main__":
-    process.prepare_process()
-    ids = np.random.default_rng(0).integers(0, WORDS, (ROWS, LENGTH))
-    peers = {"transformers, eager": theirs(ids, False), "transformers, compiled": theirs(ids, True)}
-    timing.compare("LM train step, 20M, float32", ours(ids), peers)
+    if timing.prepare():
+        main(GPU, timing.ceiling())
+    else:
+        main(CPU)

@@ -7,6 +7,7 @@ MaxText's own trainer runs in a process of its own, on made data, in float32 wit
 full), and is stopped, at a step's line, while the others have their turn.
 """
 
+import dataclasses
 import pathlib
 import signal
 import subprocess
@@ -16,9 +17,8 @@ import tempfile
 import numpy as np
 
 from benchmarks import lm_step, timing
-from unimm_jax import main as process
 
-ROWS = 8
+CASE = dataclasses.replace(lm_step.CPU, rows=8)
 LAUNCH = (
     "import pathlib, runpy, sys, maxtext; base = pathlib.Path(maxtext.__file__).parent / 'configs/base.yml'; "
     "sys.argv.insert(1, str(base)); runpy.run_module('maxtext.trainers.pre_train.train', run_name='__main__')"
@@ -26,8 +26,8 @@ LAUNCH = (
 
 
 def settings(folder: str) -> list[str]:
-    """MaxText's names for `lm_step.SHAPE`."""
-    shape = lm_step.SHAPE
+    """MaxText's names for `lm_step.CPU`."""
+    shape = CASE.shape
     values = {
         "run_name": "step",
         "base_output_directory": folder,
@@ -42,9 +42,9 @@ def settings(folder: str) -> list[str]:
         "head_dim": shape.head_width,
         "base_mlp_dim": shape.mlp_width,
         "base_num_decoder_layers": shape.layers,
-        "vocab_size": lm_step.WORDS + 128,
-        "max_target_length": lm_step.LENGTH,
-        "per_device_batch_size": ROWS,
+        "vocab_size": CASE.words + 128,
+        "max_target_length": CASE.length,
+        "per_device_batch_size": CASE.rows,
         "dtype": "float32",
         "weight_dtype": "float32",
         "mlp_activations": '["silu","linear"]',
@@ -80,12 +80,12 @@ class MaxText:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not pathlib.Path(sys.argv[1]).exists():
         raise SystemExit("usage: python -m benchmarks.lm_step_maxtext PYTHON, a Python that has maxtext[tpu]==0.2.5")
-    process.prepare_process()
-    ids = np.random.default_rng(0).integers(0, lm_step.WORDS, (ROWS, lm_step.LENGTH))
+    timing.prepare()
+    ids = np.random.default_rng(0).integers(0, CASE.words, (CASE.rows, CASE.length))
     with tempfile.TemporaryDirectory() as folder:
         maxtext = MaxText(sys.argv[1], folder)
         try:
-            peers = {"MaxText 0.2.5": maxtext.step, "transformers, eager": lm_step.theirs(ids, False)}
-            timing.compare("LM train step, 20M, 8 rows, float32", lm_step.ours(ids), peers)
+            peers = {"MaxText 0.2.5": maxtext.step, "transformers, eager": lm_step.theirs(CASE, ids, False)}
+            timing.compare("LM train step, 20M, 8 rows, float32", lm_step.ours(CASE, ids), peers)
         finally:
             maxtext.process.kill()

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from unimm_jax import main as process
 
 ROWS, COUNT = 1024, 48
 
@@ -36,5 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    process.prepare_process()
+    timing.prepare()
     main()

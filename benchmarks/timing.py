@@ -1,17 +1,84 @@
 """Alternated timing of ours and peers in one process: what every benchmark here prints."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+import torch
+
+from unimm_jax import main as process
+
+CEILING_SIDE, CEILING_PRODUCTS = 8192, 16
+
+
+def prepare() -> bool:
+    """Settings that precede the first use of JAX, which must not take all of a GPU's memory from the peer.
+
+    Returns:
+      whether this run is on a GPU. Then it is in bfloat16 and at 1B size.
+
+    Raises:
+      SystemExit: JAX has a GPU and PyTorch has none.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    process.prepare_process()
+    gpu = jax.default_backend() == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise SystemExit(
+            "JAX has a GPU and PyTorch has none: install a PyTorch built for CUDA, or set JAX_PLATFORMS=cpu"
+        )
+    return gpu
+
+
+def peer_device() -> str:
+    """Where PyTorch's side runs: on the GPU where JAX does."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def waited(run: Callable[[], object]) -> Callable[[], None]:
+    """PyTorch's work, waited for."""
+
+    def once():
+        run()
+        if peer_device() == "cuda":
+            torch.cuda.synchronize()
+
+    return once
+
+
+def ceiling(side: int = CEILING_SIDE, products: int = CEILING_PRODUCTS) -> float:
+    """Operations a second that bfloat16 matrix products of `side` reach, one after another: what MFU is a share of.
+
+    Medians of five runs of `products` products.
+    """
+    x, w = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) * side**-0.5 for i in range(2))
+    run = jax.jit(lambda x, w: jax.lax.fori_loop(0, products, lambda _, x: x @ w, x))
+    run(x, w).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        run(x, w).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 * products / statistics.median(seconds)
+
 
 def compare(
-    title: str, ours: Callable[[], None], peers: dict[str, Callable[[], None]], rounds: int = 9
+    title: str,
+    ours: Callable[[], None],
+    peers: dict[str, Callable[[], None]],
+    rounds: int = 9,
+    flops: float = 0.0,
+    peak: float = 0.0,
 ) -> dict[str, float]:
     """Runs ours and each peer in turn, after one warm-up each; prints medians and ratios (above 1: ours is faster).
 
     Args:
       ours, peers: each does the work once and waits for its end.
+      flops: operations of the work by the model's formula. peak: operations a second, of `ceiling`; with both, each
+        line has the utilisation (MFU).
 
     Returns:
       median seconds of "ours" and of each peer.
@@ -31,5 +98,6 @@ def compare(
     for name, values in seconds.items():
         spread = (max(values) - min(values)) / medians[name]
         ratio = "" if name == "ours" else f"   ours is {medians[name] / medians['ours']:.2f} times as fast"
-        print(f"{title}: {name:24} {medians[name] * 1e3:9.1f} ms (spread {spread:.0%}){ratio}", flush=True)
+        share = f"   MFU {flops / medians[name] / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if flops and peak else ""
+        print(f"{title}: {name:24} {medians[name] * 1e3:9.1f} ms (spread {spread:.0%}){ratio}{share}", flush=True)
     return medians

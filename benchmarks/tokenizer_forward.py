@@ -2,8 +2,9 @@
 
 python -m benchmarks.tokenizer_forward
 
-float32, the published width (1,408; 12 merger blocks), 4 pictures of 256 patches, 85 of them kept, static budget 96.
-The peer is the exported model's own `modeling_unimm.py`, whose merger is the reference's dense one.
+The published width (1,408; 12 merger blocks), 256 patches a picture, 85 of them kept, static budget 96: on a processor
+4 pictures in float32, on a GPU 64 in bfloat16. The peer is the exported model's own `modeling_unimm.py`, whose merger
+computes every row as the reference's does.
 """
 
 import importlib.util
@@ -16,34 +17,48 @@ import torch
 from flax import nnx
 
 from benchmarks import timing
-from unimm_jax import main as process
 from unimm_jax.models.tokenizer import TokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger
 from unimm_jax.models.tokenizer.quantizer import Quantizer
 from unimm_jax.models.tokenizer.selector import Selector
 
-WIDTH, PATCHES, KEPT, BUDGET, PICTURES = 1408, 256, 85, 96, 4
+WIDTH, PATCHES, KEPT, BUDGET = 1408, 256, 85, 96
 SHAPE = TokenizerConfig()
 
 
 class Parts(nnx.Module):
     """What stands between encoder and codes."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        t = SHAPE
-        self.selector = Selector(WIDTH, rngs=rngs)
-        self.merger = Merger(WIDTH, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, scan=False)
-        self.quantizer = Quantizer(WIDTH, t.codes, t.code_width, rngs=rngs)
+    def __init__(self, shape: TokenizerConfig, width: int, rngs: nnx.Rngs):
+        self.selector = Selector(width, rngs=rngs)
+        self.merger = Merger(width, shape.heads, shape.mlp_width, shape.merger_depth, rngs=rngs, scan=False)
+        self.quantizer = Quantizer(width, shape.codes, shape.code_width, rngs=rngs)
 
 
-def main() -> None:
+def peer_module():
+    """The exported model's file, as a module."""
+    file = pathlib.Path(__file__).parent.parent / "unimm_jax" / "interop" / "modeling_unimm.py"
+    spec = importlib.util.spec_from_file_location("modeling_unimm", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peer_settings(shape: TokenizerConfig) -> dict:
+    """The settings that its modules take."""
+    names = ("heads", "mlp_width", "merger_depth", "eps", "sink", "codes", "code_width")
+    return {name: getattr(shape, name) for name in names}
+
+
+def main(pictures: int, dtype: str, width: int = WIDTH, shape: TokenizerConfig = SHAPE, rounds: int = 5) -> None:
     """Prints the comparison."""
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((PICTURES, PATCHES, WIDTH)).astype(np.float32)
-    keep = np.zeros((PICTURES, PATCHES), bool)
+    features = rng.standard_normal((pictures, PATCHES, width)).astype(np.float32)
+    keep = np.zeros((pictures, PATCHES), bool)
     for row in keep:
         row[rng.choice(PATCHES, KEPT, replace=False)] = True
-    graph, params = nnx.split(Parts(nnx.Rngs(params=0)))
+    graph, params = nnx.split(Parts(shape, width, nnx.Rngs(params=0)))
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
 
     @jax.jit
     def encode(params, x, keep):
@@ -52,23 +67,24 @@ def main() -> None:
         rows = m.merger.kept(x, keep, BUDGET)
         return log_probs, m.quantizer.lookup(m.quantizer.project(rows))
 
-    file = pathlib.Path(__file__).parent.parent / "unimm_jax" / "interop" / "modeling_unimm.py"
-    spec = importlib.util.spec_from_file_location("modeling_unimm", file)
-    peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
-    t = {k: getattr(SHAPE, k) for k in ("heads", "mlp_width", "merger_depth", "eps", "sink", "codes", "code_width")}
-    selector, merger, quantizer = peer.Selector(WIDTH), peer.Merger(WIDTH, t), peer.Quantizer(WIDTH, t)
-    x, mask = torch.tensor(features), torch.tensor(keep)
+    peer, t, device = peer_module(), peer_settings(shape), timing.peer_device()
+    parts = (peer.Selector(width), peer.Merger(width, t), peer.Quantizer(width, t))
+    selector, merger, quantizer = (part.to(device, getattr(torch, dtype)) for part in parts)
+    x, mask = torch.tensor(features, device=device).to(getattr(torch, dtype)), torch.tensor(keep, device=device)
 
     def theirs():
         with torch.no_grad():
             selector(x)
             quantizer(merger.dense(x, mask))
 
-    ours = lambda: jax.block_until_ready(encode(params, jnp.asarray(features), jnp.asarray(keep)))
-    timing.compare("LaVIT selector, merger, quantizer, float32", ours, {"PyTorch, all 256 rows": theirs}, rounds=5)
+    given, kept = jnp.asarray(features, dtype), jnp.asarray(keep)
+    ours = lambda: jax.block_until_ready(encode(params, given, kept))
+    title = f"LaVIT selector, merger, quantizer, {dtype}"
+    timing.compare(title, ours, {"PyTorch, all 256 rows": timing.waited(theirs)}, rounds)
 
 
 if __name__ == "__main__":
-    process.prepare_process()
-    main()
+    if timing.prepare():
+        main(64, "bfloat16")
+    else:
+        main(4, "float32")
