@@ -120,9 +120,11 @@ def case(kept: np.ndarray, budget: int, slots: int, size: Sizes) -> Case:
     rows = [packing.build_row([build(e) for e in row], plan.layout, 224, PATCHES) for row in packed[: size.rows]]
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     stage = train.build(config, pipeline.Input(None, vocabulary=VOCABULARY), mesh)
-    params = jax.jit(stage.init)(jax.random.key(0))
-    zero = jax.numpy.asarray(0)
-    state = {"params": params, "opt": jax.jit(stage.init_optimizer)(params), "step": zero, "bad_step": zero - 1}
+    places = jax.tree.map(lambda x: x.sharding, stage.state)
+    params = jax.jit(stage.init, out_shardings=places["params"])(jax.random.key(0))
+    opt = jax.jit(stage.init_optimizer, out_shardings=places["opt"])(params)
+    zero = jax.device_put(jax.numpy.asarray(0, jax.numpy.int32), places["step"])
+    state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch = jax.device_put(arrays)
     count = lambda part: sum(x.size for x in jax.tree.leaves(params[part])) / 1e6

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -47,6 +48,14 @@ def test_a_stage_2_step_is_timed_against_pytorch(capsys):
     found = stage2_step.main(SIZES, peak=1e12, rounds=1)
     assert found["ours"] > 0 and found["PyTorch, compiled"] > 0
     assert capsys.readouterr().out.count("MFU") == 2
+
+
+def test_the_benchmarks_step_is_compiled_once(caplog):
+    case = dynamic_tokens.case(dynamic_tokens.drawn_lengths(), dynamic_tokens.MOST, 12, SIZES)
+    with caplog.at_level("WARNING", logger="jax"), jax.log_compiles():
+        for _ in range(2):
+            case.step()
+    assert sum("Compiling jit(step_fn)" in message for message in caplog.messages) == 1
 
 
 def test_the_peer_of_a_stage_2_step_reads_the_rows_that_ours_reads():
