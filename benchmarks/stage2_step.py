@@ -13,24 +13,24 @@ targets; its attention is causal over whole rows, which spares it the mask of pa
 """
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import torch
-import transformers
 
-from benchmarks import dynamic_tokens, lm_step, timing, tokenizer_forward
+from benchmarks import dynamic_tokens, lm_step, timing, tokenizer_forward, vit
 from unimm_jax.objectives.base import models
 
 GPU = dynamic_tokens.Sizes(
     dict(width=768, depth=12, heads=12, mlp_width=3072),
     dict(heads=12, mlp_width=3072, merger_depth=2),
-    dict(width=2048, layers=22, heads=32, kv_heads=4, head_width=64, mlp_width=5632),
+    dataclasses.asdict(lm_step.GPU.shape),
     *("bfloat16", 4),
 )
 CPU = dynamic_tokens.Sizes(
     dict(width=192, depth=4, heads=3, mlp_width=768, scan=False),
     dict(heads=3, mlp_width=768, merger_depth=2, scan=False),
-    dict(width=384, layers=8, heads=6, kv_heads=6, head_width=64, mlp_width=1024, scan=False),
+    dataclasses.asdict(lm_step.CPU.shape),
     *("float32", 1),
 )
 
@@ -41,17 +41,7 @@ class Peer(torch.nn.Module):
     def __init__(self, parts: dict, ids: int):
         super().__init__()
         encoder, language, shape = parts["encoder"], parts["language"], parts["tokenizer"]
-        config = transformers.ViTConfig(
-            hidden_size=encoder.width,
-            num_hidden_layers=encoder.depth,
-            num_attention_heads=encoder.heads,
-            intermediate_size=encoder.mlp_width,
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-        self.encoder = transformers.ViTModel(config, add_pooling_layer=False).requires_grad_(False)
+        self.encoder = vit.peer_model(encoder).requires_grad_(False)
         self.merger = tokenizer_forward.peer_module().Merger(encoder.width, tokenizer_forward.peer_settings(shape))
         self.adapter = torch.nn.Linear(encoder.width, language.width)
         self.language = lm_step.peer_model(language, ids)

@@ -26,6 +26,21 @@ SHAPE = ViTConfig(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072, 
 CPU, GPU = (4, "float32"), (128, "bfloat16")
 
 
+def peer_model(shape: ViTConfig) -> torch.nn.Module:
+    """`transformers`' model of the same shape."""
+    config = transformers.ViTConfig(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.mlp_width,
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.ViTModel(config, add_pooling_layer=False)
+
+
 def main(pictures: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0, rounds: int = 9) -> None:
     """Prints both comparisons; `peak` is of `timing.ceiling`."""
     device, half = timing.peer_device(), dtype == "bfloat16"
@@ -43,17 +58,7 @@ def main(pictures: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0,
         return optax.apply_updates(params, updates), opt, loss
 
     train = jax.jit(step, donate_argnums=(0, 1))
-    config = transformers.ViTConfig(
-        hidden_size=shape.width,
-        num_hidden_layers=shape.depth,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.mlp_width,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = transformers.ViTModel(config, add_pooling_layer=False).to(device)
+    model = peer_model(shape).to(device)
     peer = torch.compile(model) if half else model
     x = torch.tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
     autocast = lambda: torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
