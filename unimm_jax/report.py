@@ -24,8 +24,8 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;max-width:1080px;margin:2rem auto;padding:0 1rem;background:#fff}
 h1{font-size:1.7rem}h2{font-size:1.15rem;margin-top:2.4rem;border-bottom:1px solid #dde3ea;padding-bottom:.3rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2rem .9rem .2rem 0;text-align:left}
-td.n,th.n{text-align:right}figure{display:inline-block;margin:.3rem;vertical-align:top;width:128px;font-size:12px}
-figure img{width:128px;border:1px solid #ccd4dd}.wide img{max-width:100%;image-rendering:pixelated}
+td.n,th.n{text-align:right}figure{display:inline-block;margin:.2rem;vertical-align:top;width:122px;font-size:12px}
+figure img{width:120px;border:1px solid #ccd4dd}.wide img{max-width:100%;image-rendering:pixelated}
 .ok{color:#0a7d36}.no{color:#b3261e}pre{background:#f4f6f8;padding:.8rem;overflow:auto;font-size:13px}
 svg{background:#f9fafb;border:1px solid #dde3ea;margin:.3rem}small{color:#5b6675}
 """
@@ -165,9 +165,9 @@ def build(run: pathlib.Path) -> pathlib.Path:
     parts.append(curve("selector", read(run / "selector"), "rate_argmax"))
     parts.append('<h2>Time</h2><table><tr><th>stage</th><th class="n">seconds</th></tr>')
     parts += [f'<tr><td>{s}</td><td class="n">{v:.0f}</td></tr>' for s, v in scores["seconds"].items()]
-    parts.append("</table><h2>Versions</h2><p>Python " + platform.python_version())
-    for package in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
-        parts.append(f", {package} {importlib.metadata.version(package)}")
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = [f"Python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in packages)]
+    parts.append(f"</table><h2>Versions</h2><p>{', '.join(versions)}")
     commands = (run / "commands.txt").read_text() if (run / "commands.txt").exists() else "bash launch/quickstart.sh"
     parts.append(f"</p><h2>Commands</h2><pre>{html.escape(commands)}</pre>")
     page = run / "report.html"
