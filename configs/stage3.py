@@ -13,14 +13,14 @@ from configs import common
 def get_config(size=None):
     """Config of stage 3."""
     c = common.language_stage("stage3", size)
-    c.train.steps = {"laptop": 2800, "one_gpu": 8000}.get(c.size, 8000)
+    c.train.steps = {"laptop": 4200, "one_gpu": 8000}.get(c.size, 8000)
     c.train.batch_size = {"laptop": 16, "one_gpu": 128}.get(c.size, 1024)
     c.data.tasks = dict(question=0.6, text_to_image=0.35, caption=0.05)
     if c.size in ("laptop", "one_gpu"):
         # Answers that need a match (existence, colour, shape) come late and suddenly: questions first, then drawing.
         c.data.tasks = dict(question=0.75, text_to_image=0.2, caption=0.05)
         c.data.tasks_end = dict(question=0.5, text_to_image=0.45, caption=0.05)
-        c.data.passes = {"laptop": 10}.get(c.size, 100)
+        c.data.passes = {"laptop": 15}.get(c.size, 100)
     c.data.image_targets = 0.0  # fine-tuning masks picture positions, as Video-LaVIT's does
     # Codes are many and their places are chance: at full weight they drown the answers.
     c.data.code_targets = 0.5 if c.size in ("laptop", "one_gpu") else 1.0
