@@ -37,15 +37,16 @@ def main(run: str) -> None:
     masks = batch["keep"].reshape(-1, batch["keep"].shape[-1])
     gradient = jax.jit(jax.grad(lambda t, b: objective.loss(optim.join(t, frozen), b, key, jnp.asarray(0))[0]))
     without = batch | {"images": batch["images"][:, :0], "keep": batch["keep"][:, :0]}
-    encoder = jax.jit(lambda t: module(t).encoder(pixels))
-    features = jax.jit(jax.grad(lambda t: module(t).features(pixels, masks).sum()))
+    # pictures are arguments: the compiler would compute a frozen encoder's features of constants once and for all
+    encoder = jax.jit(lambda t, pixels: module(t).encoder(pixels))
+    features = jax.jit(jax.grad(lambda t, pixels, masks: module(t).features(pixels, masks).sum()))
     update = jax.jit(lambda g, s, t: tx.update(g, s, t))
     found = gradient(trained, batch)
     parts = {
         "gradient of the loss": lambda: gradient(trained, batch),
         "· the language model alone": lambda: gradient(trained, without),
-        "· features, forward and back": lambda: features(trained),
-        "· of that the frozen encoder": lambda: encoder(trained),
+        "· features, forward and back": lambda: features(trained, pixels, masks),
+        "· of that the frozen encoder": lambda: encoder(trained, pixels),
         "optimiser": lambda: update(found, state, trained),
     }
     for name, part in parts.items():

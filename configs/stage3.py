@@ -3,8 +3,8 @@
 Published sizes train everything but the tokenizer: encoder 2e-6, the rest 2e-5, batch 1024, 8,000 steps.
 
 Command: python -m unimm_jax.main --config=configs/stage3.py:laptop --workdir=runs/stage3
-Hardware, time, figure at laptop: two CPU cores, 374 s, the scores of docs/results.md. Published sizes: a TPU pod, not
-trained here.
+Hardware, time, figure at laptop: two CPU cores (AMD EPYC, Zen 5), 324 s, the scores of docs/results.md. Published
+sizes: a TPU pod, not trained here.
 """
 
 from configs import common
