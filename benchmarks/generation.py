@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
 from flax import nnx
 
 from benchmarks import lm_step, timing
@@ -64,17 +63,8 @@ def ours(shape: LanguageConfig, words: int, tokens: np.ndarray, dtype: str):
 
 def theirs(shape: LanguageConfig, words: int, tokens: np.ndarray, dtype: str):
     """The same by `generate`."""
-    config = transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().to(timing.peer_device(), getattr(torch, dtype))
+    model = lm_step.peer_model(shape, words, eos_token_id=None, pad_token_id=0)
+    model.eval().to(timing.peer_device(), getattr(torch, dtype))
     ids = torch.tensor(tokens, device=timing.peer_device())
     options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, attention_mask=torch.ones_like(ids))
 

@@ -8,7 +8,6 @@ in bfloat16 (PyTorch by autocast, and compiled only, for the sake of its memory)
 of a measured matrix product.
 """
 
-import contextlib
 import dataclasses
 
 import jax
@@ -81,8 +80,8 @@ def ours(case: Case, tokens: np.ndarray):
     return once
 
 
-def peer_model(shape: LanguageConfig, ids: int) -> torch.nn.Module:
-    """`transformers`' model of the same shape."""
+def peer_model(shape: LanguageConfig, ids: int, **settings) -> torch.nn.Module:
+    """`transformers`' model of the same shape; `settings` are others of its config."""
     config = transformers.LlamaConfig(
         vocab_size=ids,
         hidden_size=shape.width,
@@ -90,8 +89,8 @@ def peer_model(shape: LanguageConfig, ids: int) -> torch.nn.Module:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        use_cache=False,
         attn_implementation="sdpa",
+        **settings,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -99,15 +98,14 @@ def peer_model(shape: LanguageConfig, ids: int) -> torch.nn.Module:
 def theirs(case: Case, tokens: np.ndarray, compiled: bool):
     """The same in PyTorch."""
     device = timing.peer_device()
-    model = peer_model(case.shape, case.words + 128).to(device).train()
+    model = peer_model(case.shape, case.words + 128, use_cache=False).to(device).train()
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if device == "cuda" else {}))
+    optimizer = timing.adamw(model.parameters())
     ids = torch.tensor(tokens, device=device)
-    half = case.dtype == "bfloat16"
 
     def once():
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+        with timing.autocast(case.dtype):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()

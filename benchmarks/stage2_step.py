@@ -12,7 +12,6 @@ The peer is `transformers`' ViT and LlamaForCausalLM (SDPA) with the exported mo
 targets; its attention is causal over whole rows, which spares it the mask of packed segments.
 """
 
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -44,7 +43,7 @@ class Peer(torch.nn.Module):
         self.encoder = vit.peer_model(encoder).requires_grad_(False)
         self.merger = tokenizer_forward.peer_module().Merger(encoder.width, tokenizer_forward.peer_settings(shape))
         self.adapter = torch.nn.Linear(encoder.width, language.width)
-        self.language = lm_step.peer_model(language, ids)
+        self.language = lm_step.peer_model(language, ids, use_cache=False)
 
     def forward(self, images, keep, tokens, where, source, labels):
         """Pictures [N, 3, H, W] and masks [N, P]; tokens and labels [B, T]; merged row `source` stands at `where`."""
@@ -68,7 +67,7 @@ def sources(case: dynamic_tokens.Case) -> tuple[np.ndarray, np.ndarray]:
 
 def theirs(case: dynamic_tokens.Case):
     """A function that trains one step of the peer on the case's own batch."""
-    device, half = timing.peer_device(), case.config.dtype == "bfloat16"
+    device = timing.peer_device()
     model = Peer(models(case.config), dynamic_tokens.VOCABULARY.size).to(device).train()
     batch, (where, source) = case.batch, sources(case)
     images = batch["images"].reshape(-1, *batch["images"].shape[2:])
@@ -83,11 +82,11 @@ def theirs(case: dynamic_tokens.Case):
     )
     forward = torch.compile(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, **({"fused": True} if device == "cuda" else {}))
+    optimizer = timing.adamw(trained)
 
     def once():
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+        with timing.autocast(case.config.dtype):
             loss = forward(*arguments)
         loss.backward()
         optimizer.step()

@@ -1,5 +1,6 @@
 """Alternated timing of ours and peers in one process: what every benchmark here prints."""
 
+import contextlib
 import os
 import statistics
 import time
@@ -36,6 +37,16 @@ def prepare() -> bool:
 def peer_device() -> str:
     """Where PyTorch's side runs: on the GPU where JAX does."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def adamw(parameters) -> torch.optim.AdamW:
+    """PyTorch's optimiser, fused on a GPU."""
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True if peer_device() == "cuda" else None)
+
+
+def autocast(dtype: str) -> contextlib.AbstractContextManager:
+    """Where PyTorch computes in bfloat16 with float32 parameters, or in float32 if that is `dtype`."""
+    return torch.autocast(peer_device(), torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def waited(run: Callable[[], object]) -> Callable[[], None]:

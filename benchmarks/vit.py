@@ -7,8 +7,6 @@ processor 4 pictures in float32; on a GPU 128 computed in bfloat16, the peer com
 reaches of a measured matrix product.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +59,10 @@ def main(pictures: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0,
     model = peer_model(shape).to(device)
     peer = torch.compile(model) if half else model
     x = torch.tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
-    autocast = lambda: torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext()
     name = "transformers, compiled" if half else "transformers"
 
     def theirs():
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), timing.autocast(dtype):
             peer(x)
 
     frozen = jax.tree.map(lambda w: w.astype(dtype), params)  # as `train.py` keeps frozen parts
@@ -78,7 +75,7 @@ def main(pictures: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0,
         peak,
     )
     state = [params, tx.init(params)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if device == "cuda" else {}))
+    optimizer = timing.adamw(model.parameters())
 
     def ours_train():
         *state[:], loss = train(*state, given)
@@ -86,7 +83,7 @@ def main(pictures: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0,
 
     def theirs_train():
         optimizer.zero_grad()
-        with autocast():
+        with timing.autocast(dtype):
             loss = (peer(x).last_hidden_state.float() ** 2).mean()
         loss.backward()
         optimizer.step()
