@@ -1,31 +1,32 @@
-"""Image–text pairs a second of the language step: LaVIT's dynamic tokens against all 256 of a picture, both packed.
+"""Image-text pairs per second of the language step: LaVIT's dynamic tokens against all 256 per image, both packed.
 
 python -m benchmarks.dynamic_tokens
 
-Equal models (float32 on a processor, bfloat16 on a GPU): a language model of 110 million parameters, an encoder of an
-eighth of it and a trained merger, all in the step, AdamW. Half the pairs are [image, text], half [text, image], with
-captions of 20 tokens, in rows of 2,048. Kept tokens of a picture are drawn around LaVIT's mean of 90 (deviation 25).
+Equal models (float32 on a CPU, bfloat16 on a GPU): a language model of 110 million parameters, an encoder of an eighth
+of that and a trained merger, all in the step, with AdamW. Half of the pairs are [image, text], half [text, image], with
+captions of 20 tokens, in rows of 2,048. The number of kept tokens per image has LaVIT's mean of 90 (deviation 25).
 """
 
 import dataclasses
+import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarks import timing
-from configs import stage2
-from unimm_jax import sharding, train
+from unimm_jax import resolve, sharding, train
+from unimm_jax.config import Config
 from unimm_jax.data import packing, pipeline
 from unimm_jax.vocabulary import Vocabulary
 
-PATCHES, CAPTION, RECORDS, LENGTH, MOST = 256, 20, 4096, 2048, 192
+PATCHES, CAPTION, RECORDS, LENGTH, MAX_TOKENS = 256, 20, 4096, 2048, 192
 VOCABULARY = Vocabulary(8_000, 8_192)
 
 
-class Words:
-    """A text tokenizer whose every caption has `CAPTION` ids."""
+class FixedTextTokenizer:
+    """A text tokenizer with `CAPTION` ids for every caption."""
 
     bos, eos = 1, 2
 
@@ -35,17 +36,17 @@ class Words:
 
 
 class Pairs:
-    """What the packing needs of records, without files: lengths, noise for pictures, random codes."""
+    """What packing needs of records, without files: lengths, images of noise, random codes."""
 
     def __init__(self, kept: np.ndarray):
-        self.kept, self.tokenizer = kept, Words()
+        self.kept, self.text_tokenizer = kept, FixedTextTokenizer()
         self.captions = [np.array([CAPTION])] * len(kept)
-        self.questions = type("None", (), {"ends": np.zeros(len(kept) + 1, int)})()
+        self.questions = types.SimpleNamespace(ends=np.zeros(len(kept) + 1, int))  # none
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(index)
         keep = np.zeros(PATCHES, bool)
         keep[rng.choice(PATCHES, self.kept[index], replace=False)] = True
@@ -58,17 +59,17 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The model (settings of encoder, tokenizer and language model) and the rows of a step."""
+    """The model (settings of encoder, image tokenizer and language model) and the rows per step."""
 
-    encoder: dict
-    tokenizer: dict
-    language: dict
+    encoder: dict[str, Any]
+    image_tokenizer: dict[str, Any]
+    language: dict[str, Any]
     dtype: str
     rows: int
 
 
 def sizes(gpu: bool) -> Sizes:
-    """110 million parameters and an eighth of them in the encoder."""
+    """A language model of 110 million parameters and an encoder of an eighth of that."""
     return Sizes(
         dict(width=384, depth=8, heads=6, mlp_width=1536, scan=gpu),
         dict(heads=6, mlp_width=1536, merger_depth=2, scan=gpu),
@@ -78,83 +79,100 @@ def sizes(gpu: bool) -> Sizes:
     )
 
 
-def config_of(budget: int, slots: int, size: Sizes) -> ConfigDict:
+def config_of(max_image_tokens: int, images_per_row: int, size: Sizes) -> Config:
     """Stage 2 with the sizes of this benchmark."""
-    c = stage2.get_config("one_gpu")
-    c.dtype = size.dtype
-    c.model.encoder = dict(size.encoder)
-    c.model.tokenizer.update(codes=VOCABULARY.codes, **size.tokenizer)
-    c.model.language = dict(size.language)
-    c.model.unified.budget = budget
-    c.data.update(image_size=224, row_length=LENGTH, row_pictures=slots)
-    c.data.tasks = ConfigDict(dict(caption=0.5, text_to_image=0.5))
-    c.data.tasks_end = ConfigDict()
-    c.data.prompt_dropout = 0.0
-    c.optimizer.name = "adamw"
-    c.loss.chunk = 1024
-    c.train.batch_size = size.rows
-    return c
+    given = resolve.load("stage2:one_gpu").to_dict()
+    given |= dict(dtype=size.dtype, evals={}, init_from=())
+    given["train"]["batch_size"] = size.rows
+    given["optimizer"]["name"] = "adamw"
+    given["loss"]["chunk"] = 1024
+    given["data"] |= dict(
+        image_size=224,
+        seq_len=LENGTH,
+        images_per_row=images_per_row,
+        prompt_dropout=0.0,
+        tasks=dict(caption=0.5, text_to_image=0.5),
+        tasks_end={},
+    )
+    given["model"] |= dict(
+        encoder=size.encoder,
+        image_tokenizer=given["model"]["image_tokenizer"] | dict(codes=VOCABULARY.codes) | size.image_tokenizer,
+        language=size.language,
+    )
+    given["model"]["unified"]["max_image_tokens"] = max_image_tokens
+    return resolve.parse(given)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`step` trains once on `batch`: `pairs` a step, `fill` of its positions not padding, `flops` operations by the
-    models' formulae."""
+    """One train step.
+
+    Attributes:
+      step: trains once on `batch`.
+      pairs: pairs per step. fill: share of its positions that are not padding.
+      flops: operations per step by the formulas of the models.
+    """
 
     step: Callable[[], None]
-    config: ConfigDict
-    batch: dict
+    config: Config
+    batch: dict[str, np.ndarray]
     pairs: float
     fill: float
     flops: float
 
 
-def case(kept: np.ndarray, budget: int, slots: int, size: Sizes) -> Case:
-    """Stage 2 on records that keep `kept` tokens each, `slots` pictures a row of at most `budget` feature rows each."""
-    config, pairs = config_of(budget, slots, size), Pairs(kept)
-    plan = packing.Plan(pairs, pipeline.layout_of(config), VOCABULARY, seed=0)
-    packed = plan.pack(0)[:-1]  # the last row holds what was left
-    lengths = [sum(packing.example_length(pairs, e, plan.layout, VOCABULARY, 1) for e in row) for row in packed]
+def case(kept: np.ndarray, max_image_tokens: int, images_per_row: int, size: Sizes) -> Case:
+    """Stage 2 on records that keep `kept` tokens each."""
+    config, pairs = config_of(max_image_tokens, images_per_row, size), Pairs(kept)
+    settings: Any = pipeline.packing_config(config)
+    records: Any = pairs
+    packed = packing.Plan(records, settings, VOCABULARY, seed=0).pack(0)[:-1]  # the last row is not full
+    lengths = [sum(packing.example_length(records, e, settings, VOCABULARY, 1) for e in row) for row in packed]
     fill, examples = np.sum(lengths) / (LENGTH * len(packed)), np.mean([len(row) for row in packed])
-    build = lambda e: packing.build_example(pairs, e, plan.layout, VOCABULARY)
-    rows = [packing.build_row([build(e) for e in row], plan.layout, 224, PATCHES) for row in packed[: size.rows]]
+    rows = []
+    for row in packed[: size.rows]:
+        built = [packing.build_example(records, example, settings, VOCABULARY) for example in row]
+        rows.append(packing.build_row(built, settings, 224, PATCHES))
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    step, flops = _train_step(config, arrays)
+    return Case(step, config, arrays, float(examples) * size.rows, float(fill), flops)
+
+
+def _train_step(config: Config, arrays: dict[str, np.ndarray]) -> tuple[Callable[[], None], float]:
+    """(function that trains once, operations per step)."""
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     stage = train.build(config, pipeline.Input(None, vocabulary=VOCABULARY), mesh)
-    places = jax.tree.map(lambda x: x.sharding, stage.state)
-    params = jax.jit(stage.init, out_shardings=places["params"])(jax.random.key(0))
-    opt = jax.jit(stage.init_optimizer, out_shardings=places["opt"])(params)
-    zero = jax.device_put(jax.numpy.asarray(0, jax.numpy.int32), places["step"])
-    state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
-    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    shardings = jax.tree.map(lambda x: x.sharding, stage.state)
+    params = jax.jit(stage.init, out_shardings=shardings["params"])(jax.random.key(0))
+    opt = jax.jit(stage.init_optimizer, out_shardings=shardings["opt"])(params)
+    zero = jax.device_put(jax.numpy.asarray(0, jax.numpy.int32), shardings["step"])
+    held = [{"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}]
+    counts = {part: sum(x.size for x in jax.tree.leaves(tree)) / 1e6 for part, tree in params.items()}
+    print({part: f"{count:.1f} million" for part, count in counts.items()}, flush=True)
     batch = jax.device_put(arrays)
-    count = lambda part: sum(x.size for x in jax.tree.leaves(params[part])) / 1e6
-    print({part: f"{count(part):.1f} million" for part in params}, flush=True)
-    held = [state]
 
-    def step():
+    def step() -> None:
         with jax.set_mesh(mesh):
             held[0], metrics = stage.step(held[0], batch)
         assert np.isfinite(float(metrics["loss"]))
 
-    return Case(step, config, arrays, examples * size.rows, fill, stage.objective.step_flops(arrays))
+    return step, stage.objective.step_flops(arrays)
 
 
 def drawn_lengths() -> np.ndarray:
     """Kept tokens of every record."""
-    return np.random.default_rng(0).normal(90, 25, RECORDS).round().astype(int).clip(16, MOST)
+    return np.random.default_rng(0).normal(90, 25, RECORDS).round().astype(int).clip(16, MAX_TOKENS)
 
 
 def main(size: Sizes, rounds: int = 5) -> None:
-    """Prints fill, pairs a second and their ratio."""
+    """Prints fill, pairs per second and their ratio."""
     kept = drawn_lengths()
-    dynamic = case(kept, MOST, 12, size)
+    dynamic = case(kept, MAX_TOKENS, 12, size)
     fixed = case(np.full(RECORDS, PATCHES), PATCHES, 5, size)
-    seconds = timing.compare("language step", dynamic.step, {"256 tokens a picture": fixed.step}, rounds)
-    ours, theirs = dynamic.pairs / seconds["ours"], fixed.pairs / seconds["256 tokens a picture"]
-    print(
-        f"dynamic: mean {kept.mean():.1f} tokens a picture, {dynamic.fill:.1%} of positions filled, {ours:.3f} pairs/s"
-    )
-    print(f"fixed: 256 tokens a picture, {fixed.fill:.1%} of positions filled, {theirs:.3f} pairs/s")
+    seconds = timing.compare("language step", dynamic.step, {"256 tokens per image": fixed.step}, rounds)
+    ours, theirs = dynamic.pairs / seconds["ours"], fixed.pairs / seconds["256 tokens per image"]
+    print(f"dynamic: {kept.mean():.1f} tokens per image, {dynamic.fill:.1%} of positions filled, {ours:.3f} pairs/s")
+    print(f"fixed: 256 tokens per image, {fixed.fill:.1%} of positions filled, {theirs:.3f} pairs/s")
     print(f"dynamic is {ours / theirs:.2f} times as fast")
 
 

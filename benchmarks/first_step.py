@@ -1,6 +1,8 @@
-"""Time from start to the first step of a laptop stage, with a cold and with a warm compilation cache.
+"""Time to the first step of a stage of size laptop, with a cold and with a warm compilation cache.
 
-python -m benchmarks.first_step RUN     (a quickstart's directory; its stage 2 starts anew, twice)
+python -m benchmarks.first_step RUN
+
+RUN is the directory of a finished quickstart. Its stage 2 is started twice in a new workdir.
 """
 
 import json
@@ -23,6 +25,7 @@ if __name__ == "__main__":
             command = [
                 sys.executable, "-m", "unimm_jax.main", "--config=configs/stage2.py:laptop",
                 f"--workdir={home / 'stage2'}", "--config.train.steps=1", "--config.train.log_every=1",
+                "--config.evals.held_out.batches=1",
             ]  # fmt: skip
             env = os.environ | {
                 "JAX_COMPILATION_CACHE_DIR": f"{scratch}/cache",
@@ -33,6 +36,6 @@ if __name__ == "__main__":
             row = json.loads((home / "stage2" / "metrics.jsonl").read_text().splitlines()[-1])
             seconds[name] = row["compile_seconds"], time.perf_counter() - began
     for name, (first, whole) in seconds.items():
-        print(f"{name}: first step {first:.1f} s, the whole command {whole:.1f} s")
+        print(f"{name}: first step {first:.1f} s, whole command {whole:.1f} s")
     ratios = [warm / cold for warm, cold in zip(seconds["warm"], seconds["cold"], strict=True)]
-    print(f"warm / cold: first step {ratios[0]:.2f}, the whole command {ratios[1]:.2f}")
+    print(f"warm / cold: first step {ratios[0]:.2f}, whole command {ratios[1]:.2f}")

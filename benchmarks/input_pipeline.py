@@ -1,54 +1,75 @@
-"""From a folder of JPEG files to batches of 224 pixels, against PyTorch's DataLoader and (where installed) tf.data.
+"""JPEG files to batches of images of 224 pixels, against PyTorch's DataLoader and tf.data (if installed).
 
-python -m benchmarks.input_pipeline        (pip install simplejpeg; tensorflow-cpu for the second peer)
+python -m benchmarks.input_pipeline        # pip install simplejpeg; tensorflow-cpu for tf.data
 
-256 made pictures of 500 × 375 pixels, batches of 32, four passes a round (ours reads four batches ahead, also while the
-peer has its turn: an eighth of a round). DataLoader has 0, 1 and 2 workers and our decoding function; tf.data does the
-same work, decoding and antialiased bicubic resizing, in its own C++ on as many threads as it likes.
+256 generated images of 500 × 375 pixels, batches of 32, four passes per round. DataLoader has 0, 1 and 2 workers and
+calls our decoding function. tf.data decodes and resizes (antialiased bicubic) in C++ on as many threads as it chooses.
+Ours reads a few batches ahead, also during the turn of a peer; that is about an eighth of a round.
 """
 
 import importlib.util
 import io
 import pathlib
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import timing
-from unimm_jax import main as process
-from unimm_jax.data import pipeline, sources, transforms
+from unimm_jax import process, resolve
+from unimm_jax.config import Config
+from unimm_jax.data import pipeline, transforms
+from unimm_jax.data.sources import base
 
-PICTURES, BATCH, SIZE, PASSES = 256, 32, 224, 4
+IMAGES, BATCH, SIZE, PASSES = 256, 32, 224, 4
 
 
 def write(folder: pathlib.Path) -> None:
-    """Smooth random pictures, so that JPEG has photographs' work."""
+    """Writes smooth random images, which are as much work for JPEG as photographs."""
     rng = np.random.default_rng(0)
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         small.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         (folder / f"{index:04d}.jpg").write_bytes(buffer.getvalue())
-        (folder / f"{index:04d}.txt").write_text("a picture")
+        (folder / f"{index:04d}.txt").write_text("an image")
+
+
+def config_of(folder: pathlib.Path) -> Config:
+    """A stage that reads all images of the folder."""
+    c = resolve.load("tokenizer:7b")
+    c.train.batch_size, c.data.sources, c.data.held_out = BATCH, str(folder), 0.0
+    return resolve.parse(c)
 
 
 class Peer(torch.utils.data.Dataset):
-    """The same files by the same function."""
+    """The same files, decoded by the same function."""
 
     def __init__(self, folder: pathlib.Path):
         self.files = sorted(folder.glob("*.jpg"))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> np.ndarray:
         return transforms.to_pixels(self.files[index].read_bytes(), SIZE)
 
 
-def tf_data(folder: pathlib.Path):
+def data_loader(folder: pathlib.Path, workers: int) -> Callable[[], None]:
+    """A round of DataLoader."""
+    more: dict[str, Any] = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
+    loader = torch.utils.data.DataLoader(Peer(folder), BATCH, shuffle=True, num_workers=workers, **more)
+
+    def once() -> None:
+        assert sum(len(x) for _ in range(PASSES) for x in loader) == PASSES * IMAGES
+
+    return once
+
+
+def tf_data(folder: pathlib.Path) -> Callable[[], None]:
     """A round of tf.data."""
     import tensorflow as tf
 
@@ -60,41 +81,30 @@ def tf_data(folder: pathlib.Path):
     files = tf.data.Dataset.list_files(str(folder / "*.jpg"), shuffle=True).repeat(PASSES)
     batches = files.map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE)
 
-    def once():
-        assert sum(len(x) for x in batches.as_numpy_iterator()) == PASSES * PICTURES
+    def once() -> None:
+        assert sum(len(x) for x in batches.as_numpy_iterator()) == PASSES * IMAGES
 
     return once
 
 
-def main() -> None:
+def main(rounds: int = 5) -> None:
     """Prints the comparison."""
-    process.prepare_process()
-    sources.CACHE_BYTES = 0  # every visit decodes
+    process.prepare()
+    base.CACHE_BYTES = 0  # every visit decodes
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         write(folder)
-        config = ConfigDict(dict(train=dict(steps=1, batch_size=BATCH), seed=0, model={}))
-        config.data = dict(sources=str(folder), image_size=SIZE)
-        data = pipeline.picture_input(config, None, pipeline.open_pictures(config.data))
-        batches = iter(data.iterate(BATCH))
+        config = config_of(folder)
+        batches = iter(pipeline.image_input(config, pipeline.open_images(config.data)).iterate(BATCH))
 
-        def ours():
-            for _ in range(PASSES * PICTURES // BATCH):
+        def ours() -> None:
+            for _ in range(PASSES * IMAGES // BATCH):
                 assert next(batches)["images"].shape == (BATCH, SIZE, SIZE, 3)
 
-        def peer(workers):
-            more = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
-            loader = torch.utils.data.DataLoader(Peer(folder), BATCH, shuffle=True, num_workers=workers, **more)
-
-            def once():
-                assert sum(len(x) for _ in range(PASSES) for x in loader) == PASSES * PICTURES
-
-            return once
-
-        peers = {f"DataLoader, {n} workers": peer(n) for n in (0, 1, 2)}
+        peers = {f"DataLoader, {n} workers": data_loader(folder, n) for n in (0, 1, 2)}
         if importlib.util.find_spec("tensorflow"):
             peers["tf.data"] = tf_data(folder)
-        timing.compare(f"{PASSES * PICTURES} JPEG files, {BATCH} a batch", ours, peers, rounds=5)
+        timing.compare(f"{PASSES * IMAGES} JPEG files, {BATCH} a batch", ours, peers, rounds)
 
 
 if __name__ == "__main__":

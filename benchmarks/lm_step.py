@@ -2,13 +2,16 @@
 
 python -m benchmarks.lm_step
 
-Forward, loss, gradient and AdamW on both sides, parameters in float32. On a processor 20 million parameters, 4 rows of
-256 tokens, all in float32 on all cores. On a GPU 1.1 billion parameters (TinyLlama's shape), 4 rows of 2,048, computing
-in bfloat16 (PyTorch by autocast, and compiled only, for the sake of its memory), with the share that each side reaches
-of a measured matrix product.
+Both sides compute the forward pass, the loss, its gradient and AdamW, with parameters in float32.
+
+CPU: 20 million parameters, 4 rows of 256 tokens, float32, all cores.
+GPU: 1.1 billion parameters (TinyLlama's shape), 4 rows of 2,048 tokens, computed in bfloat16. PyTorch uses autocast
+and, to save memory, is compiled only. The share of the throughput of a matrix product is printed (MFU).
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +28,18 @@ from unimm_jax.objectives.language_modeling import chunked_cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained: `words` text ids and 128 others, `rows` rows of `length` tokens, computed in `dtype`."""
+    """What is trained: `text_rows` text ids and 128 others, `rows` rows of `length` tokens, computed in `dtype`."""
 
     shape: LanguageConfig
-    words: int
+    text_rows: int
     rows: int
     length: int
     dtype: str
 
     @property
     def flops(self) -> float:
-        """Operations of a step by the model's formula: three forward passes."""
-        return 3 * self.rows * self.length * self.shape.flops(self.length, self.words + 128)
+        """Operations per step by the model's formula: three forward passes."""
+        return 3 * self.rows * self.length * self.shape.flops(self.length, self.text_rows + 128)
 
 
 CPU = Case(
@@ -49,20 +52,20 @@ GPU = Case(
 )
 
 
-def ours(case: Case, tokens: np.ndarray):
+def ours(case: Case, tokens: np.ndarray) -> Callable[[], None]:
     """A function that trains one step."""
-    model = LanguageModel(case.shape, case.words, 128, rngs=nnx.Rngs(params=0))
+    model = LanguageModel(case.shape, case.text_rows, 128, rngs=nnx.Rngs(params=0))
     graph, params = nnx.split(model)
     tx = optax.adamw(1e-4)
     segments = jnp.ones_like(tokens)
     positions = jnp.broadcast_to(jnp.arange(case.length), tokens.shape)
     dtype = jnp.dtype(case.dtype)
 
-    def step(params, opt, tokens):
-        def loss_of(params):
+    def step(params: Any, opt: Any, tokens: jax.Array) -> Any:
+        def loss_of(params: Any) -> jax.Array:
             m = nnx.merge(graph, params)
             hidden = m(m.embed(tokens, dtype), positions, segments)
-            return chunked_cross_entropy(hidden[:, :-1], m.head(dtype), tokens[:, 1:], case.words, 0).mean()
+            return chunked_cross_entropy(hidden[:, :-1], m.head(dtype), tokens[:, 1:], case.text_rows, 0).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt = tx.update(grads, opt, params)
@@ -72,7 +75,7 @@ def ours(case: Case, tokens: np.ndarray):
     state = [params, tx.init(params)]
     ids = jnp.asarray(tokens)
 
-    def once():
+    def once() -> None:
         *state[:], loss = run(*state, ids)
         loss.block_until_ready()
 
@@ -80,8 +83,8 @@ def ours(case: Case, tokens: np.ndarray):
     return once
 
 
-def peer_model(shape: LanguageConfig, ids: int, **settings) -> torch.nn.Module:
-    """`transformers`' model of the same shape; `settings` are others of its config."""
+def peer_model(shape: LanguageConfig, ids: int, **settings: Any) -> torch.nn.Module:
+    """The model of `transformers` with the same shape; `settings` are more settings of its config."""
     config = transformers.LlamaConfig(
         vocab_size=ids,
         hidden_size=shape.width,
@@ -95,15 +98,15 @@ def peer_model(shape: LanguageConfig, ids: int, **settings) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def theirs(case: Case, tokens: np.ndarray, compiled: bool):
+def theirs(case: Case, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:
     """The same in PyTorch."""
     device = timing.peer_device()
-    model = peer_model(case.shape, case.words + 128, use_cache=False).to(device).train()
+    model = peer_model(case.shape, case.text_rows + 128, use_cache=False).to(device).train()
     forward = torch.compile(model) if compiled else model
     optimizer = timing.adamw(model.parameters())
     ids = torch.tensor(tokens, device=device)
 
-    def once():
+    def once() -> None:
         optimizer.zero_grad()
         with timing.autocast(case.dtype):
             loss = forward(input_ids=ids, labels=ids).loss
@@ -114,8 +117,8 @@ def theirs(case: Case, tokens: np.ndarray, compiled: bool):
 
 
 def main(case: Case, peak: float = 0.0, rounds: int = 9) -> dict[str, float]:
-    """Prints the comparison; `peak` is of `timing.ceiling`."""
-    tokens = np.random.default_rng(0).integers(0, case.words, (case.rows, case.length))
+    """Prints the comparison; `peak` is from `timing.ceiling`."""
+    tokens = np.random.default_rng(0).integers(0, case.text_rows, (case.rows, case.length))
     names = ("eager", "compiled") if timing.peer_device() == "cpu" else ("compiled",)
     peers = {f"transformers, {name}": theirs(case, tokens, name == "compiled") for name in names}
     title = f"LM train step, {case.rows} × {case.length}, {case.dtype}"

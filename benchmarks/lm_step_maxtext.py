@@ -1,10 +1,10 @@
-"""The train step of `benchmarks.lm_step` at 8 rows against MaxText's, with PyTorch's eager step beside both.
+"""The train step of `benchmarks.lm_step` with 8 rows against MaxText and against PyTorch in eager mode.
 
-python -m venv maxtext && maxtext/bin/pip install "maxtext[tpu]==0.2.5"        (Python 3.12, 3 GB; takes its own jax)
+python -m venv maxtext && maxtext/bin/pip install "maxtext[tpu]==0.2.5"    # Python 3.12, 3 GB, with its own jax
 python -m benchmarks.lm_step_maxtext maxtext/bin/python
 
-MaxText's own trainer runs in a process of its own, on made data, in float32 without remat choices of ours (its default,
-full), and is stopped, at a step's line, while the others have their turn.
+MaxText's trainer runs in its own process on synthetic data, in float32 with its default rematerialization (full). After
+each step it is stopped until its next turn.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ LAUNCH = (
 
 
 def settings(folder: str) -> list[str]:
-    """MaxText's names for `lm_step.CPU`."""
+    """MaxText's settings for `CASE`."""
     shape = CASE.shape
     values = {
         "run_name": "step",
@@ -42,7 +42,7 @@ def settings(folder: str) -> list[str]:
         "head_dim": shape.head_width,
         "base_mlp_dim": shape.mlp_width,
         "base_num_decoder_layers": shape.layers,
-        "vocab_size": CASE.words + 128,
+        "vocab_size": CASE.text_rows + 128,
         "max_target_length": CASE.length,
         "per_device_batch_size": CASE.rows,
         "dtype": "float32",
@@ -58,17 +58,17 @@ def settings(folder: str) -> list[str]:
 
 
 class MaxText:
-    """Its trainer, stopped between calls of `step`."""
+    """MaxText's trainer, stopped between calls of `step`."""
 
     def __init__(self, python: str, folder: str):
         self.log: list[str] = []
         command = [python, "-u", "-c", LAUNCH, *settings(folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(4):  # compilation, and the steps that were dispatched ahead
+        for _ in range(4):  # compilation, and steps that were dispatched ahead
             self.step()
 
     def step(self) -> None:
-        """Runs until the next step is done."""
+        """Runs one step."""
         self.process.send_signal(signal.SIGCONT)
         for line in self.process.stdout or ():
             self.log.append(line)
@@ -79,9 +79,11 @@ class MaxText:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not pathlib.Path(sys.argv[1]).exists():
-        raise SystemExit("usage: python -m benchmarks.lm_step_maxtext PYTHON, a Python that has maxtext[tpu]==0.2.5")
+        raise SystemExit(
+            "usage: python -m benchmarks.lm_step_maxtext PYTHON (the Python of an environment with MaxText)"
+        )
     timing.prepare()
-    ids = np.random.default_rng(0).integers(0, CASE.words, (CASE.rows, CASE.length))
+    ids = np.random.default_rng(0).integers(0, CASE.text_rows, (CASE.rows, CASE.length))
     with tempfile.TemporaryDirectory() as folder:
         maxtext = MaxText(sys.argv[1], folder)
         try:

@@ -1,10 +1,12 @@
-"""Matrix products of the 20M model's shapes, XLA against PyTorch: what one core reaches and what the second adds.
+"""Matrix products with the shapes of the 20M model, XLA against PyTorch.
 
-python -m benchmarks.products
-taskset -c 0 python -m benchmarks.products
+python -m benchmarks.products                  # all cores
+taskset -c 0 python -m benchmarks.products     # one core
 
-float32; each run is 48 products [1024, K] × [K, F] one after another, each with operands of its own.
+float32. Each run is 48 products [1024, K] × [K, F], each with its own operands.
 """
+
+import functools
 
 import jax
 import numpy as np
@@ -15,20 +17,34 @@ from benchmarks import timing
 ROWS, COUNT = 1024, 48
 
 
+@jax.jit
+def products(xs: list[jax.Array], ws: list[jax.Array]) -> list[jax.Array]:
+    """Products of pairs."""
+    return [x @ w for x, w in zip(xs, ws, strict=True)]
+
+
+def ours(operands: tuple[list[jax.Array], list[jax.Array]]) -> None:
+    """Runs XLA's products."""
+    jax.block_until_ready(products(*operands))
+
+
+def theirs(operands: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Runs PyTorch's products."""
+    for x, w in operands:
+        x @ w
+
+
 def main() -> None:
-    """Prints milliseconds, ratios and GFLOP/s (10⁹ operations a second) of both sides."""
+    """Prints milliseconds, ratios and GFLOP/s (10⁹ operations per second) of both sides."""
     rng = np.random.default_rng(0)
     for k, f in ((384, 384), (384, 1024), (1024, 384)):
-        draw = lambda *shape: [rng.standard_normal(shape, dtype=np.float32) for _ in range(COUNT)]
-        xs, ws = draw(ROWS, k), draw(k, f)
-        run = jax.jit(lambda xs, ws: [x @ w for x, w in zip(xs, ws, strict=True)])
+        xs = [rng.standard_normal((ROWS, k), dtype=np.float32) for _ in range(COUNT)]
+        ws = [rng.standard_normal((k, f), dtype=np.float32) for _ in range(COUNT)]
         on_device = jax.device_put((xs, ws))
         tensors = [(torch.tensor(x), torch.tensor(w)) for x, w in zip(xs, ws, strict=True)]
         name = f"{ROWS} × {k} × {f}"
         found = timing.compare(
-            name,
-            lambda run=run, on_device=on_device: jax.block_until_ready(run(*on_device)),
-            {"PyTorch": lambda tensors=tensors: [x @ w for x, w in tensors]},
+            name, functools.partial(ours, on_device), {"PyTorch": functools.partial(theirs, tensors)}
         )
         operations = 2 * ROWS * k * f * COUNT / 1e9
         print(f"{name}: GFLOP/s " + ", ".join(f"{side} {operations / s:.0f}" for side, s in found.items()), flush=True)

@@ -1,4 +1,7 @@
-"""The median of several quickstart runs, as a table: python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2"""
+"""Medians of the scores of several quickstart runs, as a table.
+
+python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2
+"""
 
 import json
 import pathlib
@@ -7,7 +10,7 @@ import sys
 
 
 def main(runs: list[str]) -> None:
-    """Prints each score's median and its values in the order of the runs."""
+    """Prints the median of each score and its values in the order of the runs."""
     found = [json.loads((pathlib.Path(run) / "scores.json").read_text()) for run in runs]
 
     def row(name: str, values: list[float]) -> None:
@@ -20,7 +23,7 @@ def main(runs: list[str]) -> None:
     for key in ("reconstruction", "reconstruction_random_selection", "tokens_per_image", "tokens_follow_objects"):
         row(key.replace("_", " "), [scores[key] for scores in found])
     selector = [(pathlib.Path(run) / "selector" / "metrics.jsonl").read_text().splitlines() for run in runs]
-    for key in ("rate_argmax", "rate_sampled"):
+    for key in ("keep_rate_argmax", "keep_rate_sampled"):
         last = [statistics.mean(json.loads(line)[key] for line in lines[-3:]) for lines in selector]
         row(f"selector {key}, mean of the last three logged steps".replace("_", " "), last)
 

@@ -1,58 +1,58 @@
-"""Alternated timing of ours and peers in one process: what every benchmark here prints."""
+"""Alternated timing of ours and of peers in one process. Benchmarks print with `compare`."""
 
 import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import torch
 
-from unimm_jax import main as process
+from unimm_jax import process
 
 CEILING_SIDE, CEILING_PRODUCTS = 8192, 16
 
 
 def prepare() -> bool:
-    """Settings that precede the first use of JAX, which must not take all of a GPU's memory from the peer.
+    """Configures the process; JAX must not take all of a GPU's memory from the peer.
 
     Returns:
-      whether this run is on a GPU. Then it is in bfloat16 and at 1B size.
+      whether this run is on a GPU. Benchmarks then use bfloat16 and larger models.
 
     Raises:
       SystemExit: JAX has a GPU and PyTorch has none.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    process.prepare_process()
+    process.prepare()
     gpu = jax.default_backend() == "gpu"
     if gpu and not torch.cuda.is_available():
         raise SystemExit(
-            "JAX has a GPU and PyTorch has none: install a PyTorch built for CUDA, or set JAX_PLATFORMS=cpu"
+            "JAX has a GPU and PyTorch has none; install a PyTorch built for CUDA or set JAX_PLATFORMS=cpu"
         )
     return gpu
 
 
 def peer_device() -> str:
-    """Where PyTorch's side runs: on the GPU where JAX does."""
+    """The device of PyTorch's side: the GPU if JAX uses it."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def adamw(parameters) -> torch.optim.AdamW:
-    """PyTorch's optimiser, fused on a GPU."""
+def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """PyTorch's optimizer, fused on a GPU."""
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True if peer_device() == "cuda" else None)
 
 
 def autocast(dtype: str) -> contextlib.AbstractContextManager:
-    """Where PyTorch computes in bfloat16 with float32 parameters, or in float32 if that is `dtype`."""
+    """A context in which PyTorch computes in `dtype`, with float32 parameters."""
     return torch.autocast(peer_device(), torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def waited(run: Callable[[], object]) -> Callable[[], None]:
-    """PyTorch's work, waited for."""
+    """A function that does PyTorch's work and waits for its end."""
 
-    def once():
+    def once() -> None:
         run()
         if peer_device() == "cuda":
             torch.cuda.synchronize()
@@ -61,12 +61,17 @@ def waited(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def ceiling(side: int = CEILING_SIDE, products: int = CEILING_PRODUCTS) -> float:
-    """Operations a second that bfloat16 matrix products of `side` reach, one after another: what MFU is a share of.
+    """Operations per second of a chain of bfloat16 matrix products: the base of MFU. The median of five runs.
 
-    Medians of five runs of `products` products.
+    Args:
+      side: rows and columns of the matrices. products: length of the chain.
     """
     x, w = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) * side**-0.5 for i in range(2))
-    run = jax.jit(lambda x, w: jax.lax.fori_loop(0, products, lambda _, x: x @ w, x))
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, products, lambda _, x: x @ w, x)
+
     run(x, w).block_until_ready()
     seconds = []
     for _ in range(5):
@@ -84,12 +89,12 @@ def compare(
     flops: float = 0.0,
     peak: float = 0.0,
 ) -> dict[str, float]:
-    """Runs ours and each peer in turn, after one warm-up each; prints medians and ratios (above 1: ours is faster).
+    """Runs ours and each peer in turn, after one warm-up each. Prints medians and ratios (above 1: ours is faster).
 
     Args:
       ours, peers: each does the work once and waits for its end.
-      flops: operations of the work by the model's formula. peak: operations a second, of `ceiling`; with both, each
-        line has the utilisation (MFU).
+      flops: operations of the work by the model's formula. peak: operations per second, from `ceiling`. With both, each
+        line has the utilization (MFU).
 
     Returns:
       median seconds of "ours" and of each peer.

@@ -1,1 +1,1 @@
-"""One file a stage; `get_config(size)` gives its ConfigDict."""
+"""One file per stage; `get_config(size)` returns its config. `unimm_jax.resolve` adds the defaults."""

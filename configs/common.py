@@ -1,44 +1,81 @@
-"""What all stages share: the sizes, and who trains when.
+"""What all stages share: sizes, model shapes, and which parameters train at which stage.
 
-Sizes: `7b` (published; the default), `lavit-7b` and `illume-7b` (each paper's own combination), `one_gpu` (30 minutes
-on one data-centre GPU), `laptop` (two CPU cores, minutes).
+Sizes, the published shapes first: `7b` (default), `lavit-7b` and `illume-7b` (published 7B language models),
+`one_gpu` (30 minutes on one data-center GPU), `laptop` (two CPU cores, minutes). `lavit-7b` equals `7b` today.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from unimm_jax.errors import ConfigError
+
 SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop")
+SCRATCH_SIZES = ("one_gpu", "laptop")  # train from nothing; the others start from published weights
 FROZEN = None
 
-# Who trains when (flavour × stage): regex → multiplier of the stage's rate, None is frozen. Every parameter matches one
-# rule exactly. Rates and sets of the published sizes: ILLUME Table 5 and LaVIT §2 (spec of both in docs/decisions.md).
-_LM_ALL = "language/.*"
+# ---- Model shapes: one dict per size; what a dict leaves out is the default of the section's dataclass ---------------
+
+ENCODER: dict[str, dict[str, Any]] = {
+    "7b": dict(remat="full"),  # EVA-CLIP ViT-g/14
+    "illume-7b": dict(  # the shape of UNIT's ViT-H
+        width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat="full"
+    ),
+    "one_gpu": dict(
+        image_size=64, patch_size=16, width=256, depth=6, heads=8, mlp_width=1024, biases="qkv", activation="relu2",
+        output_norm="plain",
+    ),
+    "laptop": dict(
+        image_size=64, patch_size=16, width=128, depth=3, heads=4, mlp_width=512, biases="qkv", activation="relu2",
+        output_norm="plain", scan=False,
+    ),
+}  # fmt: skip
+IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
+    "7b": dict(remat="full"),  # LaVIT's
+    "illume-7b": dict(mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat="full"),
+    "one_gpu": dict(
+        heads=8, mlp_width=1024, merger_depth=2, decoder_depth=4, codes=1024, positions="grid", eps=0.0, sink=1.0,
+        decoder_sink=1.0,
+    ),
+    "laptop": dict(
+        heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128, positions="grid", eps=0.0, sink=1.0,
+        decoder_sink=1.0, scan=False,
+    ),
+}  # fmt: skip
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "7b": dict(remat="full"),  # LLaMA-7B
+    "one_gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408),
+    "laptop": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False),
+}
+
+# ---- Trainable parameters per stage: regex → learning-rate multiplier, None is frozen --------------------------------
+# Every parameter matches exactly one rule. Sources: "Published learning rates and trained parameters" in
+# docs/decisions.md.
+
+_LANGUAGE = "language/.*"
 _VISUAL_ROWS = "language/(embed|head)_visual"
-_LM_REST = "language/(?!(embed|head)_visual).*"
-_WAY_IN = "adapter.*"
+_LANGUAGE_REST = "language/(?!(embed|head)_visual).*"
+_ADAPTER = "adapter.*"
 _ENCODER, _MERGER = "encoder/.*", "merger/.*"
+_CODEBOOK = "quantizer/(codebook|count)"
 
 PUBLISHED_RULES = {
     ("lavit", "stage1"): [
         (_ENCODER, FROZEN),
         (_MERGER, FROZEN),
-        (_WAY_IN, 5.0),
+        (_ADAPTER, 5.0),
         (_VISUAL_ROWS, 1.0),
-        (_LM_REST, FROZEN),
+        (_LANGUAGE_REST, FROZEN),
     ],
-    ("illume", "stage1"): [(_ENCODER, FROZEN), (_WAY_IN, 5.0), (_VISUAL_ROWS, 1.0), (_LM_REST, FROZEN)],
-    ("lavit", "stage2"): [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    ("illume", "stage2"): [(_ENCODER, FROZEN), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    ("lavit", "stage3"): [(_ENCODER, 0.1), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    ("illume", "stage3"): [(_ENCODER, 0.1), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
+    ("illume", "stage1"): [(_ENCODER, FROZEN), (_ADAPTER, 5.0), (_VISUAL_ROWS, 1.0), (_LANGUAGE_REST, FROZEN)],
+    ("lavit", "stage2"): [(_ENCODER, FROZEN), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+    ("illume", "stage2"): [(_ENCODER, FROZEN), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+    ("lavit", "stage3"): [(_ENCODER, 0.1), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+    ("illume", "stage3"): [(_ENCODER, 0.1), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
 }
-# `laptop` and `one_gpu` start from nothing. The text stage gives the language model its words; from stage 1 on the
-# merger's copy trains too, since its tokenizer saw minutes of training rather than 100M pictures.
-SCRATCH_RULES = {
-    "stage1": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    "stage2": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-    "stage3": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_WAY_IN, 1.0), (_LM_ALL, 1.0)],
-}
-_CODEBOOK = "quantizer/(codebook|count)"
+# Sizes from nothing: the text stage trains the language model on text alone. The merger's copy trains from stage 1 on,
+# because its tokenizer trained for minutes rather than on 100M images.
+SCRATCH_RULES = [(_ENCODER, FROZEN), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)]
 TOKENIZER_RULES = {
     "selector": [(_ENCODER, FROZEN), (_CODEBOOK, FROZEN), (f"(?!encoder/|{_CODEBOOK}).*", 1.0)],
     "tokenizer": [
@@ -54,192 +91,77 @@ def check_size(size: str | None) -> str:
     """The size asked for, "7b" if none.
 
     Raises:
-      ValueError: unknown size.
+      ConfigError: unknown size.
     """
     size = size or "7b"
     if size not in SIZES:
-        raise ValueError(f"there is no size {size!r}; sizes are {', '.join(SIZES)}")
+        raise ConfigError(f"there is no size {size!r}; sizes are {', '.join(SIZES)}")
     return size
 
 
-def flavour(size: str) -> str:
-    """ "lavit" or "illume": how pictures enter and whether image positions are targets. The default is LaVIT's dynamic
-    tokenizer under ILLUME's schedule."""
+def of_size(size: str, by_size: dict[str, Any]) -> Any:
+    """A size's entry of a dict; sizes without one have that of "7b"."""
+    return by_size.get(size, by_size["7b"])
+
+
+def from_nothing(size: str) -> bool:
+    """Whether a size trains from nothing."""
+    return size in SCRATCH_SIZES
+
+
+def flavor(size: str) -> str:
+    """ "lavit" or "illume": which connector reads images, and whether image positions are targets. The default size is
+    LaVIT's dynamic tokenizer under ILLUME's schedule."""
     return "illume" if size == "illume-7b" else "lavit"
 
 
-def base(stage: str, size: str) -> ConfigDict:
-    """Every setting that all stages have."""
-    small = size in ("laptop", "one_gpu")
+def base(stage: str, size: str, objective: str) -> ConfigDict:
+    """Settings that all stages share."""
+    small = from_nothing(size)
     c = ConfigDict()
-    c.name, c.stage, c.size = f"{stage}:{size}", stage, size
-    c.seed = 0
-    c.dtype = "float32" if size == "laptop" else "bfloat16"  # of activations; parameters are float32
-    c.mesh = (1, -1, 1)  # data, fsdp, tensor; -1 takes the rest
-    c.init_from = ()  # dicts of checkpoint, rename [(regex, replacement)], optional
-    c.train = ConfigDict(
-        dict(
-            steps=0,
-            batch_size=0,  # rows of a global batch
-            log_every=50,
-            checkpoint_every=1000,
-            picture_every=1_000_000,
-            keep=2,  # checkpoints
-            use_previous_checkpoint=True,  # when the newest is damaged
-            watchdog=600.0,  # seconds without a step after which all stacks are printed; 0 is never
-        )
-    )
-    c.optimizer = ConfigDict(
-        dict(
-            name="muon" if small else "adamw",
-            rate=3e-3,  # peak rate of AdamW
-            muon_rate=6e-3,  # peak rate of Muon on kernels
-            schedule="cosine",
-            warmup=0.06,  # share of the steps
-            end=0.02,  # last rate as a share of the peak
-            beta1=0.9,
-            beta2=0.95,
-            eps=1e-8,
-            weight_decay=0.02 if small else 0.0,
-            clip=1.0,  # global gradient norm; 0 is off
-            rules=[(".*", 1.0)],
-        )
-    )
-    c.data = ConfigDict(dict(sources="scenes", image_size=64 if small else 224))
-    c.text = ConfigDict(dict(path="", size=512))  # a tokenizer by path, or one trained on the captions with `size` ids
-    c.model = ConfigDict(dict(encoder=encoder(size)))
+    c.name, c.stage, c.size, c.objective = f"{stage}:{size}", stage, size, objective
+    c.dtype = "float32" if size == "laptop" else "bfloat16"
+    c.train, c.data, c.loss = ConfigDict(), ConfigDict(), ConfigDict()
+    c.optimizer = ConfigDict(dict(name="muon" if small else "adamw", weight_decay=0.02 if small else 0.0))
+    c.data.image_size = 64 if small else 224
+    c.model = ConfigDict(dict(encoder=of_size(size, ENCODER)))
+    c.evals = ConfigDict(dict(held_out=dict(type="loss", every=of_size(size, {"7b": 1000, "laptop": 0}))))
     return c
 
 
-def encoder(size: str) -> ConfigDict:
-    """The vision transformer: EVA-CLIP ViT-g/14, UNIT's ViT-H shape for illume, or a small one."""
-    if size == "laptop":
-        return ConfigDict(
-            dict(
-                image_size=64,
-                patch_size=16,
-                width=128,
-                depth=3,
-                heads=4,
-                mlp_width=512,
-                biases="qkv",
-                activation="relu2",
-                output_norm="plain",
-                scan=False,
-            )
-        )
-    if size == "one_gpu":
-        return ConfigDict(
-            dict(
-                image_size=64,
-                patch_size=16,
-                width=256,
-                depth=6,
-                heads=8,
-                mlp_width=1024,
-                biases="qkv",
-                activation="relu2",
-                output_norm="plain",
-                scan=True,
-            )
-        )
-    if size == "illume-7b":
-        return ConfigDict(
-            dict(width=1280, depth=32, heads=16, mlp_width=5120, biases="qkv", output_norm="affine", remat="full")
-        )
-    return ConfigDict(dict(remat="full"))
-
-
-def tokenizer(size: str) -> ConfigDict:
-    """The visual tokenizer."""
-    if size == "laptop":
-        return ConfigDict(
-            dict(
-                heads=4,
-                mlp_width=256,
-                merger_depth=1,
-                decoder_depth=2,
-                codes=128,
-                code_width=32,
-                selection="argmax",
-                positions="grid",
-                eps=0.0,
-                sink=1.0,
-                decoder_sink=1.0,
-                scan=False,
-            )
-        )
-    if size == "one_gpu":
-        return ConfigDict(
-            dict(
-                heads=8,
-                mlp_width=1024,
-                merger_depth=2,
-                decoder_depth=4,
-                codes=1024,
-                code_width=32,
-                selection="argmax",
-                positions="grid",
-                eps=0.0,
-                sink=1.0,
-                decoder_sink=1.0,
-                scan=True,
-            )
-        )
-    if size == "illume-7b":
-        return ConfigDict(dict(mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat="full"))
-    return ConfigDict(dict(remat="full"))
-
-
-def language(size: str) -> ConfigDict:
-    """The language model."""
-    if size == "laptop":
-        return ConfigDict(dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False))
-    if size == "one_gpu":
-        return ConfigDict(dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408))
-    return ConfigDict(dict(remat="full"))
-
-
-def language_stage(stage: str, size: str) -> ConfigDict:
-    """What the language stages share: model, packing, objective, and where the weights come from."""
+def language_stage(stage: str, size: str | None) -> ConfigDict:
+    """What the language stages share: model, packing, and which parameters train."""
     size = check_size(size)
-    small = size in ("laptop", "one_gpu")
-    c = base(stage, size)
-    c.objective = "language_modeling"
-    c.model.tokenizer, c.model.language = tokenizer(size), language(size)
+    small = from_nothing(size)
+    c = base(stage, size, "language_modeling")
+    c.model.image_tokenizer = of_size(size, IMAGE_TOKENIZER)
+    c.model.language = of_size(size, LANGUAGE)
     patches = (c.data.image_size // c.model.encoder.get("patch_size", 14)) ** 2
-    way_in = "features" if flavour(size) == "illume" else "merger"
-    c.model.unified = ConfigDict(dict(way_in=way_in, budget=patches))
-    c.loss = ConfigDict(dict(chunk=0 if small else 1024))  # positions of a row whose logits exist at once; 0 is all
-    c.companions = ConfigDict(dict(tokenizer="../tokenizer", detokenizer="../pixel_decoder", unet="../detokenizer"))
-    c.data.records = "../records"
-    c.data.row_length = 64 if small else 2048
-    c.data.row_pictures = 3 if small else 8  # picture slots a row
-    c.data.turns = 3  # questions an example
-    c.data.prompt_dropout = 0.1
-    c.data.image_targets = (0.1 if small else 1.0) if flavour(size) == "lavit" else 0.0
-    c.data.text_targets = 1.0 if not small else 0.1
-    c.data.code_targets = 1.0
-    c.data.tasks = ConfigDict()  # task → share of the examples
-    c.data.tasks_end = (
-        ConfigDict()
-    )  # where the shares move to, over `passes` passes over the records; empty is constant
-    c.data.passes = 1
+    connector = "mlp" if flavor(size) == "illume" else "merger"
+    c.model.unified = ConfigDict(dict(connector=connector, max_image_tokens=patches))
+    c.loss.chunk = 0 if small else 1024
+    c.companions = ConfigDict(
+        dict(image_tokenizer="../tokenizer", pixel_decoder="../pixel_decoder", unet_decoder="../unet_decoder")
+    )
+    c.data.seq_len = 64 if small else 2048
+    c.data.images_per_row = 3 if small else 8
+    c.data.image_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0
+    c.data.text_targets = 0.1 if small else 1.0
     if not small:
         c.optimizer.warmup = 0.03
     if stage == "text":
-        c.optimizer.rules = [(_LM_ALL, 1.0)]
+        c.optimizer.rules = [(_LANGUAGE, 1.0)]
     else:
-        c.optimizer.rules = SCRATCH_RULES[stage] if small else PUBLISHED_RULES[flavour(size), stage]
+        c.optimizer.rules = SCRATCH_RULES if small else PUBLISHED_RULES[flavor(size), stage]
     return c
 
 
-def start_from_tokenizer(size: str) -> dict:
+def start_from_tokenizer(size: str) -> dict[str, Any]:
     """The LM's copies of encoder and (LaVIT) merger start as the tokenizer's."""
-    parts = ("encoder/",) if flavour(size) == "illume" else ("encoder/", "merger/")
+    parts = ("encoder/",) if flavor(size) == "illume" else ("encoder/", "merger/")
     return dict(checkpoint="../tokenizer", rename=[(part, part) for part in parts])
 
 
-def start_from(stage: str) -> dict:
+def start_from(stage: str) -> dict[str, Any]:
     """All weights of an earlier language stage."""
     return dict(checkpoint=f"../{stage}", rename=[("", "")])

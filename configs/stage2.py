@@ -1,25 +1,30 @@
 """Stage 2, unified image-text alignment: both orders plus text (ILLUME §4, Table 5; LaVIT §3.2).
 
-Published sizes train the language model and the adapter (5e-5; in the lavit flavour the LM's merger too), batch 1024,
-15,000 steps.
+Published sizes train the language model and the adapter (5e-5; with LaVIT's connector the LM's merger, too), batch
+1024, 15,000 steps.
 
 Command: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2
-Hardware, time, figure at laptop: two CPU cores, 98 s, code cross-entropy about 2.1. Published sizes: a TPU pod, not
+Hardware, time, figure at laptop: two CPU cores, 98 s, code cross-entropy about 2.1. Published sizes: a TPU pod; not
 trained here.
 """
 
 from configs import common
 
+SIZES = {
+    "7b": dict(steps=15_000, batch_size=1024),
+    "one_gpu": dict(steps=8000, batch_size=128),
+    "laptop": dict(steps=700, batch_size=16),
+}
+
 
 def get_config(size=None):
     """Config of stage 2."""
     c = common.language_stage("stage2", size)
-    c.train.steps = {"laptop": 700, "one_gpu": 8000}.get(c.size, 15_000)
-    c.train.batch_size = {"laptop": 16, "one_gpu": 128}.get(c.size, 1024)
+    c.train.update(common.of_size(c.size, SIZES))
     c.data.tasks = dict(caption=0.35, text_to_image=0.55, text=0.1)
-    c.optimizer.rate = {"laptop": 4e-3, "one_gpu": 1e-3}.get(c.size, 5e-5)
-    c.optimizer.muon_rate = 8e-3
-    if c.size in ("laptop", "one_gpu"):
-        c.optimizer.schedule = "constant"  # stage 3 goes on at the same rate and decays
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 5e-5, "one_gpu": 1e-3, "laptop": 4e-3})
+    c.optimizer.muon_learning_rate = 8e-3
+    if common.from_nothing(c.size):
+        c.optimizer.schedule = "constant"  # stage 3 continues at the same rate and decays
     c.init_from = (common.start_from("stage1"),)
     return c

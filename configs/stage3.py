@@ -4,28 +4,33 @@ Published sizes train everything but the tokenizer: encoder 2e-6, the rest 2e-5,
 
 Command: python -m unimm_jax.main --config=configs/stage3.py:laptop --workdir=runs/stage3
 Hardware, time, figure at laptop: two CPU cores (AMD EPYC, Zen 5), 324 s, the scores of docs/results.md. Published
-sizes: a TPU pod, not trained here.
+sizes: a TPU pod; not trained here.
 """
 
 from configs import common
+
+SIZES = {
+    "7b": dict(steps=8000, batch_size=1024),
+    "one_gpu": dict(steps=8000, batch_size=128),
+    "laptop": dict(steps=4200, batch_size=16),
+}
 
 
 def get_config(size=None):
     """Config of stage 3."""
     c = common.language_stage("stage3", size)
-    c.train.steps = {"laptop": 4200, "one_gpu": 8000}.get(c.size, 8000)
-    c.train.batch_size = {"laptop": 16, "one_gpu": 128}.get(c.size, 1024)
+    small = common.from_nothing(c.size)
+    c.train.update(common.of_size(c.size, SIZES))
     c.data.tasks = dict(question=0.6, text_to_image=0.35, caption=0.05)
-    if c.size in ("laptop", "one_gpu"):
-        # Answers that need a match (existence, colour, shape) come late and suddenly: questions first, then drawing.
+    if small:
+        # Answers that need a match (existence, color, shape) are learned late and suddenly: more questions first.
         c.data.tasks = dict(question=0.75, text_to_image=0.2, caption=0.05)
         c.data.tasks_end = dict(question=0.5, text_to_image=0.45, caption=0.05)
-        c.data.passes = {"laptop": 15}.get(c.size, 100)
-    c.data.image_targets = 0.0  # fine-tuning masks picture positions, as Video-LaVIT's does
-    # Codes are many and their places are chance: at full weight they drown the answers.
-    c.data.code_targets = 0.5 if c.size in ("laptop", "one_gpu") else 1.0
-    c.optimizer.rate = {"laptop": 4e-3, "one_gpu": 1e-3}.get(c.size, 2e-5)
-    c.optimizer.muon_rate = 8e-3
-    c.optimizer.warmup = 0.01 if c.size in ("laptop", "one_gpu") else 0.03
+        c.data.tasks_epochs = 15 if c.size == "laptop" else 100
+        c.data.code_targets = 0.5  # at full weight the many codes outweigh the answers
+    c.data.image_targets = 0.0  # fine-tuning masks image positions, as Video-LaVIT's does
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-5, "one_gpu": 1e-3, "laptop": 4e-3})
+    c.optimizer.muon_learning_rate = 8e-3
+    c.optimizer.warmup = 0.01 if small else 0.03
     c.init_from = (common.start_from("stage2"),)
     return c

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Trains the whole schedule from nothing, evaluates it and writes runs/quickstart/report.html.
+# Trains all stages from scratch, evaluates the model and writes runs/quickstart/report.html.
 #
-#   bash launch/quickstart.sh                      embedded scenes, size laptop
-#   SOURCES=/my/pictures RUN=runs/mine bash launch/quickstart.sh     a folder of pictures with .txt captions
+#   bash launch/quickstart.sh                                       embedded scenes, size laptop
+#   SOURCES=/my/images RUN=runs/mine bash launch/quickstart.sh      a directory of images with .txt captions
 #
-# RUN, SIZE, SEED and SOURCES may be set. Run again after an interruption it goes on; run again when done it prints the
-# table only.
+# Environment variables: RUN (output directory), SIZE, SEED, SOURCES, UNET=1 (also trains the U-Net decoder, which is too
+# small to draw objects at size laptop) and PYTHON (for a new .venv). After an interruption, run the same command again:
+# it resumes. When everything is done, it prints the scores only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/quickstart} SIZE=${SIZE:-laptop} SEED=${SEED:-0} SOURCES=${SOURCES:-scenes}
+RUN=${RUN:-runs/quickstart} SIZE=${SIZE:-laptop} SEED=${SEED:-0} SOURCES=${SOURCES:-scenes} UNET=${UNET:-0}
 PYTHON_FOR_VENV=${PYTHON:-python3}
 
 if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
@@ -29,18 +30,19 @@ step() { # step DIRECTORY COMMAND...: runs the command unless the directory is d
 }
 train() { step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --workdir="$RUN/$1" --config.seed="$SEED" "${@:2}"; }
 
-# Real pictures hold more than scenes do: own sources keep half of the patches and get more words and longer rows.
+# Photos and drawings hold more than scenes do: own sources keep half of the patches, and get more text tokens and
+# longer rows.
 OWN_SELECTOR=() OWN_RECORDS=() OWN_ROWS=()
 if [ "${SOURCES%%:*}" != scenes ]; then
-  OWN_SELECTOR=("--config.loss.rate=(1.0, 0.7, 0.7, 0.5)") OWN_RECORDS=(--text_size=2048)
-  OWN_ROWS=(--config.data.row_length=128 --config.train.batch_size=8)
+  OWN_SELECTOR=("--config.loss.keep_rate=(1.0, 0.7, 0.7, 0.5)") OWN_RECORDS=(--text_vocab_size=2048)
+  OWN_ROWS=(--config.data.seq_len=128 --config.train.batch_size=8)
 fi
 train encoder --config.data.sources="$SOURCES"
 train selector --config.data.sources="$SOURCES" "${OWN_SELECTOR[@]}"
 train tokenizer --config.data.sources="$SOURCES"
-step "$RUN/records" -m unimm_jax.pretokenize --tokenizer="$RUN/tokenizer" --output="$RUN/records" "${OWN_RECORDS[@]}"
+step "$RUN/records" -m unimm_jax.pretokenize --image_tokenizer="$RUN/tokenizer" --output="$RUN/records" "${OWN_RECORDS[@]}"
 train pixel_decoder
-train detokenizer
+if [ "$UNET" = 1 ]; then train unet_decoder; fi
 for stage in text stage1 stage2 stage3; do train "$stage" "${OWN_ROWS[@]}"; done
 step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation"
 if [ "${SOURCES%%:*}" = scenes ]; then

@@ -4,4 +4,4 @@ One decoder-only language model reads images as continuous features and writes t
 vocabulary. The README gives a reading order for the code.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

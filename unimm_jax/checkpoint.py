@@ -1,10 +1,11 @@
-"""Checkpoints: Orbax behind one door, every save with digests of its files, verified before anything is restored.
+"""Checkpoints: Orbax with SHA-256 verification. Every save gets digests of its files, checked before a restore.
 
 Layout of a step: `<workdir>/checkpoints/<step>/` as Orbax writes it (`state`, `meta`), plus `digests.json`. Orbax
 stores arrays without a checksum; a step without digests, or with files that do not match them, is not restored.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,20 +14,18 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from unimm_jax import legacy
+from unimm_jax.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
 from unimm_jax.sharding import flatten, unflatten
 
 DIGESTS = "digests.json"
 Tree = Any
-
-
-class Damaged(Exception):
-    """A checkpoint whose files are not what was written; the message names them."""
 
 
 def digest(file: pathlib.Path) -> str:
@@ -36,34 +35,43 @@ def digest(file: pathlib.Path) -> str:
 
 
 def write_digests(step: pathlib.Path) -> None:
-    """Writes SHA-256 digests of every file of a committed step; the last entry protects the list itself."""
+    """Writes SHA-256 digests of every file of a committed step, with the step's number and a digest of the list."""
     files = sorted(f for f in step.rglob("*") if f.is_file() and f.name != DIGESTS)
     found = {str(f.relative_to(step)): digest(f) for f in files}
-    body = json.dumps(found, indent=0, sort_keys=True)
-    text = json.dumps({"files": found, "self": hashlib.sha256(body.encode()).hexdigest()})
     partial = step / (DIGESTS + ".partial")
-    partial.write_text(text)
+    partial.write_text(_digest_list({"step": int(step.name), "files": found}))
     partial.rename(step / DIGESTS)
+
+
+def _digest_list(listed: dict[str, Any]) -> str:
+    """The text of `digests.json`: the list and its own digest."""
+    # format 1 had no step in it
+    covered = listed if "step" in listed else listed["files"]
+    body = json.dumps(covered, indent=0, sort_keys=True)
+    return json.dumps(listed | {"self": hashlib.sha256(body.encode()).hexdigest()})
 
 
 def verify(step: pathlib.Path) -> None:
     """Compares a step's files with its digests.
 
     Raises:
-      Damaged: names every file that is missing, changed or unexpected, and the parameter where the name tells it.
+      CorruptCheckpointError: names every file that is missing, changed or unexpected, and the parameter where the
+        file's name tells it; or says that the step was saved under another number.
     """
     try:
         text = (step / DIGESTS).read_text()
         listed = json.loads(text)
-        files, own = dict(listed["files"]), listed["self"]
-        canonical = json.dumps({"files": files, "self": own})
+        files = dict(listed["files"])
+        named = {"step": listed["step"]} if "step" in listed else {}
+        intact = text == _digest_list(named | {"files": files})
     except FileNotFoundError:
-        raise Damaged(f"{step} has no {DIGESTS}: the save did not finish") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise Damaged(f"{step / DIGESTS} is damaged: {error}") from None
-    body = json.dumps(files, indent=0, sort_keys=True)
-    if text != canonical or hashlib.sha256(body.encode()).hexdigest() != own:
-        raise Damaged(f"{step / DIGESTS} is damaged: it does not match its own digest")
+        raise CorruptCheckpointError(f"{step} has no {DIGESTS}: the save did not finish") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{step / DIGESTS} is damaged: {error}") from None
+    if not intact:
+        raise CorruptCheckpointError(f"{step / DIGESTS} is damaged: it does not match its own digest")
+    if named and step.name.isdigit() and int(step.name) != named["step"]:
+        raise CorruptCheckpointError(f"{step} holds step {named['step']}: the directory was renamed or swapped")
     problems = []
     for name, wanted in files.items():
         file = step / name
@@ -77,16 +85,16 @@ def verify(step: pathlib.Path) -> None:
     names = (str(f.relative_to(step)) for f in step.rglob("*") if f.is_file())
     problems += [f"{name} was not there when it was saved" for name in names if name not in known]
     if problems:
-        raise Damaged(f"{step}: " + "; ".join(problems))
+        raise CorruptCheckpointError(f"{step}: " + "; ".join(problems))
 
 
 class Checkpoints:
     """The checkpoints of one workdir.
 
     Args (constructor):
-      keep: how many of the newest stay.
-      use_previous: restore the previous complete step when the newest is damaged; otherwise raise.
-      in_flight_gib: how much of the arrays is on its way to disk at a time; Orbax's own bound if 0.
+      keep: number of newest steps to keep.
+      use_previous: restore the previous complete step if the newest is corrupt; otherwise raise.
+      in_flight_gib: bound of the arrays that are on their way to disk; Orbax's own bound if 0.
     """
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True, in_flight_gib: int = 0):
@@ -107,12 +115,12 @@ class Checkpoints:
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Starts saving; `state` may be donated when this returns. An unfinished earlier save is waited for.
 
-        A process on its own copies the arrays to host memory, in their turn among the device's work, and leaves the
-        rest to a thread. Several processes start together, since Orbax makes them wait for each other; so does one
-        that may not hold a copy (`in_flight_gib`).
+        A single process copies the arrays to host memory and leaves the rest to a thread. Several processes start the
+        save together, since Orbax makes them wait for each other; so does a process that may not hold a copy
+        (`in_flight_gib`).
 
         Raises:
-          Exception: whatever the earlier save met with.
+          Exception: the error of the earlier save, if it failed.
         """
         began = time.perf_counter()
         self.wait()
@@ -135,8 +143,7 @@ class Checkpoints:
             self._clock = {"checkpoint_seconds": took, "checkpoint_blocking": blocked / took}
 
         if self._copies:
-            to_host = lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-            starting = functools.partial(start, jax.tree.map(to_host, state))
+            starting = functools.partial(start, jax.tree.map(_to_host, state))
         else:
             start(state)
             starting = None
@@ -144,8 +151,8 @@ class Checkpoints:
         self._digest = self._thread.submit(finish, starting)
 
     def read_clock(self) -> dict[str, float]:
-        """Of the last save that ended since the last reading, if any: `checkpoint_seconds` from its start until it was
-        on disk, and `checkpoint_blocking`, the share of them in which `save` held its caller."""
+        """Times of the last save that ended since the last call, if any: `checkpoint_seconds` until it was on disk, and
+        `checkpoint_blocking`, the share of it during which `save` blocked its caller."""
         found, self._clock = self._clock, {}
         return found
 
@@ -156,30 +163,45 @@ class Checkpoints:
             self._digest = None
 
     def newest(self) -> int | None:
-        """The newest step that verifies. Damaged ones are reported; see `use_previous`.
+        """The newest step that verifies. CorruptCheckpointError ones are reported; see `use_previous`.
 
         Raises:
-          Damaged: the newest is damaged and `use_previous` is off, or every one is damaged.
+          CorruptCheckpointError: the newest is damaged and `use_previous` is off, or every one is damaged.
         """
         reports = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 verify(self.root / str(step))
                 return step
-            except Damaged as error:
+            except CorruptCheckpointError as error:
                 if not self.use_previous:
                     raise
                 reports.append(str(error))
                 logging.warning("checkpoint not used: %s", error)
         if reports and not all("did not finish" in r for r in reports):
-            raise Damaged("no complete checkpoint is left:\n  " + "\n  ".join(reports))
+            raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(reports))
         return None
 
     def restore(self, step: int, target: Tree) -> tuple[Tree, dict[str, Any]]:
-        """(state, meta) of a verified step, laid out as `target` (abstract arrays with shardings) says."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        return found["state"], found["meta"]
+        """(state, meta) of a verified step.
+
+        Args:
+          target: abstract arrays with shardings.
+
+        Raises:
+          CheckpointError: the checkpoint holds other parameters, shapes or optimizer state than the target.
+        """
+        meta = read_meta(self.root / str(step))
+        renames = legacy.param_renames(meta)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_rename_keys(target, renames.inverse)))
+        try:
+            found = self._manager.restore(step, args=items)["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.root / str(step)} does not fit this config ({str(error).strip().splitlines()[0][:300]}); "
+                "resume with the config and batch that it was trained with, or start in a new workdir"
+            ) from error
+        return _rename_keys(found, renames.forward), meta
 
     def close(self) -> None:
         """Waits for the last save and lets go."""
@@ -188,49 +210,115 @@ class Checkpoints:
         self._thread.shutdown()
 
 
+@contextlib.contextmanager
+def _without_missing_metadata_warning() -> Iterator[None]:
+    """Silences one warning of Orbax: an item inside of a step has no `_CHECKPOINT_METADATA`, the step has it."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "Metadata file does not exist" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+
+def _rename_keys(tree: Tree, names: dict[str, str]) -> Tree:
+    """Renames keys of nested dicts, also inside of tuples and optimizer states."""
+    if not names:
+        return tree
+    if isinstance(tree, dict):
+        return {names.get(key, key): _rename_keys(value, names) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        items = [_rename_keys(value, names) for value in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
 def find(path: str | pathlib.Path) -> pathlib.Path:
     """The newest verified step directory under a workdir, or the step directory itself.
 
     Raises:
-      ValueError: nothing there.
-      Damaged: what is there is damaged.
+      CheckpointError: nothing there.
+      CorruptCheckpointError: every checkpoint there is corrupt.
     """
     path = pathlib.Path(path).absolute()
     if (path / DIGESTS).exists() or (path / "state").exists():
-        verify(path)
+        _verify_once(path)
         return path
     steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
     reports = []
     for step in sorted(steps, key=lambda p: -int(p.name)):
         try:
-            verify(step)
+            _verify_once(step)
             return step
-        except Damaged as error:
+        except CorruptCheckpointError as error:
             reports.append(str(error))
             logging.warning("checkpoint not used: %s", error)
     if reports:
-        raise Damaged("no complete checkpoint is left:\n  " + "\n  ".join(reports))
-    raise ValueError(f"no checkpoint in {path}; give the workdir of a stage that has run")
+        raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(reports))
+    raise CheckpointError(f"no checkpoint in {path}; give the workdir of a stage that has run")
+
+
+_verified: set[tuple[str, int]] = set()  # steps by path and time of their digests
+
+
+def _verify_once(step: pathlib.Path) -> None:
+    """`verify`, once per process for a step: a command that opens a checkpoint reads it several times."""
+    try:
+        key = str(step), (step / DIGESTS).stat().st_mtime_ns
+    except OSError:
+        key = str(step), -1
+    if key not in _verified:
+        verify(step)
+        _verified.add(key)
 
 
 def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
-    """The `meta` of a checkpoint (config, text tokenizer, fingerprints)."""
+    """The metadata of a checkpoint: `config` (JSON), `data` (header of the data), `text_tokenizer` (JSON), `step`.
+
+    Raises:
+      CheckpointError: no checkpoint, or metadata that this version cannot read.
+    """
     step = find(path)
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step / "meta")
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            found = reader.restore(step / "meta")
+        written = found.get("format", 1)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the metadata of {step} cannot be read: {error}") from None
+    if written > legacy.FORMAT:
+        raise CheckpointError(
+            f"{step} was written by a newer version (format {written}, this one reads up to {legacy.FORMAT}); update "
+            "unimm_jax"
+        )
+    found = legacy.meta(found)
+    if missing := [key for key in ("config", "data", "text_tokenizer") if key not in found]:
+        raise CheckpointError(f"the metadata of {step} lacks {', '.join(missing)}: it is not a stage's checkpoint")
+    return found
 
 
 class Stored:
-    """The parameters of a checkpoint, verified once and read when asked; optimiser state is not read.
+    """The parameters of a checkpoint, verified once and read on demand; the optimizer state is not read.
 
     Attributes:
-      shapes: path → shape.
+      meta: the checkpoint's metadata. shapes: path → shape.
     """
 
     def __init__(self, path: str | pathlib.Path):
         self.step = find(path)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            self._held = dict(flatten(reader.metadata(self.step / "state").item_metadata.tree["params"]))
+        self.meta = read_meta(self.step)
+        with _without_missing_metadata_warning(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            held = flatten(reader.metadata(self.step / "state").item_metadata.tree["params"])
+        renames = legacy.param_renames(self.meta)
+        self._stored_names = {legacy.rename_first(name, renames.forward): name for name, _ in held}
+        self._held = {legacy.rename_first(name, renames.forward): value for name, value in held}
         self.shapes = {name: tuple(m.shape) for name, m in self._held.items()}
 
     def read(self, shardings: dict[str, Any]) -> list[tuple[str, jax.Array]]:
@@ -240,14 +328,15 @@ class Stored:
         held = {path: self._held[path] for path in shardings}
         largest = max(math.prod(m.shape) * m.dtype.itemsize for m in held.values())
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 2**30))
-        target = {p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings[p]) for p, m in held.items()}
+        names = self._stored_names
+        target = {names[p]: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=shardings[p]) for p, m in held.items()}
         item = {"params": unflatten(target)}
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        params = reader.restore(self.step / "state", args=args)["params"]
+        params = dict(flatten(reader.restore(self.step / "state", args=args)["params"]))
         reader.close()
-        return flatten(params)
+        return [(name, params[names[name]]) for name in held]
 
 
 def read_params(path: str | pathlib.Path, shardings: dict[str, Any] | None = None) -> Tree:
@@ -263,28 +352,28 @@ def read_params(path: str | pathlib.Path, shardings: dict[str, Any] | None = Non
 def init_from(
     params: Tree,
     shardings: Tree,
-    entries: list[dict[str, Any]],
+    entries: Sequence[dict[str, Any]],
     workdir: str | pathlib.Path,
-    open_source: Callable[[pathlib.Path, dict[str, Any]], Any] = lambda path, entry: Stored(path),
+    open_weights: Callable[[pathlib.Path, dict[str, Any]], Any] = lambda path, entry: Stored(path),
 ) -> Tree:
-    """Overlays parameters from other checkpoints, or from published weights.
+    """Overwrites parameters with those of other checkpoints or of published weights.
 
     Args:
-      params: freshly initialised parameters; entries: each {checkpoint, rename: [(regex, replacement)], optional:
-        regex}. A source path that matches a rename goes to its new name; others are not read. Relative paths are seen
-        from the workdir.
-      open_source: makes what `Stored` is of a path and its entry.
+      params: freshly initialized parameters.
+      entries: each {checkpoint, rename: [(regex, replacement)], optional: regex}. A source path that matches a rename
+        is read under its new name; others are not read. Relative checkpoints start at the workdir.
+      open_weights: opens a path and its entry; returns an object with `shapes` and `read` like `Stored`.
 
     Raises:
-      ValueError: a renamed parameter that this model lacks, a shape that differs, or a rename that finds nothing; all
-        of them at once, before anything is read.
+      WeightMismatchError: a renamed parameter that this model lacks, another shape, or a rename that matches nothing;
+        all of them at once, before anything is read.
     """
-    flat, places = dict(flatten(params)), dict(flatten(shardings))
+    flat, targets_of = dict(flatten(params)), dict(flatten(shardings))
     problems: list[str] = []
     plan: list[tuple[Any, dict[str, list[str]]]] = []
     for entry in entries:
-        path = (pathlib.Path(workdir) / entry["checkpoint"]).resolve()
-        source = open_source(path, entry)
+        path = (pathlib.Path(workdir) / pathlib.Path(entry["checkpoint"]).expanduser()).resolve()
+        source = open_weights(path, entry)
         moves: dict[str, list[str]] = {}
         for pattern, replacement in entry["rename"]:
             hits = [name for name in source.shapes if re.match(pattern, name)]
@@ -301,9 +390,9 @@ def init_from(
                 problems.append(f"{pattern!r} matches no parameter of {path}")
         plan.append((source, moves))
     if problems:
-        raise ValueError("config.init_from:\n  " + "\n  ".join(problems))
+        raise WeightMismatchError("config.init_from:\n  " + "\n  ".join(problems))
     for source, moves in plan:
-        for name, value in source.read({name: places[targets[0]] for name, targets in moves.items()}):
+        for name, value in source.read({name: targets_of[targets[0]] for name, targets in moves.items()}):
             for target in moves[name]:
-                flat[target] = jax.device_put(value.astype(flat[target].dtype), places[target])
+                flat[target] = jax.device_put(value.astype(flat[target].dtype), targets_of[target])
     return unflatten(flat)

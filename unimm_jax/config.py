@@ -1,85 +1,275 @@
-"""Checks a config before a device is touched, and says every mistake at once."""
+"""Sections of a config: types, defaults, allowed ranges. `unimm_jax.resolve` completes, checks and loads configs.
+
+A stage's config has the sections that all stages share (`TrainConfig`, `OptimizerConfig`, ...), one data section and
+one loss section of its objective, and the model sections that the objective names (dataclasses of
+`unimm_jax.models`).
+"""
 
 import dataclasses
-import pathlib
-import re
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unimm_jax.data.packing import TASKS
-from unimm_jax.objectives.base import SECTIONS
+from unimm_jax import legacy
 
-OBJECTIVES = ("contrastive", "tokenization", "denoising", "pixel_decoding", "language_modeling")
-
-
-class ConfigError(ValueError):
-    """All that is wrong with a config, a sentence each."""
+TASKS = ("text", "caption", "reconstruct", "text_to_image", "question")
 
 
-def check(config: Any, workdir: str | pathlib.Path) -> None:
-    """Checks values, divisibility, rules and that everything named exists.
+def ranged(default: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Any:
+    """A numeric field with a range: low <= value <= high and value > above."""
+    return dataclasses.field(default=default, metadata={"range": (low, high, above)})
 
-    Raises:
-      ConfigError: lists every mistake with the setting's name and the mend.
+
+def one_of(default: str, *choices: str) -> Any:
+    """A string field with a fixed set of values."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+def shares() -> Any:
+    """A field that maps each task to its share of the examples; all shares are 0 by default."""
+    return dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 0.0), metadata={"merge": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      steps: number of optimizer steps.
+      batch_size: rows of a global batch.
+      log_every, checkpoint_every, image_every: intervals in steps. Logged values are means over the interval.
+      keep: number of newest checkpoints to keep.
+      use_previous_checkpoint: restore the previous complete checkpoint if the newest is corrupt.
+      watchdog: seconds without a step after which the stacks of all threads are printed; 0 is never.
+      profile: number of steps to trace for TensorBoard or Perfetto, from `profile_start` on; 0 is none.
     """
-    wrong: list[str] = []
 
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            wrong.append(sentence)
-
-    def positive(section: str, *names: str) -> None:
-        for name in names:
-            value = config[section][name]
-            need(isinstance(value, int) and value > 0, f"config.{section}.{name} is {value!r}; it must be at least 1")
-
-    need(config.objective in OBJECTIVES, f"config.objective is {config.objective!r}; it is one of {OBJECTIVES}")
-    need(config.dtype in ("float32", "bfloat16"), f"config.dtype is {config.dtype!r}; float32 or bfloat16")
-    positive("train", "steps", "batch_size", "log_every", "checkpoint_every", "keep")
-    optimizer = config.optimizer
-    need(optimizer.name in ("adamw", "muon"), f"config.optimizer.name is {optimizer.name!r}; adamw or muon")
-    need(optimizer.rate > 0, f"config.optimizer.rate is {optimizer.rate}; it must be above 0")
-    for pattern, _ in optimizer.rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            wrong.append(f"config.optimizer.rules: {pattern!r} is not a regular expression ({error})")
-    need(sum(s == -1 for s in config.mesh) <= 1, f"config.mesh is {tuple(config.mesh)}; only one -1 is possible")
-    m: dict[str, Any] = {}
-    for name, section in config.model.items():
-        if name in SECTIONS:
-            fields = {f.name for f in dataclasses.fields(SECTIONS[name])}
-            unknown = sorted(set(section) - fields)
-            need(not unknown, f"config.model.{name} has {unknown}; it knows {sorted(fields)}")
-            m[name] = SECTIONS[name](**{k: v for k, v in section.items() if k in fields})
-    encoder = m["encoder"]
-    size, patch = config.data.image_size, encoder.patch_size
-    need(size == encoder.image_size, f"config.data.image_size {size} differs from model.encoder.image_size")
-    need(size % patch == 0, f"config.data.image_size {size} is not a multiple of the patch size {patch}")
-    for name in {"encoder", "tokenizer", "text_tower"} & set(m):
-        width, heads = getattr(m[name], "width", encoder.width), m[name].heads
-        need(width % heads == 0, f"config.model.{name}: width {width} does not divide by {heads} heads")
-    if "language" in m:
-        lm = m["language"]
-        need(
-            lm.heads % lm.kv_heads == 0, f"config.model.language: {lm.kv_heads} kv_heads do not divide {lm.heads} heads"
-        )
-        need(lm.head_width % 2 == 0, f"config.model.language.head_width {lm.head_width} must be even (rotary pairs)")
-    if config.objective == "language_modeling":
-        tasks = config.data.tasks
-        unknown = [t for t in (*tasks, *config.data.tasks_end) if t not in TASKS]
-        need(not unknown, f"config.data.tasks names {unknown}; known tasks are {TASKS}")
-        need(any(w > 0 for w in tasks.values()), "config.data.tasks gives every task the weight 0")
-    if config.objective in ("language_modeling", "denoising", "pixel_decoding"):
-        path = resolve(config.data.records, workdir)
-        done = (path / "header.json").exists()
-        need(done, f"config.data.records: {path} holds no finished records; run python -m unimm_jax.pretokenize first")
-    for entry in config.init_from:
-        path = resolve(entry["checkpoint"], workdir)
-        need(path.exists(), f"config.init_from: there is no checkpoint at {path}; train that stage first")
-    if wrong:
-        raise ConfigError("\n".join(f"- {sentence}" for sentence in wrong))
+    steps: int = ranged(0, low=1)
+    batch_size: int = ranged(0, low=1)
+    log_every: int = ranged(50, low=1)
+    checkpoint_every: int = ranged(1000, low=1)
+    image_every: int = ranged(1_000_000, low=1)
+    keep: int = ranged(2, low=1)
+    use_previous_checkpoint: bool = True
+    watchdog: float = ranged(600.0, low=0)
+    profile: int = ranged(0, low=0)
+    profile_start: int = ranged(10, low=1)
 
 
-def resolve(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
-    """A path of a config, seen from the workdir where it is relative."""
-    return (pathlib.Path(workdir) / pathlib.Path(path).expanduser()).resolve()
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer. `rules` maps parameter paths (full-match regex) to a multiplier of the rate, or None for frozen.
+
+    Attributes:
+      name: AdamW for all parameters, or Muon for kernels of linear layers and AdamW for the rest.
+      learning_rate: peak rate of AdamW. muon_learning_rate: peak rate of Muon.
+      warmup: share of the steps with a linear increase. end: final rate as a share of the peak (cosine schedule).
+      weight_decay: on kernels only. clip_norm: bound of the global gradient norm; 0 is off.
+    """
+
+    name: str = one_of("adamw", "adamw", "muon")
+    learning_rate: float = ranged(3e-3, above=0)
+    muon_learning_rate: float = ranged(6e-3, above=0)
+    schedule: str = one_of("cosine", "cosine", "constant")
+    warmup: float = ranged(0.06, low=0, high=1)
+    end: float = ranged(0.02, low=0, high=1)
+    beta1: float = ranged(0.9, low=0, high=1 - 1e-9)
+    beta2: float = ranged(0.95, low=0, high=1 - 1e-9)
+    eps: float = ranged(1e-8, above=0)
+    weight_decay: float = ranged(0.0, low=0)
+    clip_norm: float = ranged(1.0, low=0)
+    rules: tuple[tuple[str, float | None], ...] = ((".*", 1.0),)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizerConfig:
+    """The text tokenizer: a file, or a BPE trained on the captions.
+
+    Attributes:
+      path: tokenizer.json, sentencepiece .model or a directory with one; empty trains one with `vocab_size` ids.
+    """
+
+    path: str = ""
+    vocab_size: int = ranged(512, low=300)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataConfig:
+    """Input of stages that read images from sources.
+
+    Attributes:
+      sources: data sources, separated by ";" (see `unimm_jax.data.sources`).
+      image_size: side of the square images in pixels.
+      held_out: share of the records held out where a source has no test split of its own.
+    """
+
+    sources: str = "scenes"
+    image_size: int = ranged(224, low=1)
+    held_out: float = ranged(0.02, low=0, high=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordDataConfig:
+    """Input of stages that read single images with their codes from records.
+
+    Attributes:
+      records: directory that `unimm_jax.pretokenize` wrote; relative to the workdir.
+      image_size: side of the images that were tokenized, in pixels.
+      pixel_size: side of the images that are generated, in pixels; 0 is `image_size`.
+    """
+
+    records: str = "../records"
+    image_size: int = ranged(224, low=1)
+    pixel_size: int = ranged(0, low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedDataConfig:
+    """Input of the language stages: rows of packed examples.
+
+    Attributes:
+      records: directory that `unimm_jax.pretokenize` wrote; relative to the workdir.
+      image_size: side of the images in pixels.
+      seq_len: tokens per row T. images_per_row: images per row R whose features the model computes.
+      max_questions: questions per `question` example.
+      prompt_dropout: share of text-to-image examples without their text, for guidance (0.1 in ILLUME+'s code).
+      image_targets: loss weight of code targets at positions of input images (LaVIT's [image, text]; 0 in ILLUME).
+      text_targets: loss weight of the prompt's own tokens in text-to-image.
+      code_targets: loss weight of the codes of generated images.
+      tasks: share of the examples per task.
+      tasks_end: shares reached, linearly, after `tasks_epochs` passes over the records; all 0 keeps `tasks`.
+    """
+
+    records: str = "../records"
+    image_size: int = ranged(224, low=1)
+    seq_len: int = ranged(2048, low=4)
+    images_per_row: int = ranged(8, low=0)
+    max_questions: int = ranged(3, low=1)
+    prompt_dropout: float = ranged(0.1, low=0, high=1)
+    image_targets: float = ranged(1.0, low=0)
+    text_targets: float = ranged(1.0, low=0)
+    code_targets: float = ranged(1.0, low=0)
+    tasks: dict[str, float] = shares()
+    tasks_end: dict[str, float] = shares()
+    tasks_epochs: int = ranged(1, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A complete config of a stage. Every setting has a value, so a saved config does not depend on defaults.
+
+    Attributes:
+      name: "stage:size". objective: a name of `unimm_jax.objectives.REGISTRY`.
+      dtype: of activations; trained parameters are float32.
+      mesh: (data, fsdp, tensor), one of them may be -1 for the rest; () chooses by the devices (`sharding.make_mesh`).
+      init_from: weights to start from: dicts with `checkpoint` (relative to the workdir), `rename` [(regex,
+        replacement)], and optionally `optional` (regex), `kind`, `part`, `allow` (settings that may differ).
+      evals: name → dict with `type` (a name of `unimm_jax.evals.REGISTRY`), `every` (steps) and its own options.
+      companions: checkpoints that generation needs, by role; relative to the workdir.
+      model: section name → config dataclass. data, loss: sections of the objective.
+    """
+
+    name: str
+    stage: str
+    size: str
+    objective: str
+    seed: int
+    dtype: str
+    mesh: tuple[int, ...]
+    init_from: tuple[dict[str, Any], ...]
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    text_tokenizer: TextTokenizerConfig
+    evals: dict[str, dict[str, Any]]
+    companions: dict[str, str]
+    model: dict[str, Any]
+    data: Any
+    loss: Any
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as nested dicts."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """All settings as JSON, with the format that `resolve.from_json` reads."""
+        return json.dumps({"format": legacy.FORMAT} | self.as_dict(), indent=1)
+
+
+PLAIN = ("name", "stage", "size", "objective")  # strings without a default
+SHARED: dict[str, type] = {"train": TrainConfig, "optimizer": OptimizerConfig, "text_tokenizer": TextTokenizerConfig}
+DEFAULTS: dict[str, Any] = {"seed": 0, "dtype": "bfloat16", "mesh": (), "init_from": ()}
+FREE = ("evals", "companions")  # dicts whose keys the config chooses
+
+
+def defaults_of(section: type) -> dict[str, Any]:
+    """Setting → default of a section dataclass."""
+    found = {}
+    for field in dataclasses.fields(section):
+        has_factory = field.default_factory is not dataclasses.MISSING
+        found[field.name] = field.default_factory() if has_factory else field.default  # type: ignore[misc]
+    return found
+
+
+def merged(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's defaults with the given settings over them; unknown settings are kept (see `unknown`)."""
+    found = defaults_of(section)
+    merging = {field.name for field in dataclasses.fields(section) if field.metadata.get("merge")}
+    for name, value in given.items():
+        found[name] = found[name] | dict(value) if name in merging else value
+    return found
+
+
+def unknown(where: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A sentence for every given name that is not known, with the nearest known one."""
+    known = list(known)
+    found = []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            found.append(f"{where} has no setting {name!r}; {hint}")
+    return found
+
+
+def problems_of(where: str, section: Any) -> list[str]:
+    """A sentence for every value of a section dataclass that has a wrong type or is out of range."""
+    found = []
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), f"{where}.{field.name}"
+        wanted = _wrong_type(field, value)
+        if wanted:
+            found.append(f"{name} is {value!r}; it must be {wanted}")
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{name} is {value}; it must be a finite number")
+        elif "range" in field.metadata:
+            low, high, above = field.metadata["range"]
+            if not (low <= value <= high and value > above):
+                found.append(f"{name} is {value}; it must be {_range_words(low, high, above)}")
+        if "choices" in field.metadata and value not in field.metadata["choices"]:
+            found.append(f"{name} is {value!r}; it is one of {', '.join(field.metadata['choices'])}")
+        if field.metadata.get("merge"):
+            found += unknown(name, value, TASKS)
+            bad = {k: v for k, v in value.items() if not isinstance(v, int | float) or not 0 <= v < math.inf}
+            found += [f"{name}.{k} is {v}; a share must be at least 0 and finite" for k, v in bad.items()]
+    return found
+
+
+def _wrong_type(field: Any, value: Any) -> str:
+    """What a value should be, if it is not; empty if it is fine or not a plain type."""
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    if field.type not in names:
+        return ""
+    accepted = {int: int, float: (int, float), bool: bool, str: str}[field.type]
+    fine = isinstance(value, accepted) and (field.type in (bool, str) or not isinstance(value, bool))  # type: ignore
+    return "" if fine else names[field.type]
+
+
+def _range_words(low: float, high: float, above: float) -> str:
+    if above > -math.inf:
+        return f"above {above:g}"
+    if high == math.inf:
+        return f"at least {low:g}"
+    return f"at most {high:g}" if low == -math.inf else f"from {low:g} to {high:g}"

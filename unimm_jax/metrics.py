@@ -1,21 +1,34 @@
-"""What a run says: console lines with speed and ETA, `metrics.jsonl`, TensorBoard scalars and pictures."""
+"""Output of a run: console lines with speed and ETA, `metrics.jsonl`, `evals.jsonl`, TensorBoard, profiles."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
+
+from unimm_jax.evals.base import Result
+from unimm_jax.sharding import flatten
+
+# Logged, but left out of the console line or shown there in another form
+_NOT_ON_CONSOLE = {
+    "loss", "step_ms", "learning_rate", "grad_norm", "goodput", "input_stall", "checkpoint_seconds",
+    "checkpoint_blocking",
+}  # fmt: skip
 
 
 class Writer:
     """Writes a stage's metrics.
 
     Args (constructor):
-      workdir: gets `metrics.jsonl`, TensorBoard events under `tensorboard/` and pictures under `pictures/`.
+      workdir: gets `metrics.jsonl`, `evals.jsonl`, TensorBoard events under `tensorboard/` and images under `images/`.
       steps: total, for the ETA. start: step at which this process began.
       active: False on all processes but the first: nothing is written.
     """
@@ -24,20 +37,20 @@ class Writer:
         self.name, self.steps, self.active = name, steps, active
         self.workdir = pathlib.Path(workdir)
         self._last = (start, time.perf_counter())
-        self._interactive = sys.stdout.isatty()
         if active:
             import tensorboardX
 
-            _drop_after(self.workdir / "metrics.jsonl", start)
+            for file in ("metrics.jsonl", "evals.jsonl"):
+                _drop_after(self.workdir / file, start)
             self._lines = open(self.workdir / "metrics.jsonl", "a", buffering=1)
             self._board = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
 
-    def scalars(self, step: int, values: dict[str, Any], amounts: dict[str, float]) -> dict[str, float]:
+    def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
         """Logs one step: adds step time and speeds, prints the console line; returns all values.
 
         Args:
-          amounts: what a step works through, name → number; logged a second. "mfu" is the step's operations over the
-            chips' peak a second, so that its speed is the utilisation.
+          counts: what a step processes, name → number; logged per second. "mfu" is the time that the step's operations
+            take at the chips' peak, in seconds, so that its rate is the utilization.
         """
         then, clock = self._last
         now = time.perf_counter()
@@ -45,24 +58,14 @@ class Writer:
         seconds = (now - clock) / max(step - then, 1)
         row = {k: float(np.asarray(v)) for k, v in values.items()}
         row["step_ms"] = seconds * 1e3
-        for name, amount in amounts.items():
+        for name, amount in counts.items():
             row[name if name == "mfu" else f"{name}_per_second"] = amount / max(seconds, 1e-9)
         if self.active:
             self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
             for key, value in row.items():
                 self._board.add_scalar(key, value, step)
             left = (self.steps - step) * seconds
-            hidden = (
-                "loss",
-                "step_ms",
-                "learning_rate",
-                "grad_norm",
-                "goodput",
-                "input_stall",
-                "checkpoint_seconds",
-                "checkpoint_blocking",
-            )
-            shown = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_second")}
+            shown = {k: v for k, v in row.items() if k not in _NOT_ON_CONSOLE and not k.endswith("_per_second")}
             rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
             print(
                 f"{self.name}  {step:>6}/{self.steps}  loss {row.get('loss', float('nan')):.4f}  {rest}  "
@@ -71,25 +74,40 @@ class Writer:
             )
         return row
 
+    def evaluation(self, step: int, name: str, result: Result) -> None:
+        """Logs an evaluation: a line of `evals.jsonl` and of the console, TensorBoard scalars and images."""
+        found = result.scalars()
+        if not self.active or not found:
+            return
+        with open(self.workdir / "evals.jsonl", "a") as lines:
+            lines.write(json.dumps({"step": step, "eval": name} | {k: round(v, 6) for k, v in found.items()}) + "\n")
+        for key, value in found.items():
+            self._board.add_scalar(f"{name}/{key}", value, step)
+        for key, image in result.images.items():
+            self.image(step, f"{name}_{key}", image)
+        named = {k.removesuffix("/overall"): v for k, v in found.items() if "/" not in k or k.endswith("/overall")}
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in named.items())
+        print(f"{self.name}  {step:>6}/{self.steps}  {name}: {shown}", flush=True)
+
     def count_from(self, step: int) -> None:
-        """Speeds count from this step, now, on."""
+        """Starts the measurement of speed at this step, now."""
         self._last = (step, time.perf_counter())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out of the speed what happens inside."""
+        """Excludes what happens inside from the speed."""
         start = time.perf_counter()
         yield
         self._last = (self._last[0], self._last[1] + time.perf_counter() - start)
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """A picture, uint8 [H, W, 3], to TensorBoard and to `pictures/<name>.png` (the newest)."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """An image, uint8 [H, W, 3], to TensorBoard and to `images/<name>.png` (the newest)."""
         if not self.active:
             return
         from PIL import Image
 
         self._board.add_image(name, image, step, dataformats="HWC")
-        folder = self.workdir / "pictures"
+        folder = self.workdir / "images"
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{name}.png")
 
@@ -98,6 +116,88 @@ class Writer:
         if self.active:
             self._lines.close()
             self._board.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _ParameterRow:
+    """One line of `parameters.txt`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    sharding: str
+    learning_rate: str  # multiplier, or "frozen"
+
+
+def parameter_table(params: Any, multipliers: dict[str, float]) -> str:
+    """All parameters with shape, dtype, partition and learning-rate multiplier; the last line has the totals.
+
+    Args:
+      params: nested dict of arrays with shardings, abstract or not. multipliers: path → multiplier of trained ones.
+    """
+    rows = []
+    for path, x in flatten(params):
+        partition = str(tuple(x.sharding.spec)) if hasattr(x.sharding, "spec") else ""
+        rate = f"{multipliers[path]:g}" if path in multipliers else "frozen"
+        rows.append(_ParameterRow(path, tuple(x.shape), str(x.dtype), math.prod(x.shape), partition, rate))
+    total, trained = sum(r.size for r in rows), sum(r.size for r in rows if r.learning_rate != "frozen")
+    return f"{parameter_overview.make_table(rows)}\n{total:,} parameters, {trained:,} trained"
+
+
+class WindowMean:
+    """Means of metrics over the steps since the last reading, summed on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, jax.Array] = {}
+        self._steps = 0
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Adds the metrics of a step, without waiting for them."""
+        self._sums = _add(self._sums, metrics) if self._steps else metrics
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The means; starts a new window."""
+        found = {name: float(np.asarray(value)) / self._steps for name, value in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return found
+
+
+@jax.jit
+def _add(sums: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda a, b: a.astype(jnp.float32) + b.astype(jnp.float32), sums, metrics)
+
+
+class Profiler:
+    """Traces a number of steps with `jax.profiler`, for TensorBoard or Perfetto.
+
+    Args (constructor):
+      folder: gets the trace. start: first step of this process.
+      after: steps to wait from `start` on (compilation is not worth tracing). steps: number of steps; 0 is none.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int, after: int, steps: int):
+        self.folder, self.first, self.steps = folder, start + after, steps
+        self._tracing = False
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Surrounds a training step."""
+        if self.steps and step == self.first:
+            jax.profiler.start_trace(str(self.folder))
+            self._tracing = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if self._tracing and step + 1 >= self.first + self.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace if one is open."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            print(f"profile: {self.folder} (tensorboard --logdir={self.folder}, or ui.perfetto.dev)", flush=True)
 
 
 class Clock:
@@ -110,7 +210,7 @@ class Clock:
 
     @contextlib.contextmanager
     def on(self, what: str, counts: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """Counts what happens inside as time spent on `what`, unless `counts`, asked at its end, says no."""
+        """Counts the time inside as spent on `what`, unless `counts`, called at its end, returns False."""
         start = time.perf_counter()
         try:
             yield
@@ -121,9 +221,9 @@ class Clock:
                 self._since[what] = self._since.get(what, 0.0) + spent
 
     def read(self) -> dict[str, float]:
-        """`input_stall`: share of the time since the last reading in which devices had no work because the next batch
-        was not there (a wait at whose end they had none counts whole). `goodput`: share of the time since the start
-        that was neither waiting, saving, drawing nor compiling."""
+        """`input_stall`: share of the time since the last call in which devices were idle because the next batch was
+        not ready (a wait at whose end they are idle counts whole). `goodput`: share of the time since the start that
+        was not spent on waiting, saving, evaluating, drawing or compiling."""
         now = time.perf_counter()
         stall = self._since.get("input", 0.0) / max(now - self._read, 1e-9)
         good = 1 - sum(self.whole.values()) / max(now - self.began, 1e-9)
@@ -132,7 +232,7 @@ class Clock:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Cuts lines that an interrupted run wrote past the step from which it now goes on."""
+    """Removes lines that an interrupted run wrote after the step from which the run resumes."""
     if not file.exists():
         return
     kept = []
@@ -145,58 +245,7 @@ def _drop_after(file: pathlib.Path, step: int) -> None:
     file.write_text("".join(line + "\n" for line in kept))
 
 
-def read(workdir: str | pathlib.Path) -> list[dict[str, float]]:
-    """The rows of a workdir's `metrics.jsonl`."""
-    file = pathlib.Path(workdir) / "metrics.jsonl"
+def read(workdir: str | pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a workdir's `metrics.jsonl` or `evals.jsonl`."""
+    file = pathlib.Path(workdir) / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def grid(images: list[np.ndarray], columns: int, scale: int = 2, gap: int = 2) -> np.ndarray:
-    """Lays uint8 pictures of one size in rows on white: uint8 [H, W, 3], each enlarged by `scale`."""
-    h, w = (n * scale for n in images[0].shape[:2])
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        sheet[top : top + h, left : left + w] = image.repeat(scale, 0).repeat(scale, 1)
-    return sheet
-
-
-def kept_patches(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The picture with dropped patches faded to white and a dark edge round the kept ones.
-
-    Args:
-      image: uint8 [S, S, 3]; keep: boolean [P].
-    """
-    side = round(len(keep) ** 0.5)
-    size = image.shape[0] // side
-    big = keep.reshape(side, side).repeat(size, 0).repeat(size, 1)
-    shown = np.where(big[..., None], image, 255 - (255 - image.astype(int)) // 5).astype(np.uint8)
-    for p in np.flatnonzero(keep):
-        y, x = p // side * size, p % side * size
-        shown[[y, y + size - 1], x : x + size] = (30, 30, 30)
-        shown[y : y + size, [x, x + size - 1]] = (30, 30, 30)
-    return shown
-
-
-def labelled(images: list[np.ndarray], labels: list[str], columns: int, scale: int = 2) -> np.ndarray:
-    """Pictures of one size in rows, each with its label (two lines at most) below: uint8 [H, W, 3]."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, strip, gap = images[0].shape[0] * scale, 28, 6
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + strip + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left, top = gap + i % columns * (side + gap), gap + i // columns * (side + strip + gap)
-        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        lines, words = [""], label.split()
-        for word in words:
-            longer = f"{lines[-1]} {word}".strip()
-            if draw.textlength(longer, font) > side and lines[-1]:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-        for k, line in enumerate(lines[:2]):
-            draw.text((left, top + side + 1 + 12 * k), line, "black", font)
-    return np.asarray(sheet)

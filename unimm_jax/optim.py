@@ -1,22 +1,29 @@
-"""Optimisers: who trains (by regex, every parameter matched exactly once), at what rate, on what schedule."""
+"""Optimizers, learning-rate schedules, and the rules that select trained parameters by regex."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from unimm_jax.config import OptimizerConfig
+from unimm_jax.errors import ConfigError
 from unimm_jax.sharding import flatten, unflatten
 
 Tree = Any
 
 
-def match_rules(paths: list[str], rules: list[tuple[str, Any]]) -> dict[str, Any]:
-    """path → the value of the one rule whose regex matches it from the start to the end.
+def match_rules(paths: list[str], rules: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Path → value of the rule whose regex matches the whole path.
+
+    Args:
+      paths: parameter paths, "a/b/c".
+      rules: pairs (regex, value).
 
     Raises:
-      ValueError: lists every path that no rule or more than one rule matches, and every rule that matches nothing.
+      ConfigError: lists every path that no rule or several rules match, and every rule that matches no path.
     """
     problems, found, used = [], {}, set()
     for path in paths:
@@ -30,12 +37,20 @@ def match_rules(paths: list[str], rules: list[tuple[str, Any]]) -> dict[str, Any
             problems.append(f"{len(hits)} rules match {path}: {[rules[i][0] for i in hits]}")
     problems += [f"rule {p!r} matches no parameter" for i, (p, _) in enumerate(rules) if i not in used]
     if problems:
-        raise ValueError("config.optimizer.rules:\n  " + "\n  ".join(problems))
+        raise ConfigError("config.optimizer.rules:\n  " + "\n  ".join(problems))
     return found
 
 
-def split(params: Tree, rules: list[tuple[str, float | None]]) -> tuple[Tree, Tree, dict[str, float]]:
-    """(trained, frozen, path → rate multiplier). A rule's value is the multiplier of the rate, or None for frozen."""
+def split(params: Tree, rules: Sequence[tuple[str, float | None]]) -> tuple[Tree, Tree, dict[str, float]]:
+    """Splits parameters into (trained, frozen, path → learning-rate multiplier of the trained ones).
+
+    Args:
+      params: nested dict of parameters.
+      rules: pairs (regex, multiplier of the learning rate, or None for frozen).
+
+    Raises:
+      ConfigError: see `match_rules`.
+    """
     flat = dict(flatten(params))
     values = match_rules(list(flat), rules)
     trained = {p: leaf for p, leaf in flat.items() if values[p] is not None}
@@ -44,12 +59,17 @@ def split(params: Tree, rules: list[tuple[str, float | None]]) -> tuple[Tree, Tr
 
 
 def join(a: Tree, b: Tree) -> Tree:
-    """Two disjoint parameter trees as one."""
+    """Merges two disjoint parameter trees; the inverse of `split`."""
     return unflatten(dict(flatten(a)) | dict(flatten(b)))
 
 
-def schedule(c: Any, steps: int, rate: float) -> optax.Schedule:
-    """Linear warm-up over `c.warmup` (a share of the steps), then cosine to `c.end` of the peak, or constant."""
+def schedule(c: OptimizerConfig, steps: int, rate: float) -> optax.Schedule:
+    """Linear warmup over the share `c.warmup` of the steps, then cosine decay to `c.end` of the peak, or constant.
+
+    Args:
+      steps: number of steps of the run.
+      rate: peak learning rate.
+    """
     warmup = max(int(steps * c.warmup), 1)
     if c.schedule == "constant":
         return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), optax.constant_schedule(rate)], [warmup])
@@ -57,15 +77,19 @@ def schedule(c: Any, steps: int, rate: float) -> optax.Schedule:
 
 
 def _is_matrix(path: str, leaf: Any) -> bool:
-    """Whether Muon takes a parameter: kernels of linear layers, stacked or not; no embeddings, heads, convolutions."""
+    """Whether Muon updates a parameter: kernels of linear layers; no embeddings, output heads or convolutions."""
     return path.endswith("kernel") and not re.search(r"patch_embed|pixel_head|/out/|conv", path) and leaf.ndim >= 2
 
 
-def make(c: Any, steps: int, trained: Tree, multipliers: dict[str, float]) -> optax.GradientTransformation:
-    """The optimiser of a config's `optimizer` section over the trained parameters.
+def make(c: OptimizerConfig, steps: int, trained: Tree, multipliers: dict[str, float]) -> optax.GradientTransformation:
+    """The optimizer that a config's `optimizer` section describes.
 
-    "adamw" everywhere, or "muon" on the kernels of linear layers with AdamW for the rest. Weight decay is on kernels
-    only. Gradients are clipped by their global norm first.
+    AdamW for all parameters, or Muon for kernels of linear layers and AdamW for the rest. Gradients are clipped by
+    global norm first. Weight decay applies to kernels only.
+
+    Args:
+      steps: number of steps of the run.
+      trained, multipliers: from `split`.
     """
     labels = {}
     for path, leaf in flatten(trained):
@@ -74,7 +98,7 @@ def make(c: Any, steps: int, trained: Tree, multipliers: dict[str, float]) -> op
     groups = {}
     for label in set(labels.values()):
         kind, multiplier = label.split()
-        rate = (c.muon_rate if kind == "muon" else c.rate) * float(multiplier)
+        rate = (c.muon_learning_rate if kind == "muon" else c.learning_rate) * float(multiplier)
         rate_of_step = schedule(c, steps, rate)
         if kind == "muon":
             groups[label] = optax.contrib.muon(
@@ -88,7 +112,7 @@ def make(c: Any, steps: int, trained: Tree, multipliers: dict[str, float]) -> op
                 rate_of_step, c.beta1, c.beta2, c.eps, weight_decay=c.weight_decay, mask=_decays
             )
     return optax.chain(
-        optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(),
+        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
         optax.transforms.partition(groups, unflatten(labels)),
     )
 
@@ -98,8 +122,10 @@ def _decays(tree: Tree) -> Tree:
 
 
 def _matrix_axes(tree: Tree) -> Tree:
-    """Which axes of a kernel are its input and output: attention's [D, N, H] and [N, H, D], linear's [D, F]; a leading
-    axis on top is the stack of layers."""
+    """Input and output axes of kernels, for Muon.
+
+    Kernels are [D, N, H] and [N, H, D] in attention, else [D, F]; an additional leading axis is the stack of layers.
+    """
 
     def axes(path: tuple, leaf: Any) -> Any:
         if not hasattr(leaf, "ndim"):
@@ -117,5 +143,5 @@ def _matrix_axes(tree: Tree) -> Tree:
 
 
 def global_norm(tree: Tree) -> jax.Array:
-    """Euclidean norm over all leaves, float32."""
+    """Euclidean norm over all leaves, float32 scalar."""
     return jnp.sqrt(sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.asarray(0.0)))

@@ -1,7 +1,12 @@
-"""Mesh, logical axes and shardings. Models name logical axes; only this file knows which mesh axis they lie on."""
+"""Device mesh, and shardings of parameters, optimizer state and batches.
+
+Models name logical axes; `unimm_jax.models.partitioning` maps them to the axes of the mesh built here.
+"""
 
 import functools
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,53 +15,100 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unimm_jax.models.layout import STORED, spec
+from unimm_jax.errors import ConfigError
+from unimm_jax.models.partitioning import STORED, spec
 
 AXES = ("data", "fsdp", "tensor")
+MAX_FSDP = 64  # default maximum of the fsdp axis; with more devices, shards are too small for efficient communication
 
 Tree = Any
 
 
-def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of (data, fsdp, tensor); one entry may be -1 and takes what is left.
+def mesh_shape(shape: Sequence[int], devices: int, slices: int = 1) -> tuple[int, int, int]:
+    """Sizes of the mesh axes (data, fsdp, tensor) for a number of devices.
+
+    Args:
+      shape: a config's mesh: three numbers, one of which may be -1 for the remaining devices. () is the default: fsdp
+        is up to `MAX_FSDP` devices of a slice, data takes the remaining devices and the slices.
+      devices: number of devices.
+      slices: number of TPU slices.
 
     Raises:
-      ValueError: the product is not the number of devices.
+      ConfigError: the product is not the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if not shape:
+        per_slice = devices // slices
+        fsdp = math.gcd(per_slice, MAX_FSDP) if per_slice > MAX_FSDP else per_slice
+        return devices // fsdp, fsdp, 1
     sizes = list(shape)
     if -1 in sizes:
-        known = int(np.prod([s for s in sizes if s != -1]))
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if int(np.prod(sizes)) != len(devices):
-        raise ValueError(
-            f"config.mesh asks for {' × '.join(map(str, sizes))} = {int(np.prod(sizes))} devices, here are "
-            f"{len(devices)}; put -1 for the axis that takes the rest"
+        known = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = max(devices // known, 1)
+    if math.prod(sizes) != devices:
+        raise ConfigError(
+            f"config.mesh asks for {' × '.join(map(str, sizes))} = {math.prod(sizes)} devices, here are {devices}; "
+            "put -1 for the axis that takes the remaining devices, or () for the default"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(shape: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes (data, fsdp, tensor). With several TPU slices, the data axis spans the slices.
+
+    Args:
+      shape: a config's mesh; see `mesh_shape`.
+      devices: devices of the mesh, also those of an ahead-of-time topology; None is all devices.
+
+    Raises:
+      ConfigError: see `mesh_shape`, or the data axis is not divisible by the number of slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(d, "slice_index", 0) or 0 for d in devices}) if devices[0].platform == "tpu" else 1
+    data, fsdp, tensor = mesh_shape(shape, len(devices), slices)
+    types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise ConfigError(
+            f"config.mesh: the data axis has size {data}, which is not divisible by {slices} slices; use a multiple"
+        )
+    from jax.experimental import mesh_utils
+
+    array = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices=devices)
+    return Mesh(array, AXES, axis_types=types)
 
 
 def param_shardings(model: nnx.Module, mesh: Mesh) -> Tree:
-    """Shardings of a model's parameters, as a nested dict like its pure-dict parameters.
+    """Shardings of a model's parameters, as a nested dict with the structure of its parameters.
 
     Args:
       model: an abstract model (`nnx.eval_shape`).
+      mesh: the mesh.
     """
     state = nnx.state(model, nnx.Param)
-    leaf = lambda v: NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh.shape, STORED))
-    return nnx.to_pure_dict(jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
+
+    def sharding_of(v: nnx.Variable) -> NamedSharding:
+        return NamedSharding(mesh, spec(v.get_raw_value().shape, v.get_metadata("axes"), mesh.shape, STORED))
+
+    return nnx.to_pure_dict(jax.tree.map(sharding_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
 
 
 def like_params(tree: Tree, params: Tree, shardings: Tree, mesh: Mesh) -> Tree:
-    """Shardings of an optimiser state: a leaf lies as the parameter whose path ends its own, others are replicated.
+    """Shardings of an optimizer state, with the structure of `tree`.
 
-    (A bare `jax.jit(tx.init)` would replicate the moments.)
+    A leaf has the sharding of the parameter of equal shape whose path is a suffix of its own; other leaves are
+    replicated. (`jax.jit(tx.init)` alone would replicate the moments.)
+
+    Args:
+      tree: abstract optimizer state.
+      params, shardings: the trained parameters and their shardings.
+      mesh: the mesh.
     """
-    known = {}
+    known = {}  # path of a parameter → (shape, sharding)
     for (path, leaf), (_, sharding) in zip(flatten(params), flatten(shardings), strict=True):
         known[path] = (leaf.shape, sharding)
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple, leaf: Any) -> NamedSharding:
         keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
         for start in range(len(keys)):
             hit = known.get("/".join(keys[start:]))
@@ -64,17 +116,17 @@ def like_params(tree: Tree, params: Tree, shardings: Tree, mesh: Mesh) -> Tree:
                 return hit[1]
         return NamedSharding(mesh, P())
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def flatten(tree: Tree) -> list[tuple[str, Any]]:
-    """Leaves of a nested dict with their paths, "a/b/c", in a fixed order."""
+    """Pairs (path, leaf) of a nested dict, with paths such as "a/b/c", in a fixed order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [("/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path), leaf) for path, leaf in leaves]
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
-    """The inverse of `flatten`, for nested dicts; keys of digits become ints, as NNX lists have them."""
+    """The inverse of `flatten`. Path components of digits become int keys, as in NNX lists."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = [int(k) if re.fullmatch(r"\d+", k) else k for k in path.split("/")]
@@ -86,33 +138,45 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split over data and fsdp."""
+    """Sharding of batch arrays: the first axis over data and fsdp."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 @functools.lru_cache
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
-    """Which rows of a global batch the devices of this process hold, ascending.
+    """Indices of the rows of a global batch that the devices of this process hold, ascending.
+
+    Args:
+      mesh: the mesh.
+      batch: number of rows of the global batch.
 
     Raises:
-      ValueError: the batch does not divide over data × fsdp.
+      ConfigError: the batch is not divisible by data × fsdp.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % ways:
-        raise ValueError(f"a batch of {batch} does not divide over {ways} devices (data × fsdp)")
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch,))
-    return np.unique(np.concatenate([np.arange(batch)[index] for index in places.values()]))
+        raise ConfigError(
+            f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change config.train.batch_size"
+        )
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
-    """Places a global batch of `size` rows on the mesh, of which this process has those of `local_rows`."""
+    """Puts a global batch of `size` rows on the mesh.
+
+    Args:
+      batch: the rows that this process holds (`local_rows`), in order.
+      mesh: the mesh.
+      size: number of rows of the global batch.
+    """
     rows, sharding = local_rows(mesh, size), batch_sharding(mesh)
 
-    def place(x: np.ndarray) -> jax.Array:
+    def put(x: np.ndarray) -> jax.Array:
         def read(index: Any) -> np.ndarray:
             wanted = np.arange(size)[index[0]]
             return x[np.searchsorted(rows, wanted[0]) :][: len(wanted)]
 
         return jax.make_array_from_callback((size, *x.shape[1:]), sharding, read)
 
-    return {name: place(x) for name, x in batch.items()}
+    return {name: put(x) for name, x in batch.items()}

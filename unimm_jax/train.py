@@ -1,13 +1,14 @@
 """The training loop of every stage, top to bottom.
 
-Order of one turn: save if due, take a batch, step, log. A run is a function of its config: data by (seed, step), noise
-by (seed, step), so that a resumed run ends with the same bits as an uninterrupted one.
+Order of one iteration: evaluate, save, take a batch, step, log. A run is a function of its config: data and noise are
+functions of (seed, step), so a resumed run ends with the same bits as an uninterrupted one.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 import time
@@ -19,19 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimm_jax import config as config_lib
-from unimm_jax import distributed, hardware, import_weights, objectives, optim, sharding, text
+from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
-from unimm_jax.data import pipeline
-from unimm_jax.metrics import Clock, Writer
-from unimm_jax.text import TextTokenizer
-from unimm_jax.vocabulary import Vocabulary
+from unimm_jax.compile import hardware
+from unimm_jax.config import Config
+from unimm_jax.data.pipeline import Input
+from unimm_jax.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError, UserError
+from unimm_jax.evals.base import Context
+from unimm_jax.interop import importer
+from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table
+from unimm_jax.text_tokenizer import TextTokenizer
 
 GIB = 2**30
-
-
-class NonFinite(RuntimeError):
-    """The loss stopped being a number; the message names the step."""
 
 
 @dataclasses.dataclass
@@ -40,8 +40,9 @@ class Stage:
 
     Attributes:
       state: abstract {params, opt, step, bad_step}, each leaf with its sharding.
-      init: key → parameters. init_optimizer: parameters → optimiser state.
+      init: key → parameters. init_optimizer: parameters → optimizer state.
       step: (state, batch) → (state, metrics); the state is donated.
+      multipliers: path of each trained parameter → multiplier of the learning rate.
     """
 
     objective: Any
@@ -49,34 +50,36 @@ class Stage:
     init: Callable[[jax.Array], Any]
     init_optimizer: Callable[[Any], Any]
     step: Any
+    multipliers: dict[str, float]
 
 
-def build(config: Any, data: Any, mesh: jax.sharding.Mesh) -> Stage:
-    """Shapes first: nothing is ever whole on one device.
+def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
+    """Builds a stage from shapes; no parameter is ever whole on one device.
 
-    Frozen parameters are kept in the dtype of the activations (unless the objective moves them itself), trained ones in
-    float32; what is frozen has no optimiser state.
+    Frozen parameters have the dtype of the activations (unless the objective updates them itself), trained ones are
+    float32. Frozen parameters have no optimizer state.
     """
-    objective = objectives.build(config, data)
-    rules = [(pattern, value) for pattern, value in config.optimizer.rules]
+    objective = objectives.get(config.objective)(config, data)
+    rules = list(config.optimizer.rules)
 
     def init(key: jax.Array) -> Any:
         trained, frozen, _ = optim.split(objective.init(key), rules)
-        cast = lambda path, x: x if path in objective.moved else x.astype(objective.dtype)
-        frozen = {path: cast(path, x) for path, x in sharding.flatten(frozen)}
-        return sharding.unflatten(dict(sharding.flatten(trained)) | frozen)
+        found = dict(sharding.flatten(trained))
+        for path, x in sharding.flatten(frozen):
+            found[path] = x if path in objective.non_gradient_params else x.astype(objective.dtype)
+        return sharding.unflatten(found)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     trained, _, multipliers = optim.split(abstract, rules)
     tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
-    places = sharding.param_shardings(objective.abstract, mesh)
+    param_shardings = sharding.param_shardings(objective.abstract, mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     opt = jax.eval_shape(tx.init, trained)
-    opt_places = sharding.like_params(opt, trained, optim.split(places, rules)[0], mesh)
+    opt_shardings = sharding.like_params(opt, trained, optim.split(param_shardings, rules)[0], mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     state = {
-        "params": jax.tree.map(_abstract, abstract, places),
-        "opt": jax.tree.map(_abstract, opt, opt_places),
+        "params": jax.tree.map(_abstract, abstract, param_shardings),
+        "opt": jax.tree.map(_abstract, opt, opt_shardings),
         "step": scalar,
         "bad_step": scalar,
     }
@@ -85,7 +88,7 @@ def build(config: Any, data: Any, mesh: jax.sharding.Mesh) -> Stage:
         trained, frozen, _ = optim.split(state["params"], rules)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
-        def loss_of(trained):
+        def loss_of(trained: Any) -> Any:
             return objective.loss(optim.join(trained, frozen), batch, key, state["step"])
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
@@ -97,82 +100,102 @@ def build(config: Any, data: Any, mesh: jax.sharding.Mesh) -> Stage:
         params = sharding.unflatten(flat)
         return {"params": params, "opt": opt, "step": state["step"] + 1, "bad_step": bad}, metrics
 
-    state_places = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_places, replicated))
-    return Stage(objective, state, init, lambda params: tx.init(optim.split(params, rules)[0]), step)
+    state_shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(step_fn, donate_argnums=0, out_shardings=(state_shardings, replicated))
+    return Stage(objective, state, init, lambda params: tx.init(optim.split(params, rules)[0]), step, multipliers)
 
 
-def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
+def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
     """Trains one stage to its last step and returns the last logged metrics.
 
-    Goes on from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns.
+    Resumes from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns.
 
     Raises:
-      ConfigError: the config is wrong. ValueError: data, weights or mesh do not fit. NonFinite: the loss diverged.
+      ConfigError, DataError, CheckpointError, WeightMismatchError: config, data or weights are wrong or do not fit.
+      OutOfMemoryError: the parameters do not fit the devices. NonFiniteLossError: the loss diverged.
     """
     # ---- Settings and data -------------------------------------------------------------------------------------
     began, clock = time.perf_counter(), Clock()
-    workdir = pathlib.Path(workdir)
-    refuse_what_does_not_fit(config)
-    config_lib.check(config, workdir)
-    config = config.copy_and_resolve_references()
-    if "records" in config.data:
-        config.data.records = str(config_lib.resolve(config.data.records, workdir))
+    workdir = resolve.local_path(workdir)
+    check_memory(config)
+    resolve.check_paths(config, workdir)
+    if hasattr(config.data, "records"):
+        records = str(resolve.at_workdir(config.data.records, workdir))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
+    mesh = sharding.make_mesh(config.mesh)
+    size = config.train.batch_size
+    sharding.local_rows(mesh, size)  # refuses a batch that does not divide
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.use_previous_checkpoint)
     newest = checkpoints.newest()
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
-    data = pipeline.open_input(config, _tokenizer_of(workdir if newest is not None else None))
-    mesh = sharding.make_mesh(tuple(config.mesh))
+    objective_class = objectives.get(config.objective)
+    data = objective_class.open_input(config, _tokenizer_of(workdir if newest is not None else None))
     stage = build(config, data, mesh)
-    objective, places = stage.objective, jax.tree.map(lambda x: x.sharding, stage.state)
+    objective, shardings = stage.objective, jax.tree.map(lambda x: x.sharding, stage.state)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config.to_json())
+        table = parameter_table(stage.state["params"], stage.multipliers)
+        (workdir / "parameters.txt").write_text(table + "\n")
+        print(f"{config.name}: {table.splitlines()[-1]}, mesh {dict(mesh.shape)}", flush=True)
 
     # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
     state: dict[str, Any]
     with jax.set_mesh(mesh):
-        size = config.train.batch_size
         open_batches = lambda: data.iterate(size, sharding.local_rows(mesh, size))
         batches, seconds_before = open_batches(), 0.0
         if newest is not None:
             state, meta = checkpoints.restore(newest, stage.state)
-            if meta["data"] != _jsonable(data.header):
-                raise ValueError(
-                    f"the data of {workdir} changed since step {newest} was saved (sources, records or tokenizer "
-                    "differ); restore the data or start in a new workdir"
-                )
+            _check_same_data(meta["data"], data.header, workdir, newest)
             batches.set_state(json.loads(meta["iterator"]))
             seconds_before = meta["seconds"]
-            print(f"{config.name}: goes on from step {newest}", flush=True)
+            print(f"{config.name}: resumes from step {newest}", flush=True)
         else:
-            params = jax.jit(stage.init, out_shardings=places["params"])(jax.random.key(config.seed))
-            opener = functools.partial(import_weights.open_source, vocabulary=data.vocabulary)
-            params = init_from(params, places["params"], [dict(e) for e in config.init_from], workdir, opener)
+            params = jax.jit(stage.init, out_shardings=shardings["params"])(jax.random.key(config.seed))
+            open_weights = functools.partial(importer.open_weights, config=config, vocabulary=data.vocabulary)
+            params = init_from(params, shardings["params"], config.init_from, workdir, open_weights)
             params = objective.prepare(params, (sharding.put_batch(batch, mesh, size) for batch in open_batches()))
-            opt = jax.jit(stage.init_optimizer, out_shardings=places["opt"])(params)
-            zero = jax.device_put(jnp.asarray(0, jnp.int32), places["step"])
+            opt = jax.jit(stage.init_optimizer, out_shardings=shardings["opt"])(params)
+            zero = jax.device_put(jnp.asarray(0, jnp.int32), shardings["step"])
             state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
         start = int(state["step"])
 
         # ---- The loop ------------------------------------------------------------------------------------------
         writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
-        rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.rate)
-        of_peak = hardware.share_of_peak(stage.objective, config, jax.devices())
+        evaluators = {
+            name: (entry, evals.get(entry["type"])(evals.options_of(entry))) for name, entry in config.evals.items()
+        }
+        rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
+        of_peak = hardware.share_of_peak(objective, objective_class.batch_spec(config), jax.devices())
         last: dict[str, float] = {}
         metrics: dict[str, jax.Array] = {}
-        host_batch: dict[str, np.ndarray] = {}
+        window = WindowMean()
+        profiler = Profiler(workdir / "profile", start, config.train.profile_start, config.train.profile)
+
+        def evaluate(step: int) -> None:
+            due = [n for n, (entry, _) in evaluators.items() if _is_due(entry["every"], step, config.train.steps)]
+            for name in due:
+                jax.block_until_ready(state["bad_step"])
+                with clock.on("evaluation"), writer.paused():
+                    context = Context(
+                        config, objective, state["params"], step, mesh, workdir, data.header, data.text_tokenizer
+                    )
+                    try:
+                        writer.evaluation(step, name, evaluators[name][1].run(context))
+                    except UserError as error:  # training does not stop for it
+                        logging.warning("%s: the evaluation %s failed: %s", config.name, name, error)
 
         def save(step: int) -> None:
             if (bad := int(state["bad_step"])) >= 0:
-                raise NonFinite(
+                raise NonFiniteLossError(
                     f"{config.name}: the loss is not finite since step {bad}; the last good checkpoint is kept. Lower "
-                    "config.optimizer.rate or look at the data of that step"
+                    "config.optimizer.learning_rate or look at the data of that step"
                 )
             meta = {
-                "config": config.to_json_best_effort(),
+                "format": legacy.FORMAT,
+                "config": config.to_json(),
                 "data": _jsonable(data.header),
                 "iterator": json.dumps(batches.get_state()),
-                "tokenizer": json.dumps(data.tokenizer.payload if data.tokenizer else None),
+                "text_tokenizer": json.dumps(data.text_tokenizer.payload if data.text_tokenizer else None),
                 "step": step,
                 "seconds": seconds_before + time.perf_counter() - began,
             }
@@ -181,17 +204,28 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
         loop_began, compile_seconds = time.perf_counter(), 0.0
         watchdog = distributed.Watchdog(config.train.watchdog)
         closing = contextlib.closing
-        with closing(checkpoints), closing(writer), closing(watchdog), distributed.stop_signal() as stop:
+        with (
+            closing(checkpoints),
+            closing(writer),
+            closing(watchdog),
+            closing(profiler),
+            distributed.stop_signal() as stop,
+        ):
             step, stopped = start, False
             while step < config.train.steps and not stopped:
-                if step > start and step % config.train.checkpoint_every == 0:
-                    jax.block_until_ready(state["bad_step"])
-                    with clock.on("checkpoint"):
-                        save(step)
+                if step > start:
+                    evaluate(step)
+                    if step % config.train.checkpoint_every == 0:
+                        jax.block_until_ready(state["bad_step"])
+                        with clock.on("checkpoint"):
+                            save(step)
                 # while devices still work on earlier steps, waiting for a batch costs nothing
                 with clock.on("input" if metrics else "start", counts=functools.partial(_done, metrics)):
                     host_batch = next(batches)
-                state, metrics = stage.step(state, sharding.put_batch(host_batch, mesh, size))
+                batch = sharding.put_batch(host_batch, mesh, size)
+                with profiler.step(step), jax.transfer_guard("disallow"):
+                    state, metrics = stage.step(state, batch)
+                    window.add(metrics)
                 step += 1
                 watchdog.beat()
                 stopped = stop(step)
@@ -201,27 +235,30 @@ def train(config: Any, workdir: str | pathlib.Path) -> dict[str, float]:
                     writer.count_from(step)
                     clock.read()
                 if step % config.train.log_every == 0 or step == config.train.steps:
-                    values = dict(metrics) | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
+                    values = window.read() | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
                     if step <= start + config.train.log_every:
                         values["compile_seconds"] = compile_seconds
-                    amounts = {k: n * jax.process_count() for k, n in objective.amounts(host_batch).items()}
-                    last = writer.scalars(step, values, amounts | ({"mfu": of_peak} if of_peak else {}))
+                    counts = objective.throughput_counts(host_batch)
+                    counts = {k: n * jax.process_count() for k, n in counts.items()}
+                    last = writer.scalars(step, values, counts | ({"mfu": of_peak} if of_peak else {}))
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
-                drawn = step % config.train.picture_every == 0 or step == config.train.steps
-                if drawn and jax.process_count() == 1:  # what is drawn must be whole on one process
+                is_drawn = step % config.train.image_every == 0 or step == config.train.steps
+                if is_drawn and jax.process_count() == 1:  # images need whole parameters on one process
                     jax.block_until_ready(state["step"])
-                    with clock.on("pictures"), writer.paused():
-                        for name, image in objective.pictures(state["params"], host_batch).items():
-                            writer.picture(step, name, image)
+                    with clock.on("images"), writer.paused():
+                        for name, image in objective.visualize(state["params"], host_batch).items():
+                            writer.image(step, name, image)
             if step > start:
+                if step == config.train.steps:
+                    evaluate(step)
                 save(step)
             checkpoints.wait()
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
                 (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
     if stopped:
-        print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to go on", flush=True)
+        print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to resume", flush=True)
     return last
 
 
@@ -229,32 +266,52 @@ def _done(arrays: dict[str, Any]) -> bool:
     return all(x.is_ready() for x in arrays.values())
 
 
-def _abstract(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+def _is_due(every: int, step: int, steps: int) -> bool:
+    return step == steps or bool(every and step % every == 0)
+
+
+def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _jsonable(header: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({k: v for k, v in header.items() if k != "text_tokenizer"}))
 
 
+def _check_same_data(saved: dict[str, Any], header: dict[str, Any], workdir: pathlib.Path, step: int) -> None:
+    """Refuses data that differs from that of the checkpoint. Keys that an older version did not save are not compared.
+
+    Raises:
+      CheckpointError: names what differs.
+    """
+    saved, now = legacy.header(saved), _jsonable(header)
+    changed = sorted(key for key, value in saved.items() if now.get(key) != value)
+    if changed:
+        raise CheckpointError(
+            f"the data of {workdir} changed since step {step} was saved ({', '.join(changed)} differ); restore the "
+            "data or start in a new workdir"
+        )
+
+
 def _tokenizer_of(workdir: pathlib.Path | None) -> TextTokenizer | None:
-    """The text tokenizer that travels in a workdir's checkpoint, if any."""
-    payload = json.loads(read_meta(workdir)["tokenizer"]) if workdir is not None else None
+    """The text tokenizer of a workdir's checkpoint, if any."""
+    payload = json.loads(read_meta(workdir)["text_tokenizer"]) if workdir is not None else None
     return TextTokenizer(payload) if payload else None
 
 
-def refuse_what_does_not_fit(config: Any) -> None:
-    """Raises with one sentence where parameters, gradients and moments alone exceed the memory there is.
+def check_memory(config: Config) -> None:
+    """Compares the size of parameters, gradients and optimizer moments with the memory of all devices.
 
-    Needs no data and builds nothing: vocabulary sizes are the published ones.
+    Needs no data and allocates nothing: vocabulary sizes are the published ones.
+
+    Raises:
+      OutOfMemoryError: they do not fit.
     """
-    if config.size == "laptop":
-        return
-    stand_in = pipeline.Input(None, tokenizer=text.train(["a"], 300), vocabulary=Vocabulary(32000, 16384))
-    params = jax.eval_shape(objectives.build(config, stand_in).init, jax.random.key(0))
-    trained = optim.split(params, [(p, v) for p, v in config.optimizer.rules])[0]
-    size = lambda tree: sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))
-    needed = size(params) + 3 * size(trained)
+    objective_class = objectives.get(config.objective)
+    objective = objective_class(config, objective_class.abstract_input(config))
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    trained = optim.split(params, list(config.optimizer.rules))[0]
+    needed = _float32_bytes(params) + 3 * _float32_bytes(trained)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -262,8 +319,12 @@ def refuse_what_does_not_fit(config: Any) -> None:
     else:
         there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if needed > 0.9 * there:
-        raise config_lib.ConfigError(
-            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimiser state, {what} has "
+        raise OutOfMemoryError(
+            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimizer state, {what} has "
             f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
             "or more devices"
         )
+
+
+def _float32_bytes(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))

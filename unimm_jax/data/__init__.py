@@ -1,1 +1,1 @@
-"""Input: sources, transforms, packing and pipelines. Nothing in here imports JAX (workers must stay plain)."""
+"""Input: sources, transforms, records, packing and pipelines. Nothing here imports JAX."""

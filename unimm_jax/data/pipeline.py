@@ -1,6 +1,6 @@
-"""Grain pipelines: from a config's data section to batches of numpy arrays. Order is a function of (seed, step).
+"""Grain pipelines from a config's data section to batches of NumPy arrays.
 
-Whoever iterates holds a Grain iterator; its state is the index of the next batch.
+The order of the data is a function of (seed, step). The state of a Grain iterator is the index of its next batch.
 """
 
 import dataclasses
@@ -12,108 +12,52 @@ from typing import Any
 import grain
 import numpy as np
 
-from unimm_jax import text
+from unimm_jax import text_tokenizer as text_tokenizer_lib
+from unimm_jax.config import Config, ImageDataConfig, TextTokenizerConfig
 from unimm_jax.data import transforms
-from unimm_jax.data.packing import Layout, Records, RowSource, build_row
-from unimm_jax.data.sources import Pictures, open_source
-from unimm_jax.text import TextTokenizer
+from unimm_jax.data.packing import PackingConfig, RowSource
+from unimm_jax.data.records import Records
+from unimm_jax.data.sources import ImageDataset, open_source
+from unimm_jax.errors import ConfigError, DataError
+from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
-THREADS = max(2, min(16, os.cpu_count() or 2))  # each builds whole batches; more than cores slows reading down
+THREADS = max(2, min(16, os.cpu_count() or 2))  # each builds whole batches; more threads than cores are slower
 
 
 @dataclasses.dataclass
 class Input:
-    """What a stage reads.
+    """The input of a stage.
 
     Attributes:
-      rows: random-access source of the rows of all batches, one after the other; or None where nothing is read.
-      tokenizer: text tokenizer, or None where the stage has no text.
-      vocabulary: token layout, or None likewise.
-      records: the pretokenized records of a language stage, or None.
-      header: what identifies the data (fingerprint and shapes), kept in checkpoints.
+      rows: random-access source of the rows of all batches in order; None for an abstract input without data.
+      text_tokenizer: the text tokenizer, or None if the stage has no text.
+      vocabulary: token ids of the language stages, or None.
+      records: the records of a language or decoder stage, or None.
+      header: identity of the data (fingerprints and shapes); saved in checkpoints.
     """
 
     rows: Any
-    tokenizer: TextTokenizer | None = None
+    text_tokenizer: TextTokenizer | None = None
     vocabulary: Vocabulary | None = None
     records: Records | None = None
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def iterate(self, batch: int, share: np.ndarray | None = None) -> Any:
-        """A fresh Grain iterator over batches, `THREADS` ahead of the consumer; its state is the number of the next.
+        """A new Grain iterator over batches, which prefetches `THREADS` + 2 batches.
 
         Args:
-          batch: rows of a global batch. share: which of them this process reads; all if None.
+          batch: number of rows of a global batch.
+          share: indices of the rows that this process reads; None is all.
         """
         share = np.arange(batch) if share is None else share
         dataset = grain.MapDataset.source(_Share(self.rows, batch, share))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2)))
 
 
-def open_pictures(data: Any, split: str = "train") -> list[Pictures]:
-    """Opens every source of `data.sources` (separated by ';')."""
-    specs = [s.strip() for s in data.sources.split(";") if s.strip()]
-    if not specs:
-        raise ValueError("config.data.sources is empty; give 'scenes', a folder of pictures or a TFDS directory")
-    return [Pictures(open_source(spec, split), data.image_size) for spec in specs]
-
-
-def text_tokenizer(config: Any, pictures: list[Pictures]) -> TextTokenizer:
-    """The configured text tokenizer, or one trained on the first 4,000 records' texts."""
-    if config.text.path:
-        return text.load(config.text.path)
-    return text.train(sorted(set(all_texts(pictures))), config.text.size)
-
-
-def all_texts(pictures: list[Pictures], limit: int = 4_000) -> list[str]:
-    """Captions, questions and answers of up to `limit` records."""
-    found: list[str] = []
-    for source in pictures:
-        for index in range(min(len(source), limit)):
-            try:
-                record = source.source[index]
-            except ValueError:
-                continue
-            found += record["captions"]
-            for question, answer, _ in record["questions"]:
-                found += [question, answer]
-    return found
-
-
-class PictureRows:
-    """Rows of single pictures as a random-access source: row `visit` is a function of (seed, visit).
-
-    Sources are read in proportion to their size; every epoch is a new permutation.
-
-    Args (constructor):
-      read: a record → its arrays, given the item and what makes the generator for all that is drawn afresh at each
-        visit (it takes as long as a small read, so only readers that draw call it).
-    """
-
-    def __init__(self, sources: list[Any], seed: int, rows: int, read: Any):
-        self.sources, self.seed, self.rows, self.read = sources, seed, rows, read
-        self.ends = np.cumsum([len(s) for s in sources])
-
-    def __len__(self) -> int:
-        return self.rows
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance a process
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
-
-    def __getitem__(self, visit: int) -> Batch:
-        epoch, place = divmod(visit, int(self.ends[-1]))
-        record = int(self._order(epoch)[place])
-        source = int(np.searchsorted(self.ends, record, side="right"))
-        start = int(self.ends[source - 1]) if source else 0
-        generator = functools.partial(np.random.default_rng, [self.seed, visit, 1])
-        return self.read(self.sources[source][record - start], generator)
-
-
 class _Share:
-    """What one process reads, batch by batch: the rows that its devices hold, in their order."""
+    """The batches of one process: index → the rows at `share` of that global batch, stacked."""
 
     def __init__(self, rows: Any, batch: int, share: np.ndarray):
         self.rows, self.batch, self.share = rows, batch, share
@@ -126,32 +70,119 @@ class _Share:
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def _rows_of(config: Any, sources: list[Any], read: Any) -> PictureRows:
-    rows = (config.train.steps + 10_000) * config.train.batch_size  # room for what `prepare` reads
-    return PictureRows(sources, config.seed, rows, read)
+class ImageRows:
+    """Rows of single images as a random-access source; row i is a function of (seed, i).
 
+    Every epoch is a new permutation of the records of all sources, so sources are read in proportion to their size.
 
-def picture_input(config: Any, tokenizer: TextTokenizer | None, pictures: list[Pictures]) -> Input:
-    """Batches {images uint8 [B, H, W, 3]} and, with a text tokenizer, {tokens int32, valid boolean [B, T]}.
-
-    Each visit draws one of the captions.
+    Args (constructor):
+      sources: random-access sources of records.
+      seed: seed of the order and of the random generators.
+      rows: number of rows.
+      read: (record, factory of its random generator) → arrays. Seeding a generator takes as long as a small read, so
+        only readers that sample call the factory.
     """
-    length = config.model.get("text_tower", {}).get("max_length", 0)
 
-    def read(item: dict, generator: Callable[[], np.random.Generator]) -> Batch:
-        if tokenizer is None:
+    def __init__(self, sources: list[Any], seed: int, rows: int, read: Callable[..., Batch]):
+        self.sources, self.seed, self.rows, self.read = sources, seed, rows, read
+        self.ends = np.cumsum([len(s) for s in sources])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance per process
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
+
+    def __getitem__(self, visit: int) -> Batch:
+        epoch, position = divmod(visit, int(self.ends[-1]))
+        record = int(self._order(epoch)[position])
+        source = int(np.searchsorted(self.ends, record, side="right"))
+        start = int(self.ends[source - 1]) if source else 0
+        generator = functools.partial(np.random.default_rng, [self.seed, visit, 1])
+        return self.read(self.sources[source][record - start], generator)
+
+
+def _image_rows(config: Config, sources: list[Any], read: Callable[..., Batch]) -> ImageRows:
+    rows = (config.train.steps + 10_000) * config.train.batch_size  # the margin is for `Objective.prepare`
+    return ImageRows(sources, config.seed, rows, read)
+
+
+# ---- Images from sources ---------------------------------------------------------------------------------------------
+
+
+def open_images(data: ImageDataConfig, split: str = "train") -> list[ImageDataset]:
+    """Opens one split of every source in `data.sources` (separated by ";").
+
+    Raises:
+      ConfigError: `data.sources` is empty.
+      DataError: a source is missing or unusable.
+    """
+    descriptions = [s.strip() for s in data.sources.split(";") if s.strip()]
+    if not descriptions:
+        raise ConfigError("config.data.sources is empty; give 'scenes', a directory of images or a TFDS directory")
+    return [ImageDataset(open_source(d, split, data.held_out), data.image_size) for d in descriptions]
+
+
+def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[ImageDataset]) -> TextTokenizer:
+    """Loads the configured text tokenizer, or trains one on the texts of the first 4,000 records of each data set.
+
+    Raises:
+      DataError: `config.path` is missing or unreadable.
+    """
+    if config.path:
+        return text_tokenizer_lib.load(config.path)
+    return text_tokenizer_lib.train(sorted(set(all_texts(datasets))), config.vocab_size)
+
+
+def all_texts(datasets: list[ImageDataset], limit: int = 4_000) -> list[str]:
+    """Captions, questions and answers of the first `limit` records of each data set; unreadable records are skipped."""
+    found: list[str] = []
+    for dataset in datasets:
+        for index in range(min(len(dataset), limit)):
+            try:
+                record = dataset.source[index]
+            except DataError:
+                continue
+            found += record["captions"]
+            for question, answer, _ in record["questions"]:
+                found += [question, answer]
+    return found
+
+
+def image_input(
+    config: Config, datasets: list[ImageDataset], text_tokenizer: TextTokenizer | None = None, max_length: int = 0
+) -> Input:
+    """Input with batches {images uint8 [B, H, W, 3]} and, with a text tokenizer, {tokens int32, valid boolean [B, T]}.
+
+    Each read samples one of the record's captions.
+
+    Args:
+      max_length: tokens per caption T; longer captions are truncated.
+    """
+
+    def read(item: dict[str, Any], generator: Callable[[], np.random.Generator]) -> Batch:
+        if text_tokenizer is None:
             return {"images": item["image"]}
-        ids = tokenizer.encode(item["captions"][generator().integers(len(item["captions"]))])[:length]
-        tokens = np.zeros(length, np.int32)
+        caption = item["captions"][generator().integers(len(item["captions"]))]
+        ids = text_tokenizer.encode(caption)[:max_length]
+        tokens = np.zeros(max_length, np.int32)
         tokens[: len(ids)] = ids
-        return {"images": item["image"], "tokens": tokens, "valid": np.arange(length) < len(ids)}
+        return {"images": item["image"], "tokens": tokens, "valid": np.arange(max_length) < len(ids)}
 
-    header = {"sources": config.data.sources, "records": [len(p) for p in pictures]}
-    return Input(_rows_of(config, pictures, read), tokenizer, None, None, header)
+    header = {
+        "sources": config.data.sources,
+        "records": [len(d) for d in datasets],
+        "fingerprints": [d.source.fingerprint() for d in datasets],
+    }
+    return Input(_image_rows(config, datasets, read), text_tokenizer, None, None, header)
 
 
-class _Decoded:
-    """Records as arrays; pictures at `size` pixels a side, the size that was tokenized if 0."""
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+class _DecodedRecords:
+    """Records as arrays, with images of `size` pixels per side; 0 is the size that was tokenized."""
 
     def __init__(self, records: Records, size: int):
         self.records, self.size = records, size
@@ -159,84 +190,55 @@ class _Decoded:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.records[index]
-        image = transforms.to_pixels(item["picture"], self.size) if self.size else self.records.image(index)
+        image = transforms.to_pixels(item["image_data"], self.size) if self.size else self.records.image(index)
         return {"images": image, "codes": item["codes"], "keep": item["keep"]}
 
 
-def record_input(config: Any) -> Input:
-    """Batches {images, codes int32 [B, P], keep boolean [B, P]} from records (the detokenizer's input)."""
-    records = Records(config.data.records)
+def record_input(config: Config, split: str = "train") -> Input:
+    """Input of the decoder stages: batches {images uint8 [B, H, W, 3], codes int32 [B, P], keep boolean [B, P]}.
 
-    rows = _rows_of(config, [_Decoded(records, config.data.get("pixel_size", 0))], lambda item, _: item)
-    return Input(rows, records.tokenizer, None, records, records.header)
+    Raises:
+      DataError: the records are missing or damaged.
+    """
+    records = Records.open(config.data.records, split)
+    rows = _image_rows(config, [_DecodedRecords(records, config.data.pixel_size)], lambda item, _: item)
+    return Input(rows, records.text_tokenizer, None, records, records.header)
 
 
-def packed_input(config: Any) -> Input:
-    """Batches of packed rows (see `packing.build_row`), each array with a leading [B]."""
-    records = Records(config.data.records)
-    vocabulary = vocabulary_of(records)
+def packed_input(config: Config, split: str = "train") -> Input:
+    """Input of the language stages: batches of packed rows (see `packing.build_row`), each array with a leading [B].
+
+    Raises:
+      DataError: the records are missing or damaged.
+    """
+    records = Records.open(config.data.records, split)
+    vocabulary = vocabulary_of(records.header, records.text_tokenizer)
     rows = (config.train.steps + 1) * config.train.batch_size
-    source = RowSource(records, layout_of(config), vocabulary, config.seed, rows)
-    return Input(source, records.tokenizer, vocabulary, records, records.header)
+    source = RowSource(records, packing_config(config), vocabulary, config.seed, rows)
+    return Input(source, records.text_tokenizer, vocabulary, records, records.header)
 
 
-def batch_shapes(config: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """name → (shape, dtype) of every array of a stage's batch, without data."""
-    b, size = config.train.batch_size, config.data.image_size
-    patches = (size // config.model.encoder.get("patch_size", 14)) ** 2
-    if config.objective == "language_modeling":
-        row = build_row([], layout_of(config), size, patches)
-        return {name: ((b, *x.shape), x.dtype) for name, x in row.items()}
-    shape = lambda *axes: (b, *axes)
-    if config.objective in ("denoising", "pixel_decoding"):
-        size = config.data.get("pixel_size", 0) or size
-        codes, keep = (shape(patches), np.dtype(np.int32)), (shape(patches), np.dtype(bool))
-        return {"images": (shape(size, size, 3), np.dtype(np.uint8)), "codes": codes, "keep": keep}
-    found: dict[str, Any] = {"images": (shape(size, size, 3), np.dtype(np.uint8))}
-    if config.objective == "contrastive":
-        length = config.model.text_tower.max_length
-        found |= {"tokens": (shape(length), np.dtype(np.int32)), "valid": (shape(length), np.dtype(bool))}
-    return found
+def vocabulary_of(header: dict[str, Any], text_tokenizer: TextTokenizer) -> Vocabulary:
+    """The vocabulary for records with the given header."""
+    grid = header["positions"] == "grid" and header["selection"] != "all"
+    return Vocabulary(text_tokenizer.num_rows, header["codes"], header["num_patches"] if grid else 0)
 
 
-def vocabulary_of(records: Records) -> Vocabulary:
-    """The token layout that a set of records implies."""
-    grid = records.header["positions"] == "grid" and records.header["selection"] != "all"
-    return Vocabulary(records.tokenizer.size, records.header["codes"], records.header["patches"] if grid else 0)
-
-
-def layout_of(config: Any) -> Layout:
-    """The packing layout of a language stage's config."""
+def packing_config(config: Config) -> PackingConfig:
+    """The packing settings in the config of a language stage."""
     data = config.data
-    return Layout(
-        length=data.row_length,
-        slots=data.row_pictures,
-        budget=config.model.unified.budget,
+    return PackingConfig(
+        seq_len=data.seq_len,
+        images_per_row=data.images_per_row,
+        max_image_tokens=config.model["unified"].max_image_tokens,
         weights=tuple(sorted(data.tasks.items())),
-        turns=data.turns,
+        max_questions=data.max_questions,
         prompt_dropout=data.prompt_dropout,
         image_targets=data.image_targets,
         text_targets=data.text_targets,
         code_targets=data.code_targets,
-        weights_end=tuple(sorted(data.tasks_end.items())),
-        passes=data.passes,
+        weights_end=tuple(sorted(data.tasks_end.items())) if any(data.tasks_end.values()) else (),
+        epochs=data.tasks_epochs,
     )
-
-
-def open_input(config: Any, tokenizer: TextTokenizer | None = None) -> Input:
-    """Opens the input that the config's objective needs.
-
-    Args:
-      tokenizer: a text tokenizer from an earlier stage, preferred to training one.
-
-    Raises:
-      ValueError: sources or records that are not there or not usable.
-    """
-    if config.objective in ("contrastive", "tokenization"):
-        pictures = open_pictures(config.data)
-        if config.objective == "tokenization":
-            return picture_input(config, None, pictures)
-        return picture_input(config, tokenizer or text_tokenizer(config, pictures), pictures)
-    return record_input(config) if config.objective in ("denoising", "pixel_decoding") else packed_input(config)

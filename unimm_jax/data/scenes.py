@@ -1,9 +1,9 @@
-"""The embedded data set: procedural pictures of coloured shapes, with captions and questions.
+"""The embedded data set: procedural images of colored shapes, with captions and questions.
 
-A scene is a function of (seed, split, index) and of the placement difficulty alone, so nothing is downloaded or stored.
-Captions, prompts and questions follow two published protocols: the six text-to-image tasks of GenEval (single object,
-two objects, counting, colours, position, colour attribution) and POPE's existence questions (half yes, half no, with
-adversarial negatives). `unimm_jax.evals.scenes` reads generated pictures back and scores them.
+A scene is a function of (seed, split, index, placement difficulty), so nothing is downloaded or stored. Captions,
+prompts and questions follow two published protocols: the six text-to-image tasks of GenEval (single object, two
+objects, counting, colors, position, color attribution) and POPE's existence questions (half yes, half no, with
+adversarial negatives). `unimm_jax.evals.scenes` detects the objects in generated images and scores them.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ TASKS = ("single_object", "two_objects", "counting", "colours", "position", "col
 QUESTION_KINDS = ("existence", "count", "colour", "shape", "position")
 SPLITS = ("train", "test")
 
-GRID = 4  # cells a side; with the default placement an object stands near the centre of a cell
-RADII = (0.078, 0.1)  # object radius as a share of the picture's side: small, large
-TEST_SHARE = 8  # one layout in this many belongs to the test split
+GRID = 4  # cells per side; with the default placement each object is near the center of a cell
+RADII = (0.078, 0.1)  # object radius as a fraction of the image side: small, large
+TEST_SHARE = 8  # one layout in `TEST_SHARE` belongs to the test split
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """One object. `x`, `y` (centre) and `radius` are shares of the picture's side; y grows downward."""
+    """One object. `x`, `y` (center) and `radius` are fractions of the image side; y points down."""
 
     shape: str
     colour: str
@@ -48,7 +48,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture's content. `kind` is one of single, two, count, mixed; `background_seed` fixes the background."""
+    """Content of an image. `kind` is "single", "two", "count" or "mixed"; `background_seed` seeds the background."""
 
     kind: str
     objects: tuple[SceneObject, ...]
@@ -59,7 +59,11 @@ class Scene:
 class Prompt:
     """A text-to-image test item.
 
-    `objects` lists what must be there as (shape, colour or None); `relation` places the first relative to the second.
+    Attributes:
+      task: a name of `TASKS`.
+      text: the prompt.
+      objects: required objects as (shape, colour or None).
+      relation: required relation of the first object to the second, a name of `RELATIONS`, or None.
     """
 
     task: str
@@ -69,14 +73,14 @@ class Prompt:
 
 
 def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
-    """Draws scene `index` of a split.
+    """Samples scene `index` of a split.
 
     Args:
       seed: data set seed.
-      split: "train" or "test". A layout (what stands in which cell) belongs to one split only.
-      index: which scene.
-      jitter: placement difficulty. 0 puts objects at cell centres; 1 (the default) moves them by up to 1/64 of the
-        side; anything above 4 places them freely, wherever they do not touch.
+      split: "train" or "test". A layout (the objects and their cells) belongs to one split only.
+      index: index of the scene.
+      jitter: placement difficulty. Objects are at cell centers, shifted by up to jitter/64 of the image side in each
+        axis. Above 4 they are anywhere in the image where they do not touch.
 
     Raises:
       ValueError: unknown split.
@@ -94,23 +98,26 @@ def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
 
 def _draw_layout(rng: np.random.Generator, jitter: float) -> tuple[str, list[SceneObject]]:
     kind = ("single", "two", "count", "mixed")[int(np.searchsorted((0.25, 0.60, 0.85), rng.random(), side="right"))]
-    pick = lambda: (SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)])
+
+    def sample_look() -> tuple[str, str]:
+        return SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)]
+
     if kind == "single":
-        looks = [pick()]
+        looks = [sample_look()]
     elif kind == "two":
-        looks = [pick(), pick()]
+        looks = [sample_look(), sample_look()]
         while looks[0] == looks[1]:
-            looks[1] = pick()
+            looks[1] = sample_look()
     elif kind == "count":
-        looks = [pick()] * int(rng.integers(2, 5))
+        looks = [sample_look()] * int(rng.integers(2, 5))
     else:
-        looks = [pick() for _ in range(int(rng.integers(3, 5)))]
+        looks = [sample_look() for _ in range(int(rng.integers(3, 5)))]
     radii = [RADII[rng.integers(2)] for _ in looks]
-    places = _place(rng, radii, jitter)
-    return kind, [SceneObject(s, c, r, x, y) for (s, c), r, (x, y) in zip(looks, radii, places, strict=True)]
+    centers = _sample_centers(rng, radii, jitter)
+    return kind, [SceneObject(s, c, r, x, y) for (s, c), r, (x, y) in zip(looks, radii, centers, strict=True)]
 
 
-def _place(rng: np.random.Generator, radii: list[float], jitter: float) -> list[tuple[float, float]]:
+def _sample_centers(rng: np.random.Generator, radii: list[float], jitter: float) -> list[tuple[float, float]]:
     if jitter <= 4:
         cells = rng.choice(GRID * GRID, size=len(radii), replace=False)
         shift = rng.uniform(-jitter / 64, jitter / 64, size=(len(radii), 2))
@@ -118,18 +125,27 @@ def _place(rng: np.random.Generator, radii: list[float], jitter: float) -> list[
             ((c % GRID + 0.5) / GRID + dx, (c // GRID + 0.5) / GRID + dy)
             for c, (dx, dy) in zip(cells, shift, strict=True)
         ]
-    places: list[tuple[float, float]] = []
-    while len(places) < len(radii):
-        radius = radii[len(places)]
+    centers: list[tuple[float, float]] = []
+    while len(centers) < len(radii):
+        radius = radii[len(centers)]
         x, y = rng.uniform(radius + 0.02, 0.98 - radius, size=2)
-        gaps = (np.hypot(x - a, y - b) - 1.35 * (radius + r) for (a, b), r in zip(places, radii, strict=False))
+        gaps = (np.hypot(x - a, y - b) - 1.35 * (radius + r) for (a, b), r in zip(centers, radii, strict=False))
         if all(gap > 0.03 for gap in gaps):
-            places.append((float(x), float(y)))
-    return places
+            centers.append((float(x), float(y)))
+    return centers
 
 
 def shape_mask(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Which points (offsets from the centre, any shape, same unit as `radius`) lie inside; boolean."""
+    """Whether points are inside a shape: boolean, broadcast of `dx` and `dy`.
+
+    Args:
+      shape: a name of `SHAPES`.
+      radius: the object's radius.
+      dx, dy: offsets of the points from the center, in the unit of `radius`.
+
+    Raises:
+      ValueError: unknown shape.
+    """
     if shape == "circle":
         return dx**2 + dy**2 <= radius**2
     if shape == "square":
@@ -149,9 +165,9 @@ def _pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
-    """Draws a scene, anti-aliased: uint8 [size, size, 3] RGB.
+    """Renders a scene with anti-aliasing: uint8 RGB [size, size, 3].
 
-    The background is a light grey with a slight tint, a linear gradient and noise, all from `background_seed`.
+    The background is light gray with a slight tint, a linear gradient and noise, all seeded by `background_seed`.
     """
     rng = np.random.default_rng(scene.background_seed)
     x, y = _pixel_grid(size)
@@ -175,12 +191,22 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
 
 
 def relations(a: SceneObject, b: SceneObject) -> tuple[str, ...]:
-    """Every relation of `a` to `b` by GenEval's rule: shrunk centre offset over its norm beyond one half."""
+    """Relations of `a` to `b`, names of `RELATIONS`, by GenEval's rule (`offset_relations`)."""
     return offset_relations(b.x - a.x, b.y - a.y, 2 * (a.radius + b.radius), 2 * (a.radius + b.radius))
 
 
 def offset_relations(dx: float, dy: float, widths: float, heights: float) -> tuple[str, ...]:
-    """GenEval's rule on an offset (from a to b) and the summed box sizes; () when neither axis is clear."""
+    """GenEval's rule: a relation holds if the offset along its axis, less a margin, is over half the offset's norm.
+
+    The margin is 0.1 of the summed box sizes along that axis.
+
+    Args:
+      dx, dy: offset from a to b.
+      widths, heights: sums of the widths and heights of the two bounding boxes.
+
+    Returns:
+      names of `RELATIONS` that hold for a relative to b; () if none does.
+    """
     norm = float(np.hypot(dx, dy)) or 1.0
     sx = np.sign(dx) * max(abs(dx) - 0.1 * widths, 0) / norm
     sy = np.sign(dy) * max(abs(dy) - 0.1 * heights, 0) / norm
@@ -189,12 +215,12 @@ def offset_relations(dx: float, dy: float, widths: float, heights: float) -> tup
 
 
 def relation_phrase(relation: str) -> str:
-    """ "left" → "left of"; "above" stays."""
+    """The preposition of a relation: "left of" for "left", "above" for "above"."""
     return f"{relation} of" if relation in ("left", "right") else relation
 
 
 def _noun(count: int, shape: str, colour: str | None) -> str:
-    """("a" | number) [colour] shape, with "an" before a vowel."""
+    """A noun phrase: "a" (or "an") or the number, the colour if given, and the shape."""
     words = [colour] if colour else []
     if count > 1:
         return " ".join([NUMBERS[count], *words, PLURALS[shape]])
@@ -211,7 +237,7 @@ def _reading_order(item: SceneObject) -> tuple[int, float]:
 
 
 def _grouped(objects: tuple[SceneObject, ...], with_colour: bool) -> str:
-    """All objects in reading order (rows of cells, then columns), equal ones counted together."""
+    """Describes all objects in reading order (rows of cells, then columns); equal objects are counted together."""
     counts: dict[tuple[str, str | None], int] = {}
     for item in sorted(objects, key=_reading_order):
         look = (item.shape, item.colour if with_colour else None)
@@ -220,16 +246,16 @@ def _grouped(objects: tuple[SceneObject, ...], with_colour: bool) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every caption of a scene; each is true and names every object.
+    """All captions of a scene. Each names every object.
 
-    The first is the fullest: with colours, in reading order, and for two objects with their relation if it is clear.
+    The first caption has the most detail: colors, reading order and, for two objects, their relation if there is one.
     """
     found = [_grouped(scene.objects, True), _grouped(scene.objects, False)]
     if scene.kind == "two":
         a, b = sorted(scene.objects, key=_reading_order)
         for relation in relations(a, b)[:1]:
-            words = (_noun(1, a.shape, a.colour), relation_phrase(relation), _noun(1, b.shape, b.colour))
-            found.insert(0, " ".join(words))
+            phrases = (_noun(1, a.shape, a.colour), relation_phrase(relation), _noun(1, b.shape, b.colour))
+            found.insert(0, " ".join(phrases))
         for first, second in ((a, b), (b, a)):
             found.append(_join([_noun(1, first.shape, first.colour), _noun(1, second.shape, second.colour)]))
             for relation in relations(first, second):
@@ -243,10 +269,10 @@ def captions(scene: Scene) -> list[str]:
 
 
 def questions(scene: Scene) -> list[tuple[str, str, str]]:
-    """Questions that the picture answers without doubt, as (question, answer, kind).
+    """Questions with an unambiguous answer, as (question, answer, kind of `QUESTION_KINDS`).
 
-    Two existence questions always (one yes, one no), then one of each other kind that the scene allows, of position
-    both ways round.
+    Always two existence questions (answers yes and no), then one question of each other kind that the scene allows; two
+    for position, one in each direction.
     """
     rng = np.random.default_rng([scene.background_seed, 5])
     looks = [(o.shape, o.colour) for o in scene.objects]
@@ -271,7 +297,11 @@ def questions(scene: Scene) -> list[tuple[str, str, str]]:
 
 
 def _existence(rng: np.random.Generator, looks: list, positive: bool) -> tuple[str, str, str]:
-    """POPE-style: half the questions name a colour; half the coloured negatives differ from an object in one word."""
+    """A POPE-style existence question.
+
+    About half of the questions name a color. Half of the colored negatives differ from an object of the scene in one
+    word.
+    """
     with_colour = rng.random() < 0.5
     shapes = {s for s, _ in looks}
     if positive:
@@ -280,7 +310,7 @@ def _existence(rng: np.random.Generator, looks: list, positive: bool) -> tuple[s
         with_colour = True
         while True:
             shape, colour = SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)]
-            if rng.random() < 0.5:  # adversarial: swap one word of an object that is there
+            if rng.random() < 0.5:  # adversarial: change the shape or the color of an object of the scene
                 near = looks[rng.integers(len(looks))]
                 shape, colour = (near[0], colour) if rng.random() < 0.5 else (shape, near[1])
             if (shape, colour) not in looks:
@@ -293,13 +323,13 @@ def _existence(rng: np.random.Generator, looks: list, positive: bool) -> tuple[s
 
 
 def draw_prompt(task: str, seed: int, index: int) -> Prompt:
-    """Text-to-image test item `index` of a task, a function of its arguments alone.
+    """Text-to-image test item `index` of a task, a function of the arguments.
 
     Raises:
       ValueError: unknown task.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; the six are {TASKS}")
+        raise ValueError(f"unknown task {task!r}; the six tasks are {TASKS}")
     rng = np.random.default_rng([seed, TASKS.index(task), index, 72])
     first, second = (SHAPES[i] for i in rng.choice(4, size=2, replace=False))
     colour, other = (list(COLOURS)[i] for i in rng.choice(8, size=2, replace=False))

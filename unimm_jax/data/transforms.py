@@ -1,4 +1,4 @@
-"""Pictures in and out of bytes. Whatever a file holds, what leaves is uint8 RGB, or one sentence that says why not."""
+"""Decoding, resizing and encoding of images. The result is always uint8 RGB, or an error that states the reason."""
 
 import io
 import warnings
@@ -6,38 +6,37 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from unimm_jax.errors import InvalidRecordError
+
 try:
     import simplejpeg
-except ImportError:  # the extra [jpeg]; Pillow gives the same pixels, with more of its work under Python's lock
+except ImportError:  # optional dependency [jpeg]; Pillow decodes to the same pixels, but holds the GIL longer
     simplejpeg = None
 
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 80_000_000
 MAX_ASPECT = 20
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # once: catch_warnings around a decode is not safe in threads
+warnings.filterwarnings("ignore", module=r"PIL\.")  # set once: catch_warnings around each decode is not thread-safe
 
 
-class BadRecord(ValueError):
-    """A record that cannot be used; the message says why."""
+def decode_image(data: bytes) -> Image.Image:
+    """Decodes one image to RGB.
 
-
-def decode_picture(data: bytes) -> Image.Image:
-    """Decodes one picture to an RGB image.
-
-    The first frame of animations is taken, transparency is laid on white, 16-bit greys are scaled rather than cut,
-    CMYK is converted, the EXIF orientation is applied.
+    Uses the first frame of animations, composites transparency on white, scales 16-bit grayscale to 8 bits, converts
+    CMYK and applies the EXIF orientation.
 
     Raises:
-      BadRecord: not a picture, truncated, too small, too large or too elongated.
+      InvalidRecordError: not an image, truncated, smaller than `MIN_SIDE`, larger than `MAX_PIXELS`, or with an aspect
+        ratio above `MAX_ASPECT`.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         width, height = image.size
         if min(width, height) < MIN_SIDE:
-            raise BadRecord(f"too small: {width} × {height} pixels, at least {MIN_SIDE} a side are needed")
+            raise InvalidRecordError(f"too small: {width} × {height} pixels, each side needs at least {MIN_SIDE}")
         if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadRecord(f"too large or too elongated: {width} × {height} pixels")
+            raise InvalidRecordError(f"too large or too elongated: {width} × {height} pixels")
         image.seek(0)
         image = _load(image, data)
         ImageOps.exif_transpose(image, in_place=True)
@@ -48,21 +47,21 @@ def decode_picture(data: bytes) -> Image.Image:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even then
-    except BadRecord:
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
+    except InvalidRecordError:
         raise
-    except UnidentifiedImageError:  # whose own words name a Python object
-        raise BadRecord("not a readable picture: of no format that Pillow knows") from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise BadRecord(f"not a readable picture: {error}") from error
+    except UnidentifiedImageError:  # its message names a Python object
+        raise InvalidRecordError("not a readable image: unknown format") from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise InvalidRecordError(f"not a readable image: {error}") from error
 
 
 def _load(image: Image.Image, data: bytes) -> Image.Image:
-    """Decodes an opened picture; colour JPEG by simplejpeg where installed, except damaged ones."""
+    """Decodes an opened image. Color JPEGs are decoded by simplejpeg if it is installed, damaged ones by Pillow."""
     if simplejpeg is not None and image.format == "JPEG" and image.mode == "RGB":
         try:
             decoded = Image.fromarray(simplejpeg.decode_jpeg(data))
-            decoded.info = image.info  # the orientation
+            decoded.info = image.info  # keeps the EXIF orientation
             return decoded
         except ValueError:
             pass
@@ -71,21 +70,21 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
-    """Bicubic straight to size × size (the aspect ratio is not kept; LaVIT §1.1): uint8 [size, size, 3]."""
+    """Bicubic resize to uint8 [size, size, 3]; the aspect ratio is not kept (as LaVIT)."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, np.uint8)
 
 
-def to_pixels(picture: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Encoded bytes or pixels of any size → uint8 [size, size, 3].
+def to_pixels(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """Encoded bytes, or uint8 pixels [H, W, 3] → uint8 [size, size, 3].
 
     Raises:
-      BadRecord: see `decode_picture`.
+      InvalidRecordError: see `decode_image`.
     """
-    if isinstance(picture, bytes):
-        return resize(decode_picture(picture), size)
-    return picture if picture.shape == (size, size, 3) else resize(Image.fromarray(picture).convert("RGB"), size)
+    if isinstance(image, bytes):
+        return resize(decode_image(image), size)
+    return image if image.shape == (size, size, 3) else resize(Image.fromarray(image).convert("RGB"), size)
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -1,143 +1,207 @@
-"""The scenes benchmark: reads generated pictures back and scores them; needs no network and no learned judge.
+"""The scenes benchmark: text-to-image tasks, questions, captions and reconstruction on test scenes."""
 
-Rules: `judge` is GenEval's (superfluous objects are punished in counting only); strict also wants nothing more.
-Questions are exact matches, captions a multiset overlap of content words, reconstruction the share of objects found
-again in shape, colour and place.
-"""
-
-import collections
 import dataclasses
-import functools
+from typing import Any
 
 import numpy as np
-from skimage.measure import label, regionprops
 
+from unimm_jax.config import ranged
 from unimm_jax.data import scenes
+from unimm_jax.evals import scene_detector as detector
+from unimm_jax.evals.base import Context, Options, Result
+from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.sampling import Sampling
+from unimm_jax.plotting import enlarged, grid, kept_patches, labelled
 
-_GREYS = tuple((g, g, g) for g in (150, 170, 190, 210, 230, 250))
-_PALETTE = np.array([*_GREYS, *scenes.COLOURS.values()], np.float32)
-_MIN_AREA = 0.006  # of the picture, as a share: about half of the smallest object (a cross of the small radius)
+DIFFUSION_IMAGES = 64  # test scenes that a diffusion decoder reconstructs; it takes many passes per image
+SHOWN_IMAGES, SHOWN_PROMPTS, SHOWN_QUESTIONS = 12, 8, 40  # in the report; prompts per task
 
 
 @dataclasses.dataclass(frozen=True)
-class Detection:
-    """An object found in a picture: `x`, `y`, `width`, `height` as shares of the side; shape "?" when none fits."""
+class ScenesOptions(Options):
+    """Options.
 
-    shape: str
-    colour: str
-    x: float
-    y: float
-    width: float
-    height: float
+    Attributes:
+      prompts: prompts per text-to-image task. questions: questions per kind.
+      images: test scenes for captions and reconstruction.
+      jitter: placement of the objects of test scenes, see `scenes.draw_scene`.
+      guidance: classifier-free guidance of text-to-image.
+    """
+
+    prompts: int = ranged(50, low=1)
+    questions: int = ranged(200, low=1)
+    images: int = ranged(300, low=1)
+    jitter: float = ranged(1.0, low=0)
+    guidance: float = ranged(1.5, low=0)
 
 
-@functools.cache
-def _template(shape: str, height: int, width: int) -> np.ndarray:
-    """The shape's mask as it looks in a bounding box of `height` × `width` pixels; boolean."""
-    axis = np.linspace(-1.1, 1.1, 221)
-    mask = scenes.shape_mask(shape, 1.0, *np.meshgrid(axis, axis))
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    sub = (np.arange(6) + 0.5) / 6
-    index = [
-        ((np.arange(n)[:, None] + sub).reshape(-1) * size / n).astype(int)
-        for n, size in zip((height, width), box.shape)
+@dataclasses.dataclass(frozen=True)
+class DrawnScenes:
+    """Test scenes in order, their images uint8 [N, S, S, 3], and their codes and keep masks [N, P]."""
+
+    scenes: list[scenes.Scene]
+    images: np.ndarray
+    codes: np.ndarray
+    keep: np.ndarray
+
+
+class Scenes(GeneratingEvaluator):
+    """The benchmark on the test split. The scenes, prompts and seeds are the same at every call and for every model.
+
+    Without a decoder beside the model, nothing that needs images from codes is scored.
+    """
+
+    options = ScenesOptions
+
+    def score(self, generator: Generator, context: Context) -> Result:
+        """See `GeneratingEvaluator.score`."""
+        s: ScenesOptions = self.settings
+        sampling = Sampling(guidance=s.guidance, temperature=1.0)
+        test = draw_test_scenes(generator, s.images, s.jitter)
+        result = Result({}, settings={"sampling": dataclasses.asdict(sampling), "prompts_per_task": s.prompts})
+        result.settings |= {"questions_per_kind": s.questions, "jitter": s.jitter}
+        reconstruction = score_reconstruction(generator, test)
+        sheets: tuple[list[np.ndarray], list[str]] = ([], [])
+        if decoder := reconstruction.scores.get("decoder"):
+            drawing, sheets = score_text_to_image(generator, decoder, s.prompts, sampling)
+            result.add(drawing)
+        elif not self._said:
+            self._said = True
+            print(f"{context.config.name}: no decoder is beside the model; text-to-image is not scored", flush=True)
+        result.add(score_questions(generator, s.questions, s.jitter))
+        result.add(score_captions(generator, test))
+        result.add(reconstruction)
+        result.scores |= {
+            "tokens_per_image": float(test.keep.sum(-1).mean()),
+            "tokens_follow_objects": rank_correlation(test.keep.sum(-1), [len(x.objects) for x in test.scenes]),
+        }
+        kept = [kept_patches(image, keep) for image, keep in zip(test.images[:24], test.keep[:24], strict=True)]
+        result.images["kept"] = grid(kept, SHOWN_IMAGES)
+        notes = [f"keeps {int(keep.sum())} of {len(keep)} patches" for keep in test.keep[:SHOWN_PROMPTS]]
+        result.images["samples"] = labelled([*kept[:SHOWN_PROMPTS], *sheets[0]], [*notes, *sheets[1]], SHOWN_PROMPTS)
+        return result
+
+
+def draw_test_scenes(generator: Generator, count: int, jitter: float) -> DrawnScenes:
+    """The first `count` test scenes, tokenized."""
+    found = [scenes.draw_scene(EVALUATION_SEED, "test", i, jitter) for i in range(count)]
+    images = np.stack([scenes.render(scene, generator.config.data.image_size) for scene in found])
+    return DrawnScenes(found, images, *generator.tokenize(images))
+
+
+def score_reconstruction(generator: Generator, test: DrawnScenes) -> Result:
+    """Share of the objects that are found again in images decoded from codes, by decoder.
+
+    The best decoder's score is "reconstruction". "reconstruction_random_selection" keeps as many patches per image,
+    chosen at random instead of by the selector, with the same weights.
+    """
+    result, by_decoder = Result({}), {}
+    for name in generator.decoders:
+        count = decoded_images(generator, name, len(test.images))
+        decoded = generator.decode(test.codes[:count], test.keep[:count], name)
+        by_decoder[name] = objects_found(test.scenes, decoded)
+        shown = [*test.images[:SHOWN_IMAGES], *decoded[:SHOWN_IMAGES]]
+        result.images[f"reconstruction_{name}"] = grid(shown, min(SHOWN_IMAGES, len(test.images)))
+    if not by_decoder:
+        return result
+    best, first = max(by_decoder, key=lambda name: by_decoder[name]), next(iter(by_decoder))
+    order = np.random.default_rng(EVALUATION_SEED).random(test.keep.shape).argsort(-1).argsort(-1)
+    random_keep = order < test.keep.sum(-1, keepdims=True)
+    count = decoded_images(generator, first, len(test.images))
+    codes, keep = generator.tokenize(test.images[:count], random_keep[:count])
+    result.scores = {
+        "reconstruction": by_decoder[best],
+        "reconstruction_by_decoder": by_decoder,
+        "reconstruction_random_selection": objects_found(test.scenes, generator.decode(codes, keep, first)),
+        "decoder": best,
+    }
+    return result
+
+
+def decoded_images(generator: Generator, decoder: str, count: int) -> int:
+    """How many of `count` test scenes a decoder reconstructs."""
+    is_diffusion = bool(generator.decoders[decoder][0].size_unit)
+    return min(DIFFUSION_IMAGES, count) if is_diffusion else count
+
+
+def objects_found(test: list[scenes.Scene], decoded: np.ndarray) -> float:
+    """Share of the objects of the decoded scenes that are found again."""
+    pairs = list(zip(test, decoded, strict=False))
+    right = sum(detector.objects_right(scene, detector.detect(image)) for scene, image in pairs)
+    return right / sum(len(scene.objects) for scene, _ in pairs)
+
+
+def score_text_to_image(
+    generator: Generator, decoder: str, prompts: int, sampling: Sampling
+) -> tuple[Result, tuple[list[np.ndarray], list[str]]]:
+    """The six text-to-image tasks: (result, (images, prompts) of the first prompts of each task)."""
+    items = [scenes.draw_prompt(task, EVALUATION_SEED, i) for task in scenes.TASKS for i in range(prompts)]
+    ids = generator.generate_image_tokens([item.text for item in items], sampling, EVALUATION_SEED)
+    samples = generator.decode(*generator.codes(ids), decoder)
+    verdicts = [detector.judge(item, detector.detect(image)) for item, image in zip(items, samples, strict=True)]
+
+    def by_task(rule: int) -> dict[str, float]:
+        right = np.array([verdict[rule] for verdict in verdicts]).reshape(len(scenes.TASKS), prompts).mean(-1)
+        return with_overall(dict(zip(scenes.TASKS, right.tolist(), strict=True)))
+
+    shown = [i for i in range(len(items)) if i % prompts < SHOWN_PROMPTS]
+    rows = [
+        {
+            "task": items[i].task,
+            "prompt": items[i].text,
+            "file": f"sample_{i:04d}.png",
+            "image": enlarged(samples[i]),
+            "right": bool(verdicts[i][0]),
+            "strict": bool(verdicts[i][1]),
+        }
+        for i in shown
     ]
-    return box[np.ix_(*index)].reshape(height, 6, width, 6).mean((1, 3)) > 0.45
+    scores = {"text_to_image": by_task(0), "text_to_image_strict": by_task(1)}
+    return Result(scores, examples={"samples": rows}), ([samples[i] for i in shown], [items[i].text for i in shown])
 
 
-def _classify(mask: np.ndarray) -> str:
-    height, width = mask.shape
-    if max(height, width) > 1.75 * min(height, width):
-        return "?"
-
-    def overlap(name: str) -> float:
-        template = _template(name, height, width)
-        return float((mask & template).sum() / (mask | template).sum())
-
-    best = max(scenes.SHAPES, key=overlap)
-    return best if overlap(best) >= 0.6 else "?"
-
-
-def detect(image: np.ndarray) -> list[Detection]:
-    """Reads a picture: nearest palette colour per pixel, connected components, shape by template overlap.
-
-    Args:
-      image: uint8 [H, W, 3].
-
-    Returns:
-      Detections from left to right, small specks left out.
-    """
-    height, width = image.shape[:2]
-    distance = ((image.astype(np.float32)[:, :, None] - _PALETTE) ** 2).sum(-1)
-    index = distance.argmin(-1)
-    names = np.where(index < len(_GREYS), 0, index - len(_GREYS) + 1)
-    found = []
-    for region in regionprops(label(names, background=0, connectivity=1)):
-        if region.area < _MIN_AREA * height * width:
-            continue
-        top, left, bottom, right = region.bbox
-        colour = list(scenes.COLOURS)[names[tuple(region.coords[0])] - 1]
-        x, y = (left + right) / 2 / width, (top + bottom) / 2 / height
-        shape = _classify(region.image)
-        found.append(Detection(shape, colour, x, y, (right - left) / width, (bottom - top) / height))
-    return sorted(found, key=lambda d: d.x)
+def score_questions(generator: Generator, per_kind: int, jitter: float) -> Result:
+    """Share of exact answers, by kind of question."""
+    asked = detector.question_set(EVALUATION_SEED, per_kind, jitter)
+    size = generator.config.data.image_size
+    seen = {
+        index: scenes.render(scenes.draw_scene(EVALUATION_SEED, "test", index, jitter), size)
+        for index in {row[0] for row in asked}
+    }
+    replies = generator.generate_text(np.stack([seen[row[0]] for row in asked]), [row[1] for row in asked])
+    by_kind: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTION_KINDS}
+    rows: list[dict[str, Any]] = []
+    for (index, question, truth, kind), reply in zip(asked, replies, strict=True):
+        by_kind[kind].append(reply == truth)
+        rows.append(dict(scene=index, question=question, truth=truth, kind=kind, reply=reply))
+    for row in rows[:SHOWN_QUESTIONS]:
+        row |= {"file": f"question_{row['scene']}.png", "image": enlarged(seen[row["scene"]])}
+    scores = with_overall({kind: float(np.mean(right)) for kind, right in by_kind.items()})
+    return Result({"questions": scores}, examples={"questions": rows[:SHOWN_QUESTIONS]})
 
 
-def judge(prompt: scenes.Prompt, found: list[Detection]) -> tuple[bool, bool]:
-    """Scores one picture: (right by GenEval's rule, right with nothing superfluous)."""
-    matches = [[d for d in found if d.shape == s and colour in (None, d.colour)] for s, colour in prompt.objects]
-    needed = collections.Counter(prompt.objects)
-    right = all(len(m) >= needed[look] for m, look in zip(matches, prompt.objects, strict=True))
-    if right and prompt.task == "counting":
-        right = len(matches[0]) == len(prompt.objects)
-    if right and prompt.relation:
-        right = any(
-            prompt.relation in scenes.offset_relations(b.x - a.x, b.y - a.y, a.width + b.width, a.height + b.height)
-            for a in matches[0]
-            for b in matches[1]
-        )
-    return right, right and len(found) == len(prompt.objects)
+def score_captions(generator: Generator, test: DrawnScenes) -> Result:
+    """Right content words, and captions that are right word for word."""
+    captions = generator.generate_text(test.images, [""] * len(test.images))
+    truths = [scenes.captions(scene)[0] for scene in test.scenes]
+    words = [detector.caption_score(a, b) for a, b in zip(captions, truths, strict=True)]
+    exact = [a == b for a, b in zip(captions, truths, strict=True)]
+    rows = [
+        dict(file=f"image_{i:02d}.png", image=enlarged(test.images[i]), caption=captions[i], truth=truths[i])
+        for i in range(min(SHOWN_IMAGES, len(captions)))
+    ]
+    scores = {"content_words": float(np.mean(words)), "exact": float(np.mean(exact))}
+    return Result({"caption": scores}, examples={"captions": rows})
 
 
-def objects_right(scene: scenes.Scene, found: list[Detection]) -> int:
-    """How many objects of a scene are found again: same shape and colour, centre within 1/16 of the side."""
-    left, right = list(found), 0
-    for item in scene.objects:
-        near = lambda d, o=item: max(abs(d.x - o.x), abs(d.y - o.y)) <= 1 / 16
-        hit = next((d for d in left if (d.shape, d.colour) == (item.shape, item.colour) and near(d)), None)
-        if hit:
-            left.remove(hit)
-            right += 1
-    return right
+def with_overall(scores: dict[str, float]) -> dict[str, float]:
+    """The scores and their mean as "overall"."""
+    return scores | {"overall": float(np.mean(list(scores.values())))}
 
 
-def content_words(text: str) -> collections.Counter:
-    """The words that carry content: numbers ("a" and "an" count as one), colours, shapes in the singular."""
-    singular = {plural: name for name, plural in scenes.PLURALS.items()}
-    words = [singular.get(w, "one" if w in ("a", "an") else w) for w in text.lower().replace(",", " ").split()]
-    return collections.Counter(w for w in words if w in (*scenes.NUMBERS, *scenes.COLOURS, *scenes.SHAPES))
+def rank_correlation(a: np.ndarray, b: list[int]) -> float:
+    """Spearman's; 0 where one side is constant."""
+    from scipy.stats import spearmanr
 
-
-def caption_score(caption: str, truth: str) -> float:
-    """Content words right, as a share of the larger of the two captions (superfluous words cost too)."""
-    a, b = content_words(caption), content_words(truth)
-    return sum((a & b).values()) / max(sum(a.values()), sum(b.values()), 1)
-
-
-def test_questions(seed: int, per_kind: int, jitter: float = 1.0) -> list[tuple[int, str, str, str]]:
-    """The question set: `per_kind` of each kind as (test scene index, question, answer, kind).
-
-    Existence is half yes and half no exactly.
-    """
-    quota = {kind: per_kind for kind in scenes.QUESTION_KINDS if kind != "existence"}
-    quota |= {"yes": per_kind - per_kind // 2, "no": per_kind // 2}
-    chosen, index = [], 0
-    while any(quota.values()):
-        for question, answer, kind in scenes.questions(scenes.draw_scene(seed, "test", index, jitter)):
-            slot = answer if kind == "existence" else kind
-            if quota[slot]:
-                quota[slot] -= 1
-                chosen.append((index, question, answer, kind))
-        index += 1
-    return chosen
+    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)

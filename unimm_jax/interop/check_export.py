@@ -1,4 +1,4 @@
-"""Opens an exported directory in a process without JAX and compares it with numbers that JAX computed.
+"""Opens an exported directory without JAX and compares it with numbers that JAX computed.
 
 python unimm_jax/interop/check_export.py EXPORTED EXPECTED.npz
 """
@@ -22,7 +22,7 @@ def main(folder: str, expected: str) -> None:
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         keep, codes = model.tokenize(torch.tensor(wanted["images"]))
         same = bool((keep.numpy() == wanted["keep"]).all() and (codes[keep].numpy() == wanted["codes"]).all())
-        print(f"tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
+        print(f"image tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
     if "jax" in sys.modules:
         raise RuntimeError("JAX was imported")
 

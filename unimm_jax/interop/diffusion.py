@@ -1,4 +1,4 @@
-"""Stable Diffusion's U-Nets (1.5 and SDXL) and autoencoder in the layout of `diffusers`.
+"""Stable Diffusion's U-Nets (1.5 and SDXL) and autoencoder under the names of `diffusers`.
 
 Block structure varies with the config, so these tables are derived from the parameters' own paths, rule by rule.
 """
@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from unimm_jax.interop.llama import Unsupported
+from unimm_jax.errors import UnsupportedConfigError
+from unimm_jax.interop.published import MAX_INTEGER
 from unimm_jax.interop.table import Entry, Shape
 
-# Settings of unet/config.json that have one value here; anything else is refused by name.
+# settings of unet/config.json that have one value here; other values are refused by name
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "center_input_sample": (False,),
@@ -36,6 +37,11 @@ UNET_KEYS = (
     "transformer_layers_per_block", "attention_head_dim", "cross_attention_dim", "norm_num_groups", "norm_eps",
     "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 )  # fmt: skip
+UNET_INTEGERS = (
+    "in_channels", "out_channels", "block_out_channels", "layers_per_block", "transformer_layers_per_block",
+    "attention_head_dim", "cross_attention_dim", "norm_num_groups", "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)  # fmt: skip
 VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "use_quant_conv": (True,),
@@ -47,6 +53,9 @@ VAE_FIXED: dict[str, tuple[Any, ...]] = {
 VAE_KEYS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups",
     "scaling_factor",
+)  # fmt: skip
+VAE_INTEGERS = (
+    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "norm_num_groups",
 )  # fmt: skip
 
 _NAMES = [
@@ -76,16 +85,20 @@ def unet_config(published: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """(`UNetConfig`'s arguments, whether proj_in and proj_out are linear layers) from `unet/config.json`.
 
     Raises:
-      Unsupported: lists every setting with no counterpart here.
+      UnsupportedConfigError: lists every setting with no counterpart here.
     """
     kinds = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-    wrong = _wrong(published, UNET_FIXED)
-    blocks = [*published.get("down_block_types", ()), *published.get("up_block_types", ())]
-    wrong += [f"block type {b!r}" for b in dict.fromkeys(blocks) if b not in kinds]
+    wrong = _wrong(published, UNET_FIXED) + _not_integers(published, UNET_INTEGERS)
+    wrong += [f"block type {b!r}" for b in _block_types(published) if b not in kinds]
     if isinstance(published.get("layers_per_block", 2), list):
         wrong.append("layers_per_block differs between levels")
+    levels = published.get("block_out_channels")
+    for name in (*UNET_INTEGERS, "down_block_types", "up_block_types"):
+        value = published.get(name)
+        if isinstance(levels, list | tuple) and isinstance(value, list | tuple) and len(value) != len(levels):
+            wrong.append(f"{name} has {len(value)} values for {len(levels)} levels")
     if wrong:
-        raise Unsupported("this U-Net config cannot be represented: " + "; ".join(wrong))
+        raise UnsupportedConfigError("this U-Net config cannot be represented: " + "; ".join(wrong))
     found = {k: published[k] for k in UNET_KEYS if published.get(k) is not None}
     return _tuples(found), bool(published.get("use_linear_projection", False))
 
@@ -94,14 +107,15 @@ def vae_config(published: dict[str, Any]) -> dict[str, Any]:
     """`VAEConfig`'s arguments from `vae/config.json`.
 
     Raises:
-      Unsupported: lists every setting with no counterpart here.
+      UnsupportedConfigError: lists every setting with no counterpart here.
     """
-    wrong = _wrong(published, VAE_FIXED)
-    blocks = [*published.get("down_block_types", ()), *published.get("up_block_types", ())]
+    wrong = _wrong(published, VAE_FIXED) + _not_integers(published, VAE_INTEGERS)
+    if not isinstance(published.get("scaling_factor") or 1.0, int | float):
+        wrong.append(f"scaling_factor {published['scaling_factor']!r}")
     known = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    wrong += [f"block type {b!r}" for b in dict.fromkeys(blocks) if b not in known]
+    wrong += [f"block type {b!r}" for b in _block_types(published) if b not in known]
     if wrong:
-        raise Unsupported("this VAE config cannot be represented: " + "; ".join(wrong))
+        raise UnsupportedConfigError("this VAE config cannot be represented: " + "; ".join(wrong))
     return _tuples({k: published[k] for k in VAE_KEYS if published.get(k) is not None})
 
 
@@ -126,7 +140,7 @@ def published_vae(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKL"} | {k: settings[k] for k in VAE_KEYS} | blocks
 
 
-# What the samplers here do, in the words of `diffusers`' DDIMScheduler.
+# what the samplers here do, as settings of DDIMScheduler of `diffusers`
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
@@ -143,6 +157,26 @@ SCHEDULER = {
 
 def _wrong(published: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> list[str]:
     return [f"{k} {published[k]!r}" for k, values in fixed.items() if k in published and published[k] not in values]
+
+
+def _not_integers(published: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Settings whose value is neither a positive integer nor a list of positive integers."""
+    found = []
+    for name in names:
+        value = published.get(name)
+        items = value if isinstance(value, list | tuple) else [value]
+        is_fine = value is None or (items and all(type(x) is int and 0 < x < MAX_INTEGER for x in items))
+        if not is_fine:
+            found.append(f"{name} {value!r}")
+    return found
+
+
+def _block_types(published: dict[str, Any]) -> list[str]:
+    found: list[str] = []
+    for name in ("down_block_types", "up_block_types"):
+        value = published.get(name) or ()
+        found += [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    return list(dict.fromkeys(found))
 
 
 def _tuples(config: dict[str, Any]) -> dict[str, Any]:
@@ -164,18 +198,18 @@ def table(shapes: Mapping[str, Shape], prefix: str, linear_projection: bool = Fa
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
         if path.endswith("kernel") and len(shape) == 4:
-            layout = "conv"
+            transform = "conv"
         elif path.endswith("kernel") and len(shape) == 3:
-            layout = "merge" if "to_out" in name else "heads"
+            transform = "output" if "to_out" in name else "heads"
         elif path.endswith("kernel"):
-            layout = "pointwise" if re.search(r"proj_(in|out)\.", name) and not linear_projection else "linear"
+            transform = "pointwise" if re.search(r"proj_(in|out)\.", name) and not linear_projection else "linear"
         else:
-            layout = "heads_bias" if len(shape) == 2 else "same"
-        found.append(Entry(path, name, layout))
+            transform = "heads_bias" if len(shape) == 2 else "same"
+        found.append(Entry(path, name, transform))
     return found
 
 
 def modern_name(name: str) -> str:
-    """The present name of an autoencoder's attention tensor that an old file calls query, key, value, proj_attn."""
+    """The current name of an autoencoder's attention tensor that an old file calls query, key, value or proj_attn."""
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"attentions\.0\.(query|key|value|proj_attn)\.", lambda m: f"attentions.0.{old[m[1]]}.", name)

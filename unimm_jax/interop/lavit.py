@@ -1,83 +1,27 @@
-"""LaVIT's layout: the names of every component of the published checkpoint (github jy0205/LaVIT).
+"""Names of the published LaVIT (github.com/jy0205/LaVIT), file by file, and the architecture read from the shapes.
 
-File → component: `visual_tokenizer/eva_vitg_psz14.bin` → `eva.encoder`, `tokenizer_encoder.bin` → `tokenizer_encoder`,
-`tokenizer_decoder.bin` and `highres_tokenizer_decoder.bin` → `feature_decoder`, `language_model/visual_weight.bin` →
-`visual_weight`, `pytorch_model-*.bin` → `unimm_jax.interop.llama`. The last but one holds the merger that was trained
-with the language model; the merger of `tokenizer_encoder.bin` makes codes. They are two parameters here too.
+| file | table |
+|---|---|
+| `visual_tokenizer/eva_vitg_psz14.bin` | `unimm_jax.interop.encoders.eva` |
+| `visual_tokenizer/tokenizer_encoder.bin` | `tokenizer_encoder` |
+| `visual_tokenizer/tokenizer_decoder.bin`, `highres_tokenizer_decoder.bin` | `feature_decoder` |
+| `language_model/visual_weight.bin` | `visual_weight` |
+| `language_model/pytorch_model-*.bin` | `unimm_jax.interop.llama` |
+
+There are two mergers. That of `tokenizer_encoder.bin` makes the codes; that of `visual_weight.bin` was trained with the
+language model. They are two parameters here, too.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from unimm_jax.errors import WeightMismatchError
+from unimm_jax.interop.layers import attention, fused_attention, linear, mlp, norm
 from unimm_jax.interop.table import Entry, Shape
 
-
-def norm(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
-    """A LayerNorm."""
-    return [
-        Entry(f"{ours}/scale", f"{theirs}.weight", layers=layers),
-        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
-    ]
-
-
-def linear(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
-    """A linear layer with a bias."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", layers),
-        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
-    ]
-
-
-def fused_attention(ours: str, theirs: str, layers: int, biases: str = "qkv") -> list[Entry]:
-    """Self-attention whose q, k and v are one tensor; `biases` says which of them have a (fused) bias."""
-    found = []
-    for index, name in enumerate("qkv"):
-        found.append(Entry(f"{ours}/{name}/kernel", f"{theirs}.qkv.weight", "heads", layers, part=(index, 3)))
-        if biases == "qkv":
-            found.append(Entry(f"{ours}/{name}/bias", f"{theirs}.qkv.bias", "heads_bias", layers, part=(index, 3)))
-        elif name in biases:
-            found.append(Entry(f"{ours}/{name}/bias", f"{theirs}.{name}_bias", "heads_bias", layers))
-    return found + output(f"{ours}/o", f"{theirs}.proj", layers)
-
-
-def output(ours: str, theirs: str, layers: int = 0) -> list[Entry]:
-    """The output projection of an attention."""
-    return [
-        Entry(f"{ours}/kernel", f"{theirs}.weight", "merge", layers),
-        Entry(f"{ours}/bias", f"{theirs}.bias", layers=layers),
-    ]
-
-
-def attention(
-    ours: str, theirs: str, layers: int, names: tuple[str, str, str, str] = ("query", "key", "value", "proj")
-) -> list[Entry]:
-    """Attention with separate linear layers of the given names."""
-    found = []
-    for mine, their in zip("qkv", names, strict=False):
-        found.append(Entry(f"{ours}/{mine}/kernel", f"{theirs}.{their}.weight", "heads", layers))
-        found.append(Entry(f"{ours}/{mine}/bias", f"{theirs}.{their}.bias", "heads_bias", layers))
-    return found + output(f"{ours}/o", f"{theirs}.{names[3]}", layers)
-
-
-def mlp(ours: str, theirs: str, layers: int) -> list[Entry]:
-    """Two linear layers, fc1 and fc2."""
-    return linear(f"{ours}/up", f"{theirs}.fc1", layers) + linear(f"{ours}/down", f"{theirs}.fc2", layers)
-
-
-def encoder(ours: str, theirs: str, layers: int) -> list[Entry]:
-    """EVA-CLIP's vision transformer under LaVIT's names. Its final norm and head are in the file and used by nobody."""
-    block, name = f"{ours}blocks", theirs + "blocks.{}"
-    return [
-        Entry(f"{ours}cls", f"{theirs}cls_token", "batched2"),
-        Entry(f"{ours}positions", f"{theirs}pos_embed", "batched"),
-        Entry(f"{ours}patch_embed/kernel", f"{theirs}patch_embed.proj.weight", "patch"),
-        Entry(f"{ours}patch_embed/bias", f"{theirs}patch_embed.proj.bias"),
-        *norm(f"{block}/norm1", f"{name}.norm1", layers),
-        *fused_attention(f"{block}/attention", f"{name}.attn", layers, biases="qv"),
-        *norm(f"{block}/norm2", f"{name}.norm2", layers),
-        *mlp(f"{block}/mlp", f"{name}.mlp", layers),
-    ]
+# our name of a U-Net decoder → its folder
+PIXEL_FOLDERS = {"unet_decoder": "pixel_decoding", "unet_decoder_high": "highres_pixel_decoding"}
 
 
 def selector(ours: str, theirs: str) -> list[Entry]:
@@ -168,15 +112,18 @@ def _depth(shapes: Mapping[str, Shape], pattern: str) -> int:
     return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
 
 
-def _need(shapes: Mapping[str, Shape], *names: str) -> None:
-    missing = [n for n in names if n not in shapes]
+def _need(shapes: Mapping[str, Shape], ranks: dict[str, int]) -> None:
+    """Checks that tensors are present and have the given number of axes."""
+    missing = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
     if missing:
-        raise ValueError(f"this is not LaVIT's layout: {', '.join(missing)} is missing")
+        raise WeightMismatchError(
+            f"this is not LaVIT's layout: {', '.join(missing)} are missing or have another number of axes"
+        )
 
 
 def encoder_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """`ViTConfig`'s arguments from the encoder file; heads are 88 wide, as the published ones, where that divides."""
-    _need(shapes, "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    """`ViTConfig`'s arguments from the encoder file. Heads are 88 wide as published, 16 if 88 does not divide."""
+    _need(shapes, {"pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2})
     tokens, width = shapes["pos_embed"][1:]
     patch = shapes["patch_embed.proj.weight"][2]
     return dict(
@@ -190,8 +137,8 @@ def encoder_shape(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def tokenizer_shape(encoder_file: Mapping[str, Shape], decoder_file: Mapping[str, Shape]) -> dict[str, Any]:
-    """`TokenizerConfig`'s arguments from `tokenizer_encoder.bin` and `tokenizer_decoder.bin`."""
-    _need(encoder_file, "quantize.embedding.weight", "causal_encoder.blocks.0.mlp.fc1.weight")
+    """`ImageTokenizerConfig`'s arguments from `tokenizer_encoder.bin` and `tokenizer_decoder.bin`."""
+    _need(encoder_file, {"quantize.embedding.weight": 2, "causal_encoder.blocks.0.mlp.fc1.weight": 2})
     codes, code_width = encoder_file["quantize.embedding.weight"]
     hidden, width = encoder_file["causal_encoder.blocks.0.mlp.fc1.weight"]
     return dict(
@@ -207,7 +154,8 @@ def tokenizer_shape(encoder_file: Mapping[str, Shape], decoder_file: Mapping[str
 def conditioner_shape(decoder_file: Mapping[str, Shape], heads: int) -> dict[str, Any]:
     """`ConditionerConfig`'s arguments from one of the two decoder files."""
     if "unet_proj_1.weight" in decoder_file:
+        _need(decoder_file, {"unet_proj_1.weight": 2, "unet_proj_2.weight": 2})
         widths = decoder_file["unet_proj_1.weight"][0], decoder_file["unet_proj_2.weight"][0]
         return dict(context=widths[0], pooled=widths[1], heads=heads)
-    _need(decoder_file, "unet_proj.weight")
+    _need(decoder_file, {"unet_proj.weight": 2})
     return dict(context=decoder_file["unet_proj.weight"][0], pooled=0, heads=heads)

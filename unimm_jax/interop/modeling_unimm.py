@@ -1,49 +1,87 @@
 """A unified image-and-text language model exported from unimm_jax, in PyTorch. This file needs torch and transformers.
 
     model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
-    keep, codes = model.tokenize(images)                    # uint8 [B, H, W, 3]
+    keep, codes = model.tokenize(images)                    # uint8 [B, H, W, 3], or PIL images
     model.describe(images, ["how many circles are there?"]) # "" asks for a caption
-    pictures = model.draw(["two red circles"], guidance=1.5)
+    images = model.draw(["two red circles"], guidance=1.5)  # uint8 [1, H, W, 3]
 
 The language model alone opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
 """
 
+import importlib
 import json
 import math
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-NEVER = -1e30
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+NEG_INF = -1e30
+ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
 
 
-def normalize_pixels(images):
-    """uint8 [B, H, W, 3] → CLIP-normalised floats."""
-    x = images.to(torch.float32) / 255
-    return (x - torch.tensor(PIXEL_MEAN, device=x.device)) / torch.tensor(PIXEL_STD, device=x.device)
+def as_images(images: Any, size: int) -> Tensor:
+    """Images of any accepted kind → uint8 [B, size, size, 3].
+
+    PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
+
+    Raises:
+      TypeError: another kind of object or dtype. ValueError: another shape.
+    """
+    if isinstance(images, list | tuple):
+        if not images:
+            raise ValueError("there are no images in the list")
+        return torch.cat([as_images(image, size) for image in images])
+    if type(images).__module__.split(".")[0] == "PIL":
+        images = pil_pixels(images, size)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = torch.tensor(images)
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        dtype = f" of {images.dtype}" if isinstance(images, np.ndarray | Tensor) else ""
+        raise TypeError(f"{ACCEPTED}; this is a {type(images).__name__}{dtype}")
+    images = images[None] if images.ndim == 3 else images
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images are {list(images.shape)}; this model reads [B, {size}, {size}, 3]")
+    return images
 
 
-def patchify(x, size):
+def pil_pixels(image: Any, size: int) -> np.ndarray:
+    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic."""
+    pil = importlib.import_module("PIL.Image")
+    image = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        image = pil.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image = image if image.size == (size, size) else image.resize((size, size), pil.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8)
+
+
+def patchify(x: Tensor, size: int) -> Tensor:
     """[B, H, W, C] → [B, P, size·size·C], raster order."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // size, size, w // size, size, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // size) * (w // size), size * size * c)
 
 
-def unpatchify(x, size):
-    """The inverse of `patchify` for square pictures."""
+def unpatchify(x: Tensor, size: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
     b, p, d = x.shape
     side, c = round(p**0.5), d // (size * size)
     x = x.reshape(b, side, side, size, size, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, side * size, side * size, c)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -55,12 +93,12 @@ ACTIVATIONS = {
 class Mlp(nn.Module):
     """Two linear layers with an activation between."""
 
-    def __init__(self, width, hidden, activation="gelu"):
+    def __init__(self, width: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.activation = activation
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
@@ -68,25 +106,25 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v and output."""
 
-    def __init__(self, width, heads, biases="qkv", d_out=None):
+    def __init__(self, width: int, heads: int, biases: str = "qkv", d_out: int | None = None):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v = (nn.Linear(width, width, bias=name in biases) for name in "qkv")
         self.o = nn.Linear(width, d_out or width)
 
-    def split(self, x):
+    def split(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, N, T, H]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, source=None, mask=None):
+    def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x [B, T, D] reads `source` (itself if None); boolean mask [B, T, S]."""
         source = x if source is None else source
         q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
         mask = None if mask is None else mask[:, None]
         return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
-    def with_policy(self, x, source, allowed, eps, sink):
-        """LaVIT's policy softmax: masked keys leak eps, or a sink key of score 0 and value 0 stands beside them."""
+    def with_policy(self, x: Tensor, source: Tensor, allowed: Tensor, eps: float, sink: float) -> Tensor:
+        """LaVIT's policy softmax: masked keys leak eps; with `sink` there is one more key with score 0 and value 0."""
         q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         allowed = allowed[:, None].float()
@@ -103,13 +141,15 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block."""
 
-    def __init__(self, width, heads, hidden, eps=1e-6, biases="qkv", activation="gelu"):
+    def __init__(
+        self, width: int, heads: int, hidden: int, eps: float = 1e-6, biases: str = "qkv", activation: str = "gelu"
+    ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads, biases)
         self.mlp = Mlp(width, hidden, activation)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -118,7 +158,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """The vision transformer; returns patch features."""
 
-    def __init__(self, c):
+    def __init__(self, c: dict[str, Any]):
         super().__init__()
         self.c, width = c, c["width"]
         patches = (c["image_size"] // c["patch_size"]) ** 2
@@ -128,13 +168,19 @@ class ViT(nn.Module):
         self.positions = nn.Parameter(torch.zeros(patches + c["class_token"], width))
         if c["input_norm"]:
             self.input_norm = nn.LayerNorm(width, c["eps"])
-        block = lambda: Block(width, c["heads"], c["mlp_width"], c["eps"], c["biases"], c["activation"])
-        self.blocks = nn.ModuleList(block() for _ in range(c["depth"]))
+        shape = (width, c["heads"], c["mlp_width"], c["eps"], c["biases"], c["activation"])
+        self.blocks = nn.ModuleList(Block(*shape) for _ in range(c["depth"]))
         if c["output_norm"] != "none":
             self.norm = nn.LayerNorm(width, c["eps"], elementwise_affine=c["output_norm"] == "affine")
 
-    def forward(self, images):
-        """Normalised [B, H, W, 3] → [B, P, D]."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] → floats, normalized with the model's mean and standard deviation."""
+        x = images.to(self.positions.device, torch.float32) / 255
+        mean, std = (torch.tensor(self.c[name], device=x.device) for name in ("pixel_mean", "pixel_std"))
+        return (x - mean) / std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalized [B, H, W, 3] → [B, P, D]."""
         c = self.c
         x = self.patch_embed(patchify(images.to(self.positions.dtype), c["patch_size"]))
         if c["class_token"]:
@@ -150,14 +196,14 @@ class ViT(nn.Module):
 class Selector(nn.Module):
     """Log-probabilities of keep (index 0) and drop."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         half = width // 2
         self.norm, self.inner = nn.LayerNorm(width, 1e-5), nn.Linear(width, width)
         self.out1, self.out2 = nn.Linear(width, half), nn.Linear(half, half // 2)
         self.out3 = nn.Linear(half // 2, 2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[B, P, D] → [B, P, 2]."""
         local, glob = F.gelu(self.inner(self.norm(x))).chunk(2, -1)
         u = torch.cat([local, glob.mean(1, keepdim=True).expand_as(glob)], -1)
@@ -167,13 +213,13 @@ class Selector(nn.Module):
 class MergerBlock(nn.Module):
     """Causal self-attention of kept tokens, cross-attention to dropped ones, feed-forward."""
 
-    def __init__(self, width, heads, hidden):
+    def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
         self.causal, self.cross = Attention(width, heads), Attention(width, heads)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, x, source, itself, dropped, eps, sink):
+    def forward(self, x: Tensor, source: Tensor, itself: Tensor, dropped: Tensor, eps: float, sink: float) -> Tensor:
         """Rows [B, T, D] → [B, T, D]."""
         y = self.norm0(x)
         x = x + self.causal.with_policy(y, y, itself, eps, sink)
@@ -184,29 +230,29 @@ class MergerBlock(nn.Module):
 class Merger(nn.Module):
     """Folds dropped patches into kept ones."""
 
-    def __init__(self, width, t):
+    def __init__(self, width: int, t: dict[str, Any]):
         super().__init__()
         self.eps, self.sink = t["eps"], t["sink"]
         self.source_norm, self.norm = nn.LayerNorm(width, 1e-5), nn.LayerNorm(width, 1e-5)
-        block = lambda: MergerBlock(width, t["heads"], t["mlp_width"])
-        self.blocks = nn.ModuleList(block() for _ in range(t["merger_depth"]))
+        shape = (width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(MergerBlock(*shape) for _ in range(t["merger_depth"]))
 
-    def run(self, x, features, itself, dropped):
+    def run(self, x: Tensor, features: Tensor, itself: Tensor, dropped: Tensor) -> Tensor:
         """All blocks and the last norm."""
         source = self.source_norm(features)
         for block in self.blocks:
             x = block(x, source, itself, dropped, self.eps, self.sink)
         return self.norm(x)
 
-    def dense(self, x, keep):
-        """Every position [B, P, D]; rows that are dropped mean nothing."""
+    def dense(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Every position [B, P, D]; dropped rows are meaningless."""
         size, keep = x.shape[1], keep.float()
         eye = torch.eye(size, device=x.device)
         itself = (keep[:, None] + (1 - keep[:, None]) * eye) * torch.ones_like(eye).tril()
         return self.run(x, x, itself, (1 - keep[:, None]).expand_as(itself))
 
-    def kept(self, x, keep):
-        """Kept rows of one picture: [1, P, D], boolean [1, P] → [1, S, D]."""
+    def kept(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Kept rows of one image: [1, P, D], boolean [1, P] → [1, S, D]."""
         rows = x[:, keep[0]]
         count = rows.shape[1]
         itself = torch.ones(1, count, count, device=x.device).tril()
@@ -217,13 +263,13 @@ class Merger(nn.Module):
 class Quantizer(nn.Module):
     """Nearest code of a low-dimensional unit vector."""
 
-    def __init__(self, width, t):
+    def __init__(self, width: int, t: dict[str, Any]):
         super().__init__()
         self.proj1, self.proj2 = nn.Linear(width, width), nn.Linear(width, t["code_width"])
         self.codebook = nn.Parameter(torch.zeros(t["codes"], t["code_width"]))
         self.count = nn.Parameter(torch.zeros(t["codes"]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[..., D] → codes [...]."""
         z = F.normalize(self.proj2(torch.tanh(self.proj1(x))).float(), dim=-1)
         book = self.codebook.float()
@@ -233,13 +279,13 @@ class Quantizer(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention of the queries, cross-attention to the codes, feed-forward."""
 
-    def __init__(self, width, heads, hidden):
+    def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
         self.attention, self.cross = Attention(width, heads), Attention(width, heads)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, q, codes, valid, sink):
+    def forward(self, q: Tensor, codes: Tensor, valid: Tensor, sink: float) -> Tensor:
         """Queries [B, P, D] → [B, P, D]."""
         q = q + self.attention(self.norm0(q))
         y = self.norm1(q)
@@ -250,18 +296,18 @@ class DecoderBlock(nn.Module):
 class FeatureDecoder(nn.Module):
     """Code rows → the encoder's features."""
 
-    def __init__(self, width, patches, t):
+    def __init__(self, width: int, patches: int, t: dict[str, Any]):
         super().__init__()
         self.sink = t["decoder_sink"]
         self.inner = nn.Linear(t["code_width"], width)
         self.positions = nn.Parameter(torch.zeros(patches, width))
         self.queries = nn.Parameter(torch.zeros(patches, width))
-        block = lambda: DecoderBlock(width, t["heads"], t["mlp_width"])
-        self.blocks = nn.ModuleList(block() for _ in range(t["decoder_depth"]))
+        shape = (width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(DecoderBlock(*shape) for _ in range(t["decoder_depth"]))
         self.norm = nn.LayerNorm(width, 1e-5)
         self.out1, self.out2 = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, z, index, valid):
+    def forward(self, z: Tensor, index: Tensor, valid: Tensor) -> Tensor:
         """Rows [B, S, C], their positions [B, S], which of them exist → [B, P, D]."""
         x = self.inner(z) + self.positions[index]
         q = self.queries.expand(len(z), -1, -1)
@@ -271,10 +317,10 @@ class FeatureDecoder(nn.Module):
         return self.out2(torch.tanh(self.out1(self.norm(q))))
 
 
-class VisualTokenizer(nn.Module):
-    """Pictures to codes, codes to features."""
+class ImageTokenizer(nn.Module):
+    """Images to codes, codes to features."""
 
-    def __init__(self, encoder, t):
+    def __init__(self, encoder: dict[str, Any], t: dict[str, Any]):
         super().__init__()
         self.t, width = t, encoder["width"]
         patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
@@ -282,25 +328,25 @@ class VisualTokenizer(nn.Module):
         self.merger, self.quantizer = Merger(width, t), Quantizer(width, t)
         self.decoder = FeatureDecoder(width, patches, t)
 
-    def decide(self, x):
-        """The keep mask, boolean [B, P]; the likeliest patch where none wins."""
+    def decide(self, x: Tensor) -> Tensor:
+        """The keep mask, boolean [B, P]; keeps at least the most likely patch."""
         if self.t["selection"] == "all":
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         keep, drop = self.selector(x).unbind(-1)
         if self.t["selection"] == "top_k":
-            order = torch.argsort(-keep, -1, stable=True)
-            return torch.argsort(order, -1, stable=True) < self.t["top_k"]
+            order = torch.argsort(-keep, dim=-1, stable=True)
+            return torch.argsort(order, dim=-1, stable=True) < self.t["top_k"]
         mask = keep > drop
         best = F.one_hot(keep.argmax(-1), keep.shape[-1]).bool()
         return torch.where(mask.any(-1, keepdim=True), mask, best)
 
-    def encode(self, images):
-        """Normalised pixels → (keep [B, P], codes [B, P])."""
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized pixels → (keep [B, P], codes [B, P])."""
         x = self.encoder(images)
         keep = self.decide(x)
         return keep, self.quantizer(self.merger.dense(x, keep))
 
-    def decode(self, codes, keep, decoder=None):
+    def decode(self, codes: Tensor, keep: Tensor, decoder: nn.Module | None = None) -> Tensor:
         """Codes at their patches → features [B, P, D], by the tokenizer's own decoder or another."""
         index = torch.arange(keep.shape[1], device=keep.device).expand_as(codes)
         if self.t["positions"] != "grid":
@@ -309,17 +355,17 @@ class VisualTokenizer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Features → pixels in [0, 1], directly."""
+    """Features → pixels in [0, 1] in one pass."""
 
-    def __init__(self, c, width, patch):
+    def __init__(self, c: dict[str, Any], width: int, patch: int):
         super().__init__()
         self.patch = patch
         self.inner = nn.Linear(width, c["width"])
-        block = lambda: Block(c["width"], c["heads"], c["mlp_width"], activation="relu2")
-        self.blocks = nn.ModuleList(block() for _ in range(c["depth"]))
+        shape = (c["width"], c["heads"], c["mlp_width"])
+        self.blocks = nn.ModuleList(Block(*shape, activation="relu2") for _ in range(c["depth"]))
         self.out = nn.Linear(c["width"], patch * patch * 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[B, P, D] → [B, H, W, 3]."""
         x = self.inner(x)
         for block in self.blocks:
@@ -333,7 +379,7 @@ class PixelDecoder(nn.Module):
 class Resnet(nn.Module):
     """Norm, SiLU, conv twice, time added between, residual."""
 
-    def __init__(self, c_in, c_out, time, groups, eps):
+    def __init__(self, c_in: int, c_out: int, time: int, groups: int, eps: float):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time, c_out)
@@ -341,7 +387,7 @@ class Resnet(nn.Module):
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x, time):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """[B, C_in, H, W] → [B, C_out, H, W]."""
         y = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(time))[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
@@ -351,30 +397,31 @@ class Resnet(nn.Module):
 class CrossAttention(nn.Module):
     """Stable Diffusion's attention."""
 
-    def __init__(self, width, heads, context):
+    def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k, self.to_v = (nn.Linear(context, width, bias=False) for _ in range(2))
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, T, D] reads [B, S, X]."""
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 
 class SpatialBlock(nn.Module):
     """Self-attention, cross-attention, GEGLU."""
 
-    def __init__(self, width, heads, context):
+    def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, 1e-5) for _ in range(3))
         self.attn1, self.attn2 = CrossAttention(width, heads, width), CrossAttention(width, heads, context)
         self.ff_in, self.ff_out = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
         y = self.norm1(x)
         x = x + self.attn1(y, y)
@@ -386,13 +433,13 @@ class SpatialBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over all positions, with a residual."""
 
-    def __init__(self, width, heads, depth, context, groups):
+    def __init__(self, width: int, heads: int, depth: int, context: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
         self.blocks = nn.ModuleList(SpatialBlock(width, heads, context) for _ in range(depth))
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, C, H, W] → same."""
         h, w = x.shape[2:]
         y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
@@ -404,7 +451,7 @@ class SpatialTransformer(nn.Module):
 class Level(nn.Module):
     """One resolution."""
 
-    def __init__(self, resnets, mixers, sampler):
+    def __init__(self, resnets: list[Resnet], mixers: list[nn.Module | None], sampler: nn.Module | None):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.mixers = nn.ModuleList(m or nn.Identity() for m in mixers)
@@ -415,14 +462,18 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """Stable Diffusion's U-Net."""
 
-    def __init__(self, c):
+    def __init__(self, c: dict[str, Any]):
         super().__init__()
         self.c, widths, groups = c, c["block_out_channels"], c["norm_num_groups"]
         time = 4 * widths[0]
-        at = lambda name, i: c[name] if isinstance(c[name], int) else c[name][i]
-        resnet = lambda i, o: Resnet(i, o, time, groups, c["norm_eps"])
 
-        def mixer(width, kind, i):
+        def at(name: str, i: int) -> int:
+            return c[name] if isinstance(c[name], int) else c[name][i]
+
+        def resnet(c_in: int, c_out: int) -> Resnet:
+            return Resnet(c_in, c_out, time, groups, c["norm_eps"])
+
+        def mixer(width: int, kind: str, i: int) -> nn.Module | None:
             if "CrossAttn" not in kind:
                 return None
             depth, heads = at("transformer_layers_per_block", i), at("attention_head_dim", i)
@@ -433,7 +484,9 @@ class UNet(nn.Module):
             self.add_embedding1 = nn.Linear(c["projection_class_embeddings_input_dim"], time)
             self.add_embedding2 = nn.Linear(time, time)
         self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        skips, channels, down, up = [widths[0]], widths[0], [], []
+        skips, channels = [widths[0]], widths[0]
+        down: list[Level] = []
+        up: list[Level] = []
         for i, (width, kind) in enumerate(zip(widths, c["down_block_types"], strict=True)):
             resnets, mixers = [], []
             for _ in range(c["layers_per_block"]):
@@ -447,7 +500,7 @@ class UNet(nn.Module):
             down.append(Level(resnets, mixers, None if last else nn.Conv2d(channels, channels, 3, 2, 1)))
         self.down = nn.ModuleList(down)
         self.mid1, self.mid2 = resnet(channels, channels), resnet(channels, channels)
-        self.mid_mixer = mixer(channels, "CrossAttn", -1)
+        self.mid_mixer: Any = mixer(channels, "CrossAttn", -1)
         for i, (width, kind) in enumerate(zip(reversed(widths), c["up_block_types"], strict=True)):
             resnets, mixers = [], []
             for _ in range(c["layers_per_block"] + 1):
@@ -460,7 +513,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], c["norm_eps"])
         self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
 
-    def forward(self, x, steps, context):
+    def forward(self, x: Tensor, steps: Tensor, context: Tensor) -> Tensor:
         """[B, C, H, W], time steps [B], context [B, S, X] → [B, C, H, W]."""
         half = self.c["block_out_channels"][0] // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=x.device) / half)
@@ -469,6 +522,7 @@ class UNet(nn.Module):
         time = self.time_embedding2(F.silu(time))
         x = self.conv_in(x)
         skips = [x]
+        level: Any
         for level in self.down:
             for resnet, mixer, mixes in zip(level.resnets, level.mixers, level.mixes, strict=True):
                 x = resnet(x, time)
@@ -477,7 +531,8 @@ class UNet(nn.Module):
             if level.sampler is not None:
                 x = level.sampler(x)
                 skips.append(x)
-        x = self.mid2(self.mid_mixer(self.mid1(x, time), context), time)
+        x = self.mid_mixer(self.mid1(x, time), context)
+        x = self.mid2(x, time)
         for level in self.up:
             for resnet, mixer, mixes in zip(level.resnets, level.mixers, level.mixes, strict=True):
                 x = resnet(torch.cat([x, skips.pop()], 1), time)
@@ -487,33 +542,33 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def alphas(device):
+def alphas(device: torch.device) -> Tensor:
     """Cumulative products of the "scaled linear" schedule."""
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - beta, 0).to(torch.float32).to(device)
 
 
-# ---- The whole -------------------------------------------------------------------------------------------------------
+# ---- The whole model ------------------------------------------------------------------------------------------------
 
 
 class AttentionPool(nn.Module):
-    """The mean of all patches reads every patch."""
+    """Attention in which the mean of all patches reads every patch."""
 
-    def __init__(self, width, heads, d_out, patches):
+    def __init__(self, width: int, heads: int, d_out: int, patches: int):
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(patches + 1, width))
         self.attention = Attention(width, heads, d_out=d_out)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[B, P, D] → [B, d_out]."""
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positions
         return self.attention(x[:, :1], x)[:, 0]
 
 
 class Conditioner(nn.Module):
-    """What a published U-Net reads in place of a prompt."""
+    """Features → what a published U-Net reads instead of a prompt."""
 
-    def __init__(self, width, patches, c):
+    def __init__(self, width: int, patches: int, c: dict[str, Any]):
         super().__init__()
         if c["pooled"]:
             self.context1, self.context2 = nn.Linear(width, c["context"]), nn.Linear(width, c["pooled"])
@@ -523,7 +578,7 @@ class Conditioner(nn.Module):
         if c["empty"]:
             self.empty = nn.Parameter(torch.zeros(c["empty"], c["context"]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features [B, P, D] → context, pooled or None, which rows are read; the unconditional half below."""
         if hasattr(self, "pool"):
             context, pooled = torch.cat([self.context1(x), self.context2(x)], -1), self.pool(x)
@@ -538,9 +593,9 @@ class Conditioner(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """What stands before a U-Net of latents: its feature decoder and conditioner. The U-Net is opened by diffusers."""
+    """Feature decoder and conditioner of a U-Net of latents. The U-Net itself is opened by diffusers."""
 
-    def __init__(self, encoder, tokenizer, conditioner):
+    def __init__(self, encoder: dict[str, Any], tokenizer: dict[str, Any], conditioner: dict[str, Any]):
         super().__init__()
         patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
         self.decoder = FeatureDecoder(encoder["width"], patches, tokenizer)
@@ -548,35 +603,47 @@ class LatentDecoder(nn.Module):
 
 
 class UniMM(nn.Module):
-    """One decoder-only language model that reads pictures and draws them."""
+    """One decoder-only language model that reads images and generates them.
 
-    def __init__(self, settings, language, words):
+    Args (constructor):
+      settings: `unimm.json`. language: the language model. text_tokenizer: its tokenizer.
+    """
+
+    def __init__(self, settings: dict[str, Any], language: nn.Module, text_tokenizer: Any):
         super().__init__()
-        self.settings, self.language, self.words = settings, language, words
+        self.settings, self.language, self.text_tokenizer = settings, language, text_tokenizer
         m, width = settings["model"], settings["model"]["encoder"]["width"]
-        self.tokenizer = VisualTokenizer(m["encoder"], m["tokenizer"])
+        self.image_size: int = m["encoder"]["image_size"]
+        self.image_tokenizer = ImageTokenizer(m["encoder"], m["image_tokenizer"])
         self.encoder = ViT(m["encoder"])
-        d = language.config.hidden_size
-        if m["unified"]["way_in"] == "merger":
-            self.merger = Merger(width, m["tokenizer"])
+        config: Any = language.config
+        d: int = config.hidden_size
+        self.has_merger = m["unified"]["connector"] == "merger"
+        if self.has_merger:
+            self.merger = Merger(width, m["image_tokenizer"])
             self.adapter = nn.Linear(width, d)
         else:
             self.adapter_inner, self.adapter = nn.Linear(width, d), nn.Linear(d, d)
         if "pixel_decoder" in m:
-            self.direct = PixelDecoder(m["pixel_decoder"], width, m["encoder"]["patch_size"])
+            self.pixel_decoder = PixelDecoder(m["pixel_decoder"], width, m["encoder"]["patch_size"])
         if "unet" in m:
             self.unet = UNet(m["unet"])
         latent = {
-            k: LatentDecoder(m["encoder"], m["tokenizer"], d["conditioner"]) for k, d in settings["latent"].items()
+            name: LatentDecoder(m["encoder"], m["image_tokenizer"], part["conditioner"])
+            for name, part in settings["latent"].items()
         }
-        self.latent, self.folder, self.opened = nn.ModuleDict(latent), None, {}
+        self.latent = nn.ModuleDict(latent)
+        self.decoders = [name for name in ("pixel_decoder",) if name in m]
+        self.decoders += (["unet_decoder"] if "unet" in m else []) + list(latent)
+        self.folder = pathlib.Path()
+        self.opened: dict[str, tuple[Any, Any]] = {}
 
     @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """What AutoModel calls on a class of remote code; nothing is to be done."""
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """AutoModel calls this for classes of remote code; it does nothing."""
 
     @classmethod
-    def from_pretrained(cls, path, *args, **kwargs):
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> "UniMM":
         """Opens an exported directory."""
         del args
         from safetensors.torch import load_file
@@ -598,69 +665,88 @@ class UniMM(nn.Module):
     # Reading
 
     @torch.no_grad()
-    def tokenize(self, images):
-        """uint8 [B, H, W, 3] → (keep boolean [B, P], codes [B, P])."""
-        return self.tokenizer.encode(normalize_pixels(images))
+    def tokenize(self, images: Any) -> tuple[Tensor, Tensor]:
+        """Images (see `as_images`) → (keep boolean [B, P], codes [B, P])."""
+        pixels = self.image_tokenizer.encoder.normalize(as_images(images, self.image_size))
+        return self.image_tokenizer.encode(pixels)
 
-    def features(self, image, keep):
-        """What the language model reads of one picture: [S, D]."""
-        x = self.encoder(normalize_pixels(image)[None])
-        if hasattr(self, "merger"):
+    def features(self, image: Tensor, keep: Tensor) -> Tensor:
+        """What the language model reads of one image, uint8 [H, W, 3]: [S, D]."""
+        x = self.encoder(self.encoder.normalize(image[None]))
+        if self.has_merger:
             return self.adapter(self.merger.kept(x, keep[None]))[0]
         return self.adapter(F.gelu(self.adapter_inner(x)))[0]
 
-    def embed(self, ids):
+    def embed(self, ids: Sequence[int]) -> Tensor:
         """Token ids → [1, T, D]."""
-        device = self.language.get_input_embeddings().weight.device
-        return self.language.get_input_embeddings()(torch.tensor([ids], device=device))
+        table = self.language.get_input_embeddings()  # type: ignore[operator]
+        return table(torch.tensor([list(ids)], device=table.weight.device))
 
-    def picture_embeddings(self, image, keep):
-        """[IMG] features [/IMG], in the grid variant each feature after the id of its place: [1, T, D]."""
+    def image_embeddings(self, image: Tensor, keep: Tensor) -> Tensor:
+        """[IMG] features [/IMG], in the grid variant each feature after the id of its position: [1, T, D]."""
         s = self.settings
-        rows, patches = self.features(image, keep), keep.nonzero()[:, 0].tolist()
+        patches = keep.nonzero()[:, 0].tolist()[: s["max_image_tokens"]]
+        rows = self.features(image, keep)[: len(patches)]
         parts = [self.embed([s["start"]])]
         for row, patch in zip(rows, patches, strict=True):
-            if s["patches"]:
+            if s["num_position_ids"]:
                 parts.append(self.embed([s["first_position"] + patch]))
             parts.append(row[None, None])
         return torch.cat([*parts, self.embed([s["end"]])], 1)
 
     @torch.no_grad()
-    def describe(self, images, questions=None, length=40):
-        """Greedy answers; an empty question asks for a caption."""
+    def describe(self, images: Any, questions: str | Sequence[str] | None = None, length: int = 40) -> list[str]:
+        """Greedy answers, one per image; an empty question asks for a caption.
+
+        Args:
+          images: see `as_images`. questions: one per image, or one for all. length: maximum tokens per answer.
+        """
+        images = as_images(images, self.image_size)
+        if questions is None or isinstance(questions, str):
+            questions = [questions or ""] * len(images)
         keep, _ = self.tokenize(images)
         found = []
-        for image, mask, question in zip(images, keep, questions or [""] * len(images), strict=True):
-            x = self.picture_embeddings(image, mask)
-            words = self.words.encode(question, add_special_tokens=False) if question else []
+        for image, mask, question in zip(images, keep, questions, strict=True):
+            x = self.image_embeddings(image, mask)
+            words = self.text_tokenizer.encode(question, add_special_tokens=False) if question else []
             x = torch.cat([x, self.embed(words)], 1) if words else x
-            ids, cache = [], None
+            ids: list[int] = []
+            cache = None
             for _ in range(length):
                 out = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True)
                 cache, logits = out.past_key_values, out.logits[0, -1].float()
-                logits[self.settings["text"] :] = NEVER
-                logits[self.settings["banned"]] = NEVER
+                logits[self.settings["text_rows"] :] = NEG_INF
+                logits[self.settings["banned"]] = NEG_INF
                 token = int(logits.argmax())
                 if token == self.settings["eos"]:
                     break
                 ids.append(token)
                 x = self.embed([token])
-            found.append(self.words.decode(ids, skip_special_tokens=True).strip())
+            found.append(self.text_tokenizer.decode(ids, skip_special_tokens=True).strip())
         return found
 
-    # Drawing
+    # Generating images
 
     @torch.no_grad()
-    def draw_ids(self, prompts, guidance=1.0, temperature=1.0, top_k=0, generator=None):
-        """Visual ids of each prompt, a list of lists; temperature 0 takes the likeliest."""
+    def generate_image_tokens(
+        self,
+        prompts: Sequence[str],
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[list[int]]:
+        """Image token ids for each prompt; temperature 0 is greedy, top_k 0 chooses from all tokens."""
         s = self.settings
         found = []
         for prompt in prompts:
-            words = self.words.encode(prompt, add_special_tokens=False)
+            words = self.text_tokenizer.encode(prompt, add_special_tokens=False)
             bos = [] if s["bos"] is None else [s["bos"]]
             streams = [[*bos, *words, s["start"]]] + ([[s["start"]]] if guidance != 1 else [])
-            caches, ids, place = [None] * len(streams), [], -1
-            for _ in range(s["budget"] * (2 if s["patches"] else 1) + 1):
+            caches: list[Any] = [None] * len(streams)
+            ids: list[int] = []
+            position = -1
+            for _ in range(s["max_image_tokens"] * (2 if s["num_position_ids"] else 1) + 1):
                 logp = []
                 for i, stream in enumerate(streams):
                     inputs = stream if caches[i] is None else ids[-1:]
@@ -668,106 +754,135 @@ class UniMM(nn.Module):
                     caches[i] = out.past_key_values
                     logp.append(out.logits[0, -1].float().log_softmax(-1))
                 score = logp[0] if guidance == 1 else logp[1] + guidance * (logp[0] - logp[1])
-                score = torch.where(self.legal(ids, place).to(score.device), score, NEVER)
+                score = torch.where(self.legal(ids, position).to(score.device), score, NEG_INF)
                 if temperature == 0:
                     token = int(score.argmax())
                 else:
                     score = score / temperature
                     if top_k:
-                        score[score < score.topk(top_k).values[-1]] = NEVER
+                        score[score < score.topk(min(top_k, len(score))).values[-1]] = NEG_INF
                     token = int(torch.multinomial(score.softmax(-1), 1, generator=generator))
                 if token == s["end"]:
                     break
                 ids.append(token)
-                place = token - s["first_position"] if token >= s["first_position"] else place
+                position = token - s["first_position"] if token >= s["first_position"] else position
             found.append(ids)
         return found
 
-    def legal(self, ids, place):
-        """Which ids may follow inside a picture."""
+    def legal(self, ids: list[int], position: int) -> Tensor:
+        """Which ids may follow inside an image, boolean [V]; `position` is the last one, -1 before the first."""
         s = self.settings
-        mask = torch.zeros(self.language.config.vocab_size, dtype=torch.bool)
+        mask = torch.zeros(self.language.config.vocab_size, dtype=torch.bool)  # type: ignore
         count = sum(s["first_code"] <= i < s["first_code"] + s["codes"] for i in ids)
-        if s["patches"]:
+        if s["num_position_ids"]:
             if ids and ids[-1] >= s["first_position"]:
                 mask[s["first_code"] : s["first_code"] + s["codes"]] = True
                 return mask
-            mask[s["first_position"] + place + 1 : s["first_position"] + s["patches"]] = True
+            mask[s["first_position"] + position + 1 : s["first_position"] + s["num_position_ids"]] = True
             mask[s["end"]] = count > 0
             return mask
-        full = count >= s["budget"]
+        full = count >= s["max_image_tokens"]
         mask[s["first_code"] : s["first_code"] + s["codes"]] = not full
         mask[s["end"]] = full or (count > 0 and s["selection"] != "all")
         return mask
 
-    def codes(self, ids):
-        """Visual ids → (codes [N, P], keep [N, P])."""
+    def codes(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Image token ids → (codes [N, P], keep [N, P])."""
         s = self.settings
-        codes = torch.zeros(len(ids), s["all_patches"], dtype=torch.long)
+        codes = torch.zeros(len(ids), s["num_patches"], dtype=torch.long)
         keep = torch.zeros_like(codes, dtype=torch.bool)
         for row, sequence in enumerate(ids):
-            place = -1
+            position = -1
             for token in sequence:
-                if s["patches"] and token >= s["first_position"]:
-                    place = token - s["first_position"]
+                if s["num_position_ids"] and token >= s["first_position"]:
+                    position = token - s["first_position"]
                 elif s["first_code"] <= token < s["first_code"] + s["codes"]:
-                    place += 0 if s["patches"] else 1
-                    if 0 <= place < s["all_patches"]:
-                        codes[row, place], keep[row, place] = token - s["first_code"], True
+                    position += 0 if s["num_position_ids"] else 1
+                    if 0 <= position < s["num_patches"]:
+                        codes[row, position], keep[row, position] = token - s["first_code"], True
         return codes, keep
 
     @torch.no_grad()
-    def decode(self, codes, keep, decoder="", noise=None, generator=None, size=None):
+    def decode(
+        self,
+        codes: Tensor,
+        keep: Tensor,
+        decoder: str = "",
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Codes → uint8 [N, H, W, 3].
 
-        `decoder` is "direct", "unet" or "unet_high" (empty: the first that this model has). A U-Net starts from `noise`
-        [N, h, w, C] if given; `size` (H, W) is for U-Nets of latents, which need diffusers installed.
+        Args:
+          decoder: one of `decoders`; the first one if empty. U-Nets of latents need diffusers.
+          noise: [N, h, w, C] that a U-Net starts from. size: (H, W), for U-Nets of latents.
         """
-        decoder = decoder or ("direct" if hasattr(self, "direct") else "unet")
-        if decoder == "direct":
-            pixels = self.direct(self.tokenizer.decode(codes, keep))
+        decoder = decoder or (self.decoders[0] if self.decoders else "pixel_decoder")
+        if decoder not in self.decoders:
+            raise ValueError(f"this model has no {decoder}; its decoders are {', '.join(self.decoders) or 'none'}")
+        if decoder == "pixel_decoder":
+            pixels = self.pixel_decoder(self.image_tokenizer.decode(codes, keep))
         elif decoder in self.latent:
             pixels = (self.decode_latent(decoder, codes, keep, noise, generator, size) + 1) / 2
         else:
-            pixels = (self.decode_pixels(self.tokenizer.decode(codes, keep), noise, generator) + 1) / 2
+            pixels = (self.decode_pixels(self.image_tokenizer.decode(codes, keep), noise, generator) + 1) / 2
         return (pixels.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
-    def decode_pixels(self, context, noise, generator):
-        """A U-Net of unshuffled pixels: [N, H, W, 3] in [-1, 1]."""
+    def decode_pixels(self, context: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Samples a U-Net of unshuffled pixels: [N, H, W, 3] in [-1, 1]."""
         d = self.settings["diffusion"]
-        side = self.settings["model"]["encoder"]["image_size"] // d["unshuffle"]
+        side = self.image_size // d["unshuffle"]
         if noise is None:
             noise = torch.randn(len(context), side, side, 3 * d["unshuffle"] ** 2, generator=generator)
         both = torch.cat([context, torch.zeros_like(context)])
-        predict = lambda x, steps: self.unet(x.to(context.dtype), steps, both)
+
+        def predict(x: Tensor, steps: Tensor) -> Tensor:
+            return self.unet(x.to(context.dtype), steps, both)
+
         x = self.diffuse(predict, noise.permute(0, 3, 1, 2).to(context.device), d, clip=True)
         return unpatchify(x.permute(0, 2, 3, 1).flatten(1, 2), d["unshuffle"])
 
-    def decode_latent(self, name, codes, keep, noise, generator, size):
-        """A U-Net of an autoencoder's latents: [N, H, W, 3] in about [-1, 1]."""
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-
-        d, part = self.settings["latent"][name], self.latent[name]
-        x = self.tokenizer.decode(codes, keep, part.decoder)
+    def open_latent(self, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+        """The U-Net and the autoencoder of a decoder, opened by diffusers once."""
         if name not in self.opened:
-            folder, options = self.folder / d["folder"], {"torch_dtype": x.dtype}
-            unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-            self.opened[name] = unet.to(x.device), AutoencoderKL.from_pretrained(folder / "vae", **options).to(x.device)
-        unet, vae = self.opened[name]
+            diffusers = importlib.import_module("diffusers")
+            folder = self.folder / self.settings["latent"][name]["folder"]
+            unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+            vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+            self.opened[name] = unet.to(device), vae.to(device)
+        return self.opened[name]
+
+    def decode_latent(
+        self,
+        name: str,
+        codes: Tensor,
+        keep: Tensor,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        size: tuple[int, int] | None,
+    ) -> Tensor:
+        """Samples a U-Net of an autoencoder's latents: [N, H, W, 3] in about [-1, 1]."""
+        d, part = self.settings["latent"][name], self.latent[name]
+        x = self.image_tokenizer.decode(codes, keep, part.decoder)  # type: ignore[arg-type]
+        unet, vae = self.open_latent(name, x.dtype, x.device)
         height, width = size or (d["pixel_size"],) * 2
         shrink = 2 ** (len(vae.config.block_out_channels) - 1)
         shape = (len(codes), height // shrink, width // shrink, vae.config.latent_channels)
         noise = torch.randn(shape, generator=generator) if noise is None else noise
-        context, pooled, mask = part.conditioner(x)
+        context, pooled, mask = part.conditioner(x)  # type: ignore[operator]
         more = {}
         if pooled is not None:
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device)
             more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}
-        predict = lambda z, t: unet(z.to(x.dtype), t, context, encoder_attention_mask=mask, **more).sample
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            return unet(z.to(x.dtype), t, context, encoder_attention_mask=mask, **more).sample
+
         z = self.diffuse(predict, noise.permute(0, 3, 1, 2).to(x.device), d, clip=False)
         return vae.decode(z.to(x.dtype) / vae.config.scaling_factor).sample.permute(0, 2, 3, 1)
 
-    def diffuse(self, predict, x, d, clip):
+    def diffuse(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, d: dict[str, Any], clip: bool) -> Tensor:
         """DDIM with guidance from noise [N, C, h, w]; `predict` takes and gives both halves, conditional first."""
         table, stride = alphas(x.device), 1000 // d["steps"]
         for t in range((d["steps"] - 1) * stride + 1, 0, -stride):
@@ -782,6 +897,8 @@ class UniMM(nn.Module):
             x = b.sqrt() * clean + (1 - b).sqrt() * eps
         return x
 
-    def draw(self, prompts, decoder="", size=None, **sampling):
-        """Prompts → uint8 [N, H, W, 3]."""
-        return self.decode(*self.codes(self.draw_ids(prompts, **sampling)), decoder, size=size)
+    def draw(
+        self, prompts: Sequence[str], decoder: str = "", size: tuple[int, int] | None = None, **sampling: Any
+    ) -> Tensor:
+        """Prompts → uint8 [N, H, W, 3]; `sampling` as for `generate_image_tokens`."""
+        return self.decode(*self.codes(self.generate_image_tokens(prompts, **sampling)), decoder, size=size)

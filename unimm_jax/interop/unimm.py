@@ -15,11 +15,11 @@ def table(shapes: Mapping[str, Shape]) -> list[Entry]:
         layers = shape[0] if _STACK.search(path) else 0
         own = len(shape) - bool(layers)
         name = re.sub(r"(kernel|scale)$", "weight", _STACK.sub(r"\1.{}/", path)).replace("/", ".")
-        layout = "same"
+        transform = "same"
         if path.endswith("kernel"):
             merges = re.search(r"/(o|to_out)/kernel$", path) is not None
-            layout = {2: "linear", 3: "merge" if merges else "heads", 4: "conv"}[own]
+            transform = {2: "linear", 3: "output" if merges else "heads", 4: "conv"}[own]
         elif path.endswith("bias") and own == 2:
-            layout = "heads_bias"
-        found.append(Entry(path, name, layout, layers))
+            transform = "heads_bias"
+        found.append(Entry(path, name, transform, layers))
     return found

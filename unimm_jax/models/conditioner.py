@@ -1,4 +1,4 @@
-"""What a published U-Net reads in place of a prompt: projections of the reconstructed features (LaVIT code, §3)."""
+"""Conditions of a published U-Net: projections of the reconstructed features, in place of a prompt (LaVIT's code)."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ from unimm_jax.models.transformer import Attention, Linear, truncated
 
 @dataclasses.dataclass(frozen=True)
 class ConditionerConfig:
-    """Widths of the U-Net's context and, for SDXL, of its second context and of the pooled vector.
+    """Widths of the U-Net's context and, for SDXL, of its second context and its pooled vector.
 
     Attributes:
-      context: width of the (first) context; Stable Diffusion 1.5 has 768.
-      pooled: width of SDXL's second context and of its pooled vector, 1280; 0 is Stable Diffusion 1.5.
-      heads: of the attention pool.
-      empty: rows of the stored embedding of an empty prompt, LaVIT's negative for Stable Diffusion 1.5 (77 there); with
-        0 the negative is zeros, as for SDXL.
+      context: width of the (first) context; 768 in Stable Diffusion 1.5.
+      pooled: width of the second context and of the pooled vector; 1280 in SDXL, 0 (none) in Stable Diffusion 1.5.
+      heads: heads of the attention pool.
+      empty: rows of the stored embedding of an empty prompt, which LaVIT uses as the negative context of Stable
+        Diffusion 1.5 (77 rows); with 0 the negative context is zeros, as for SDXL.
     """
 
     context: int = 768
@@ -29,10 +29,10 @@ class ConditionerConfig:
 
 
 class AttentionPool(nnx.Module):
-    """CLIP's attention pool: the mean reads every patch through multi-head attention."""
+    """CLIP's attention pool: the mean of the patches attends to all patches."""
 
-    def __init__(self, width: int, heads: int, d_out: int, patches: int, *, rngs: nnx.Rngs):
-        self.positions = nnx.Param(truncated(rngs.params(), (patches + 1, width)), axes=(None, "embed"))
+    def __init__(self, width: int, heads: int, d_out: int, num_patches: int, *, rngs: nnx.Rngs):
+        self.positions = nnx.Param(truncated(rngs.params(), (num_patches + 1, width)), axes=(None, "embed"))
         self.attention = Attention(width, heads, rngs=rngs, d_out=d_out)
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
@@ -43,28 +43,29 @@ class AttentionPool(nnx.Module):
 
 
 class Conditioner(nnx.Module):
-    """Reconstructed features [B, P, D] → the U-Net's context, and a pooled vector for SDXL."""
+    """Maps reconstructed features [B, P, D] to the U-Net's context and, for SDXL, to a pooled vector."""
 
-    def __init__(self, width: int, patches: int, config: ConditionerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_patches: int, config: ConditionerConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         if c.pooled:
             self.context1 = Linear(width, c.context, axes=("embed", "mlp"), rngs=rngs)
             self.context2 = Linear(width, c.pooled, axes=("embed", "mlp"), rngs=rngs)
-            self.pool = AttentionPool(width, c.heads, c.pooled, patches, rngs=rngs)
+            self.pool = AttentionPool(width, c.heads, c.pooled, num_patches, rngs=rngs)
         else:
             self.context = Linear(width, c.context, axes=("embed", "mlp"), rngs=rngs)
         self.empty = nnx.Param(jnp.zeros((c.empty, c.context)), axes=(None, None)) if c.empty else None
 
     def __call__(self, x_BPD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """(context [B, P, X], pooled [B, Y] or None)."""
+        """Returns (context [B, P, X], pooled [B, Y] or None). X is the sum of both context widths for SDXL."""
         if not self.config.pooled:
             return self.context(x_BPD), None
         return jnp.concatenate([self.context1(x_BPD), self.context2(x_BPD)], -1), self.pool(x_BPD)
 
     def negative(self, context_BPX: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(context without a picture [B, P, X], which rows of it may be read, boolean [B, P]).
+        """The context without an image, for guidance: (context [B, P, X], mask boolean [B, P], True for valid rows).
 
-        The stored empty prompt stands first and is all that is read (LaVIT's `uncond_embeddings.bin`), or all is zeros.
+        The first rows are the stored embedding of the empty prompt (LaVIT's `uncond_embeddings.bin`) and the only valid
+        ones. Without a stored embedding all rows are valid zeros.
         """
         zeros = jnp.zeros_like(context_BPX)
         if self.empty is None:

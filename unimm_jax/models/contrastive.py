@@ -14,7 +14,7 @@ from unimm_jax.models.vit import ViT, ViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig:
-    """Shape of the text tower and of the joint space."""
+    """Shape of the text tower, and width of the joint embedding space."""
 
     width: int = 128
     depth: int = 2
@@ -24,14 +24,14 @@ class TextTowerConfig:
 
 
 class ContrastiveModel(nnx.Module):
-    """Pictures and captions in one space (CLIP), plus pixels read off the patch features by one linear layer."""
+    """Embeds images and captions in one space (CLIP); a linear head predicts pixels from the patch features."""
 
-    def __init__(self, encoder: ViTConfig, text: TextTowerConfig, vocabulary: int, *, rngs: nnx.Rngs):
+    def __init__(self, encoder: ViTConfig, text: TextTowerConfig, text_rows: int, *, rngs: nnx.Rngs):
         t = self.text_config = text
         self.encoder = ViT(encoder, rngs=rngs)
         self.image_head = Linear(encoder.width, t.joint_width, axes=("embed", None), rngs=rngs)
         self.pixel_head = Linear(encoder.width, encoder.patch_size**2 * 3, axes=("embed", None), rngs=rngs)
-        self.embed = nnx.Param(truncated(rngs.params(), (vocabulary, t.width)), axes=("vocab", "embed"))
+        self.embed = nnx.Param(truncated(rngs.params(), (text_rows, t.width)), axes=("vocab", "embed"))
         self.positions = nnx.Param(truncated(rngs.params(), (t.max_length, t.width)), axes=(None, "embed"))
         self.blocks = stack(lambda r: Block(t.width, t.heads, 4 * t.width, rngs=r), t.depth, rngs)
         self.norm = LayerNorm(t.width)
@@ -39,11 +39,16 @@ class ContrastiveModel(nnx.Module):
         self.log_scale = nnx.Param(jnp.log(jnp.asarray(14.0)), axes=())
 
     def image_embedding(self, features_BPD: jax.Array) -> jax.Array:
-        """Patch features → unit vectors [B, J]."""
+        """Patch features [B, P, D] → unit vectors float32 [B, J]."""
         return l2_normalize(self.image_head(features_BPD.mean(1)).astype(jnp.float32))
 
     def text_embedding(self, tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
-        """Caption ids (padded; `valid_BT` boolean) → unit vectors [B, J]."""
+        """Caption token ids → unit vectors float32 [B, J].
+
+        Args:
+          tokens_BT: int32 ids, padded.
+          valid_BT: boolean, False for padding.
+        """
         x = self.embed[...][tokens_BT] + self.positions[...][: tokens_BT.shape[1]]
         mask = segment_mask(valid_BT.astype(jnp.int32), valid_BT.astype(jnp.int32), causal=False)
         x = self.norm(run_stack(self.blocks, x, lambda block, y: block(y, mask)))

@@ -1,12 +1,13 @@
-"""The denoising U-Net with the block structure and the configuration keys of Stable Diffusion's, and DDIM sampling.
+"""The denoising U-Net, with the blocks and configuration keys of Stable Diffusion's U-Net, and DDIM sampling.
 
-Tensors are [B, H, W, C]. `UNetConfig` takes the keys of the published `config.json`, so that its weights can be loaded
-by name; spatial self-attention and cross-attention to a context (reconstructed features in place of text) are in.
+Tensors are [B, H, W, C]. `UNetConfig` has the keys of the published `config.json`, so published weights load by name.
+The cross-attention context is reconstructed features in place of text.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,18 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax.models.attention import attention
-from unimm_jax.models.layout import constrain, weight
-from unimm_jax.models.transformer import REMAT, LayerNorm, Linear, Merge
+from unimm_jax.models.partitioning import constrain, weight
+from unimm_jax.models.transformer import REMAT, LayerNorm, Linear, OutputProjection
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Keys as in the published `unet/config.json`; the defaults are Stable Diffusion 1.5's.
 
-    `attention_head_dim` is, as there, the number of heads; it and `transformer_layers_per_block` are one number or one
-    a level. A block type with "CrossAttn" has transformer layers. SDXL has `addition_embed_type` "text_time": a pooled
-    vector and six sizes, embedded in `addition_time_embed_dim` each, are added to the time embedding.
+    As in that file, `attention_head_dim` is the number of heads. It and `transformer_layers_per_block` are one number,
+    or one number per level. Block types that contain "CrossAttn" have transformer layers. With `addition_embed_type`
+    "text_time" (SDXL), a pooled vector and six sizes, each embedded with width `addition_time_embed_dim`, are added to
+    the time embedding.
     """
 
     in_channels: int = 4
@@ -43,13 +45,13 @@ class UNetConfig:
     projection_class_embeddings_input_dim: int = 2816
 
     def level(self, name: str, index: int) -> int:
-        """A setting that is one number or one a level."""
+        """The value at a level of a setting that is one number, or one number per level."""
         value = getattr(self, name)
         return value if isinstance(value, int) else value[index]
 
 
 class Conv(nnx.Module):
-    """3×3 (or 1×1) convolution, same padding, kernel [h, w, in, out]."""
+    """Convolution with an odd kernel size and "same" padding; kernel [h, w, in, out]."""
 
     def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, size: int = 3, stride: int = 1, zero: bool = False):
         self.stride = stride
@@ -66,7 +68,7 @@ class Conv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation over space and channel groups, in float32."""
+    """Group normalization over spatial axes and channel groups, in float32."""
 
     def __init__(self, channels: int, groups: int, *, eps: float = 1e-5):
         self.groups, self.eps = groups, eps
@@ -74,7 +76,7 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, ..., C], normalised; same shape and dtype."""
+        """[B, ..., C] → [B, ..., C], same dtype."""
         b, *space, c = x.shape
         y = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
         y = y - y.mean((1, 3), keepdims=True)
@@ -84,7 +86,11 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Norm, SiLU, conv, plus the time embedding (`time` 0: none); norm, SiLU, conv; plus the (projected) input."""
+    """Residual block: norm, SiLU, conv; add the time embedding; norm, SiLU, conv; add the (projected) input.
+
+    Args (constructor):
+      time: width of the time embedding; 0 is none.
+    """
 
     def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
         self.norm1, self.conv1 = GroupNorm(c_in, groups, eps=eps), Conv(c_in, c_out, rngs=rngs)
@@ -103,23 +109,23 @@ class ResnetBlock(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Stable Diffusion's attention: no biases on q, k, v."""
+    """Stable Diffusion's attention: q, k and v have no biases."""
 
     def __init__(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs):
         shape, axes = (heads, width // heads), ("embed", "heads", None)
         self.to_q = Linear(width, shape, axes=axes, rngs=rngs, bias=False)
         self.to_k = Linear(context, shape, axes=axes, rngs=rngs, bias=False)
         self.to_v = Linear(context, shape, axes=axes, rngs=rngs, bias=False)
-        self.to_out = Merge(heads, width // heads, width, rngs=rngs)
+        self.to_out = OutputProjection(heads, width // heads, width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
-        """Queries [B, T, D] read the context [B, S, X], where the boolean mask is True → [B, T, D]."""
+        """[B, T, D] attends to the context [B, S, X] where `mask_BS` (boolean) is True → [B, T, D]."""
         mask = None if mask_BS is None else jnp.broadcast_to(mask_BS[:, None], (*x_BTD.shape[:2], mask_BS.shape[1]))
         return self.to_out(attention(self.to_q(x_BTD), self.to_k(context_BSD), self.to_v(context_BSD), mask))
 
 
 class SpatialBlock(nnx.Module):
-    """Self-attention, cross-attention, GEGLU feed-forward, each pre-norm with a residual."""
+    """Self-attention, cross-attention and GEGLU feed-forward, each with pre-norm and a residual."""
 
     def __init__(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs):
         self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
@@ -160,17 +166,22 @@ class SpatialTransformer(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Noise prediction: (noisy [B, H, W, C], time steps [B], context [B, S, X]) → noise [B, H, W, C].
+    """The U-Net: (noisy [B, H, W, C], time steps [B], context [B, S, X]) → predicted noise [B, H, W, C].
 
-    SDXL wants a pooled vector [B, Y] and six sizes [B, 6] besides: height and width of the original, top and left of
-    the crop, height and width of the target, in pixels.
+    SDXL also needs a pooled vector [B, Y] and sizes [B, 6] in pixels: height and width of the original, top and left
+    of the crop, height and width of the target.
     """
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         widths, groups, time = c.block_out_channels, c.norm_num_groups, 4 * c.block_out_channels[0]
-        resnet = lambda i, o: ResnetBlock(i, o, time, groups, rngs=rngs, eps=c.norm_eps)
-        mixer = lambda ch, kind, at: SpatialTransformer(ch, c, at, rngs=rngs) if "CrossAttn" in kind else None
+
+        def resnet(c_in: int, c_out: int) -> ResnetBlock:
+            return ResnetBlock(c_in, c_out, time, groups, rngs=rngs, eps=c.norm_eps)
+
+        def mixer(channels: int, kind: str, level: int) -> SpatialTransformer | None:
+            return SpatialTransformer(channels, c, level, rngs=rngs) if "CrossAttn" in kind else None
+
         self.time_embedding1 = Linear(widths[0], time, axes=("embed", "mlp"), rngs=rngs)
         self.time_embedding2 = Linear(time, time, axes=("embed", "mlp"), rngs=rngs)
         if c.addition_embed_type:
@@ -218,20 +229,30 @@ class UNet(nnx.Module):
         mask_BS: jax.Array | None = None,
         remat: str = "none",
     ) -> jax.Array:
-        """Predicts the noise; see the class.
+        """Predicts the noise, [B, H, W, C] in the dtype of `x`.
 
         Args:
-          mask_BS: boolean, which rows of the context may be read; all where None.
-          remat: what residual blocks and transformers recompute for their gradients, one of `transformer.REMAT`.
+          x: noisy input [B, H, W, C].
+          steps_B: diffusion time steps, 0 to 999.
+          context_BSD: context [B, S, X].
+          pooled_BD, sizes_BS: SDXL's pooled vector and sizes (see the class), else None.
+          mask_BS: boolean, True for valid rows of the context; None is all.
+          remat: what residual blocks and transformers recompute in the backward pass, a name of `transformer.REMAT`.
+
+        Raises:
+          ValueError: an SDXL U-Net without pooled vector or sizes.
         """
         c, policy = self.config, REMAT[remat]
-        plain = lambda block, *inputs: block(*inputs)
+
+        def plain(block: Any, *inputs: Any) -> jax.Array:
+            return block(*inputs)
+
         run = plain if policy is None else jax.checkpoint(plain, policy=policy)
         time = self.time_embedding1(sinusoid(steps_B, c.block_out_channels[0]).astype(x.dtype))
         time = self.time_embedding2(jax.nn.silu(time))
         if c.addition_embed_type:
             if pooled_BD is None or sizes_BS is None:
-                raise ValueError("this U-Net (SDXL) needs a pooled vector and six sizes")
+                raise ValueError("a U-Net with addition_embed_type (SDXL) needs pooled_BD and sizes_BS")
             sizes = sinusoid(sizes_BS.reshape(-1), c.addition_time_embed_dim).reshape(sizes_BS.shape[0], -1)
             added = jnp.concatenate([pooled_BD, sizes.astype(pooled_BD.dtype)], -1).astype(x.dtype)
             time = time + self.add_embedding2(jax.nn.silu(self.add_embedding1(added)))
@@ -256,14 +277,14 @@ class UNet(nnx.Module):
 
 
 class Level(nnx.Module):
-    """One resolution: residual blocks, their transformers (or None), and the resampling convolution (or None)."""
+    """One resolution: residual blocks, their transformers (or None), and a resampling convolution (or None)."""
 
     def __init__(self, resnets: list, mixers: list, sampler: Conv | None):
         self.resnets, self.mixers, self.sampler = nnx.List(resnets), nnx.List(mixers), sampler
 
 
 def sinusoid(steps_B: jax.Array, width: int) -> jax.Array:
-    """Sinusoidal time embedding, cosines first, as in Stable Diffusion: [B, width]."""
+    """Sinusoidal time embedding, cosines first as in Stable Diffusion: float32 [B, width]."""
     half = width // 2
     angle = steps_B.astype(jnp.float32)[:, None] * jnp.exp(-np.log(10000.0) * jnp.arange(half) / half)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
@@ -271,13 +292,13 @@ def sinusoid(steps_B: jax.Array, width: int) -> jax.Array:
 
 @functools.lru_cache(maxsize=4)
 def alphas(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
-    """Cumulative products of the "scaled linear" schedule, float32 [steps]."""
+    """Cumulative products of 1 - beta, float32 [steps]; beta has the "scaled linear" schedule from `start` to `end`."""
     beta = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
     return np.cumprod(1 - beta).astype(np.float32)
 
 
 def add_noise(x: jax.Array, noise: jax.Array, steps_B: jax.Array) -> jax.Array:
-    """Forward diffusion of [B, H, W, C] to time steps [B]."""
+    """Forward diffusion: noises `x` [B, H, W, C] with `noise` (same shape) to time steps `steps_B`."""
     a = jnp.asarray(alphas())[steps_B][:, None, None, None]
     return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
 
@@ -285,20 +306,23 @@ def add_noise(x: jax.Array, noise: jax.Array, steps_B: jax.Array) -> jax.Array:
 def ddim(
     predict: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, steps: int, clip: float | None = None
 ) -> jax.Array:
-    """DDIM with eta 0, "leading" spacing and offset 1 (Stable Diffusion's scheduler configuration).
+    """DDIM sampling with eta 0, "leading" spacing and offset 1 (Stable Diffusion's scheduler configuration).
 
     Args:
-      predict: (x, time steps [B]) → noise; guidance is its business.
-      noise: the start [B, H, W, C].
-      steps: number of evaluations.
-      clip: bound of the predicted clean signal, for pixel space; None as published.
+      predict: (x, time steps [B]) → noise, guidance included.
+      noise: initial noise [B, H, W, C].
+      steps: number of evaluations of `predict`.
+      clip: bound of the predicted clean signal, for pixel space; None does not clip (as published).
+
+    Returns:
+      the clean signal [B, H, W, C].
     """
-    table = np.concatenate([alphas()[:1], alphas()])  # index 0 is "before the first step": set_alpha_to_one False
+    table = np.concatenate([alphas()[:1], alphas()])  # index 0 is before the first step (set_alpha_to_one=False)
     times = np.arange(steps)[::-1] * (1000 // steps) + 1
     previous = np.maximum(times - 1000 // steps, -1)
     a, b = jnp.asarray(table[np.minimum(times, 999) + 1]), jnp.asarray(table[previous + 1])
 
-    def step(x, t_a_b):
+    def step(x: jax.Array, t_a_b: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         t, a, b = t_a_b
         eps = predict(x, jnp.full((x.shape[0],), t))
         clean = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
@@ -311,14 +335,14 @@ def ddim(
 
 
 def pixel_unshuffle(images: jax.Array, factor: int) -> jax.Array:
-    """[B, H, W, C] → [B, H/f, W/f, C·f·f]: pixel space for a small U-Net."""
+    """[B, H, W, C] → [B, H/f, W/f, C·f·f] with f = `factor`."""
     b, h, w, c = images.shape
     x = images.reshape(b, h // factor, factor, w // factor, factor, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // factor, w // factor, factor * factor * c)
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
-    """The inverse of `pixel_unshuffle`."""
+    """The inverse of `pixel_unshuffle`: [B, h, w, C·f·f] → [B, h·f, w·f, C]."""
     b, h, w, d = x.shape
     c = d // (factor * factor)
     return x.reshape(b, h, w, factor, factor, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c)

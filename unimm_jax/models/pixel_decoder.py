@@ -1,4 +1,4 @@
-"""A small direct decoder from reconstructed features to pixels: one pass, trained in a minute, for small pictures."""
+"""The pixel decoder: reconstructed features to pixels in one pass, for small images."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from unimm_jax.models.vit import unpatchify
 
 @dataclasses.dataclass(frozen=True)
 class PixelDecoderConfig:
-    """Shape of the direct decoder."""
+    """Shape of the pixel decoder."""
 
     width: int = 128
     depth: int = 2
@@ -20,7 +20,7 @@ class PixelDecoderConfig:
 
 
 class PixelDecoder(nnx.Module):
-    """Features [B, P, D] → pixels in [0, 1], [B, H, W, 3]."""
+    """Transformer blocks over the features and a linear head per patch."""
 
     def __init__(self, config: PixelDecoderConfig, feature_width: int, patch_size: int, *, rngs: nnx.Rngs):
         c = config
@@ -30,6 +30,6 @@ class PixelDecoder(nnx.Module):
         self.out = Linear(c.width, patch_size * patch_size * 3, axes=("embed", None), rngs=rngs)
 
     def __call__(self, features_BPD: jax.Array) -> jax.Array:
-        """[B, P, D] → [B, H, W, 3] in [0, 1]."""
+        """Features [B, P, D] → pixels [B, H, W, 3] in [0, 1]."""
         x = run_stack(self.blocks, self.inner(features_BPD), lambda block, y: block(y))
         return unpatchify(jax.nn.sigmoid(self.out(x)), self.patch_size)

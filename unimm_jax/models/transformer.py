@@ -1,7 +1,7 @@
-"""The parts that every network here is made of: linear layers, norms, feed-forward, stacks of equal layers.
+"""Common layers: linear layers, norms, feed-forward, attention and stacks of identical layers.
 
-Parameters are `nnx.Param(value, axes=...)`; `axes` are logical names that `unimm_jax.sharding` maps to the mesh. Layers
-of a stack are stored as [L, ...] whether they are scanned or unrolled. Every layer computes in the dtype of its input.
+Parameters are `nnx.Param(value, axes=...)`; `partitioning.py` maps these logical axes to mesh axes. The layers of a
+stack are stored as [L, ...] whether they are scanned or unrolled. Every layer computes in the dtype of its input.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.attention import attention, policy_attention
-from unimm_jax.models.layout import constrain, weight
+from unimm_jax.models.partitioning import constrain, weight
 
 Initializer = Callable[..., jax.Array]
 truncated = nnx.initializers.truncated_normal(0.02)
@@ -21,18 +21,18 @@ truncated = nnx.initializers.truncated_normal(0.02)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
-    """x[..., D] @ w[D, F], in `dtype` if it is given.
+    """x [..., D] times w [D, F] → [..., F], in `dtype` if given, else in the dtype of the inputs.
 
-    Its gradient is computed in the dtype of x. It contracts rows directly; XLA's CPU backend would transpose a copy.
+    The gradient is computed in the dtype of x. It contracts rows directly; XLA's CPU backend would copy a transpose.
     """
     return jnp.einsum("...d,df->...f", x, w, preferred_element_type=dtype)
 
 
-def _linear_fwd(x, w, dtype):
+def _linear_fwd(x: jax.Array, w: jax.Array, dtype: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return linear(x, w, dtype), (x, w)
 
 
-def _linear_bwd(dtype, residuals, dy):
+def _linear_bwd(dtype: Any, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = residuals
     dy = dy.astype(x.dtype)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
@@ -44,7 +44,14 @@ linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 class Linear(nnx.Module):
-    """Affine map of the last axis. `out` may have several axes; the kernel is [D, *out], the bias [*out]."""
+    """Affine map of the last axis, to one or several axes.
+
+    Args (constructor):
+      d_in: input width D.
+      out: sizes of the output axes; the kernel is [D, *out], the bias [*out].
+      axes: logical axes of the kernel.
+      init: initializer of the kernel as a [D, product of out] matrix.
+    """
 
     def __init__(
         self,
@@ -71,8 +78,8 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class Merge(nnx.Module):
-    """[..., N, H] → [..., D]: the output projection of attention, kernel [N, H, D]."""
+class OutputProjection(nnx.Module):
+    """The output projection of attention, kernel [N, H, D]."""
 
     def __init__(self, heads: int, head_width: int, d_out: int, *, rngs: nnx.Rngs, bias: bool = True):
         kernel = truncated(rngs.params(), (heads * head_width, d_out)).reshape(heads, head_width, d_out)
@@ -87,7 +94,7 @@ class Merge(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation in float32. `affine=False` leaves out scale and bias."""
+    """Layer normalization in float32; no scale and bias if `affine` is False."""
 
     def __init__(self, width: int, *, eps: float = 1e-5, affine: bool = True):
         self.eps = eps
@@ -105,7 +112,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32 (LLaMA)."""
+    """Root-mean-square normalization in float32 (LLaMA)."""
 
     def __init__(self, width: int, *, eps: float = 1e-5):
         self.eps = eps
@@ -128,7 +135,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an activation between: [..., D] → [..., D]."""
+    """Two linear layers with an activation (a name of `ACTIVATIONS`) between them."""
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu"):
         self.activation = activation
@@ -141,11 +148,11 @@ class Mlp(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of ViT kind, self or cross.
+    """Multi-head self-attention or cross-attention, as in ViT.
 
     Args (constructor):
-      biases: which of q, k, v carry a bias ("qkv"; EVA has "qv").
-      kv_width, d_out: widths of what is read and of the output where they are not `width`.
+      biases: which of q, k, v have a bias ("qkv"; "qv" in EVA).
+      kv_width, d_out: widths of the keys' input and of the output; `width` if None.
     """
 
     def __init__(
@@ -163,20 +170,24 @@ class Attention(nnx.Module):
         self.q = Linear(width, shape, axes=axes, rngs=rngs, bias="q" in biases)
         self.k = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="k" in biases)
         self.v = Linear(kv_width or width, shape, axes=axes, rngs=rngs, bias="v" in biases)
-        self.o = Merge(heads, width // heads, d_out or width, rngs=rngs)
+        self.o = OutputProjection(heads, width // heads, d_out or width, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, kv_BSD: jax.Array | None = None, mask_BTS: jax.Array | None = None):
-        """x [B, T, D] reads `kv_BSD` (itself if None) → [B, T, D]; mask boolean [B, T, S]."""
+    def __call__(
+        self, x_BTD: jax.Array, kv_BSD: jax.Array | None = None, mask_BTS: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, T, D] attends to `kv_BSD` (itself if None) where `mask_BTS` (boolean) is True → [B, T, d_out]."""
         kv_BSD = x_BTD if kv_BSD is None else kv_BSD
         return self.o(attention(self.q(x_BTD), self.k(kv_BSD), self.v(kv_BSD), mask_BTS))
 
-    def with_policy(self, x_BTD: jax.Array, kv_BSD: jax.Array, allowed_BTS: jax.Array, eps: float, sink: float):
-        """The same through `policy_attention`."""
+    def with_policy(
+        self, x_BTD: jax.Array, kv_BSD: jax.Array, allowed_BTS: jax.Array, eps: float, sink: float
+    ) -> jax.Array:
+        """As `__call__`, with `policy_attention` and its float mask [B, T, S]."""
         return self.o(policy_attention(self.q(x_BTD), self.k(kv_BSD), self.v(kv_BSD), allowed_BTS, eps, sink))
 
 
 class Block(nnx.Module):
-    """Pre-norm encoder block: self-attention, then feed-forward (ViT)."""
+    """Pre-norm encoder block of ViT: self-attention, then feed-forward."""
 
     def __init__(
         self,
@@ -195,17 +206,17 @@ class Block(nnx.Module):
         self.mlp = Mlp(width, hidden, rngs=rngs, activation=activation)
 
     def __call__(self, x_BTD: jax.Array, mask_BTS: jax.Array | None = None) -> jax.Array:
-        """[B, T, D] → [B, T, D]; mask boolean [B, T, T]."""
+        """[B, T, D] → [B, T, D]; `mask_BTS` is boolean [B, T, T]."""
         x_BTD = x_BTD + self.attention(self.norm1(x_BTD), mask_BTS=mask_BTS)
         return constrain(x_BTD + self.mlp(self.norm2(x_BTD)), "batch", None, None)
 
 
 def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
-    """Builds `layers` equal modules as one whose parameters are [L, ...]."""
+    """Builds `layers` identical modules as one module whose parameters are [L, ...]."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))
 
 
-# What a layer keeps for its backward pass; the rest is recomputed. "none" recomputes nothing.
+# Name → checkpoint policy: which values a layer saves for its backward pass. "none" does not recompute anything.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -215,13 +226,15 @@ REMAT = {
 
 
 def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bool = False, remat: str = "none") -> Any:
-    """x → apply(layer, x) through every layer of a stack; `scan` compiles one layer, otherwise all are unrolled.
+    """Applies x → apply(layer, x) for every layer of a stack, in order.
 
-    Scanned kernels are cast to the dtype of x before the loop, as every layer would itself. The gradients that the loop
-    gathers then have that dtype, too: in bfloat16 half the memory, rounded as products of bfloat16 are.
+    Scanned kernels are cast to the dtype of x before the loop, as every layer would do itself. The gradients that the
+    loop accumulates then have that dtype too: in bfloat16 they take half the memory.
 
     Args:
-      remat: one of `REMAT`.
+      layers: from `stack`.
+      scan: compile one layer and scan over the stack; otherwise unroll.
+      remat: what layers recompute in the backward pass, a name of `REMAT`.
     """
     policy = REMAT[remat]
     step = jax.checkpoint(apply, prevent_cse=not scan, policy=policy) if policy is not None else apply
@@ -234,14 +247,14 @@ def run_stack(layers: Any, x: Any, apply: Callable[[Any, Any], Any], *, scan: bo
 
 
 def unstacked(layers: Any) -> list[Any]:
-    """The layers of a stack, one by one."""
+    """The layers of a stack as a list."""
     leaves, tree = jax.tree.flatten(layers)
     return [jax.tree.unflatten(tree, parts) for parts in zip(*map(_unstack, leaves), strict=True)]
 
 
 @jax.custom_vjp
 def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
-    """[L, ...] → L arrays. Its gradient is one stack, where that of L slices is L padded arrays and their sum."""
+    """[L, ...] → L arrays. The gradient is one stack; that of L slices would be the sum of L padded arrays."""
     return tuple(x[i] for i in range(x.shape[0]))
 
 

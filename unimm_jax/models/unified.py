@@ -1,7 +1,7 @@
-"""The unified model: an encoder and a way in for pictures to be understood, and the language model that does the rest.
+"""The unified model: vision encoder, connector and language model.
 
-Continuous in, discrete out (LaVIT §3.2, ILLUME §3): pictures to be read enter as features, pictures to be written leave
-as codes of the vocabulary.
+Continuous input, discrete output (LaVIT §3.2, ILLUME §3): input images are features, generated images are codes of the
+vocabulary.
 """
 
 import dataclasses
@@ -11,37 +11,43 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.language import LanguageConfig, LanguageModel
-from unimm_jax.models.tokenizer import TokenizerConfig
+from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger
 from unimm_jax.models.transformer import Linear
 from unimm_jax.models.vit import ViT, ViTConfig
 
+CONNECTORS = ("merger", "mlp")
+
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedConfig:
-    """How pictures enter.
+    """The connector from vision encoder to language model.
 
     Attributes:
-      way_in: "merger" runs the LM's own copy of the merger on the kept tokens, then one linear layer (LaVIT);
-        "features" takes all encoder features through a two-layer MLP (ILLUME).
-      budget: feature rows S a picture takes at most (all P patches for "features").
+      connector: "merger" applies the model's own copy of the merger to the kept tokens, then one linear layer (LaVIT);
+        "mlp" applies a two-layer MLP to all encoder features (ILLUME).
+      max_image_tokens: maximum number of features S per image; all P patches for "mlp".
     """
 
-    way_in: str = "merger"
-    budget: int = 256
+    connector: str = "merger"
+    max_image_tokens: int = 256
 
 
 class UnifiedModel(nnx.Module):
-    """Encoder (the LM's copy), merger (the LM's copy) or none, adapter, language model.
+    """Vision encoder, connector (merger or MLP, and adapter) and language model.
+
+    Encoder and merger are copies of the image tokenizer's, which are trained separately.
 
     Args (constructor):
-      encoder: None leaves the language model alone (the text stage, which reads no pictures).
+      encoder: None builds the language model only (the text stage has no images).
+      tokenizer: gives the shape of the merger.
+      text_rows, visual_rows: rows of the two parts of the vocabulary.
     """
 
     def __init__(
         self,
         encoder: ViTConfig | None,
-        tokenizer: TokenizerConfig,
+        tokenizer: ImageTokenizerConfig,
         language: LanguageConfig,
         config: UnifiedConfig,
         *,
@@ -53,7 +59,7 @@ class UnifiedModel(nnx.Module):
         if encoder is not None:
             width = encoder.width
             self.encoder = ViT(encoder, rngs=rngs)
-            t, merges = tokenizer, config.way_in == "merger"
+            t, merges = tokenizer, config.connector == "merger"
             options: dict = dict(eps=t.eps, sink=t.sink, scan=t.scan, remat=t.remat)
             self.merger = Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
             if not merges:
@@ -63,17 +69,24 @@ class UnifiedModel(nnx.Module):
         self.language = LanguageModel(language, text_rows, visual_rows, rngs=rngs)
 
     def features(self, images_MHWC: jax.Array, keep_MP: jax.Array) -> jax.Array:
-        """Normalised pixels and keep masks → what the LM reads: [M, S, D], kept tokens first, in raster order."""
+        """Image features for the language model: [M, S, D], kept tokens in raster order, then unused rows.
+
+        Args:
+          images_MHWC: normalized pixels.
+          keep_MP: boolean keep masks; ignored by the "mlp" connector, which returns all patches.
+        """
         x_MPD = self.encoder(images_MHWC)
         if self.merger is not None:
-            return self.adapter(self.merger.kept(x_MPD, keep_MP, self.config.budget))
+            return self.adapter(self.merger.kept(x_MPD, keep_MP, self.config.max_image_tokens))
         return self.adapter(jax.nn.gelu(self.adapter_inner(x_MPD), approximate=False))
 
     def inputs(self, tokens_BT: jax.Array, feature_index_BT: jax.Array, features_BRSD: jax.Array) -> jax.Array:
-        """Input embeddings [B, T, D]: token rows, and feature rows wherever `feature_index_BT` is not negative.
+        """Input embeddings [B, T, D]: image features where `feature_index_BT` >= 0, else token embeddings.
 
         Args:
-          feature_index_BT: row of the flattened [R · S] features of this batch row, or -1.
+          tokens_BT: int32 token ids.
+          feature_index_BT: int32 index into the flattened [R · S] features of the same batch row, or -1.
+          features_BRSD: features of R images per row.
         """
         b, r, s, d = features_BRSD.shape
         x_BTD = self.language.embed(tokens_BT, features_BRSD.dtype)

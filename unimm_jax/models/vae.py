@@ -1,6 +1,6 @@
-"""Stable Diffusion's autoencoder: pixels to latents and back (AutoencoderKL's block structure and configuration keys).
+"""Stable Diffusion's autoencoder between pixels and latents, with the blocks and configuration keys of AutoencoderKL.
 
-Tensors are [B, H, W, C]; pixels lie in [-1, 1].
+Tensors are [B, H, W, C]; pixels are in [-1, 1].
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from unimm_jax.models.transformer import Attention
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Keys as in the published `vae/config.json`; the defaults are Stable Diffusion 1.5's (SDXL: scaling .13025)."""
+    """Keys as in the published `vae/config.json`; the defaults are Stable Diffusion 1.5's (SDXL scales by 0.13025)."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -28,14 +28,14 @@ class VAEConfig:
 
 
 class MidAttention(nnx.Module):
-    """GroupNorm and one-head attention over all positions, with a residual."""
+    """GroupNorm and single-head attention over all positions, with a residual."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, groups, eps=1e-6)
         self.attention = Attention(channels, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] → same."""
+        """[B, H, W, C] → [B, H, W, C]."""
         b, h, w, c = x.shape
         y, a = self.group_norm(x).reshape(b, h * w, c), self.attention
         return x + a.o(attention(a.q(y), a.k(y), a.v(y))).reshape(b, h, w, c)
@@ -45,16 +45,19 @@ class Mid(nnx.Module):
     """Residual block, attention, residual block."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
-        resnet = lambda: ResnetBlock(channels, channels, 0, groups, rngs=rngs, eps=1e-6)
+
+        def resnet() -> ResnetBlock:
+            return ResnetBlock(channels, channels, 0, groups, rngs=rngs, eps=1e-6)
+
         self.resnet1, self.mixer, self.resnet2 = resnet(), MidAttention(channels, groups, rngs=rngs), resnet()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] → same."""
+        """[B, H, W, C] → [B, H, W, C]."""
         return self.resnet2(self.mixer(self.resnet1(x)))
 
 
 class Stage(nnx.Module):
-    """One resolution: residual blocks and the resampling convolution (or None)."""
+    """One resolution: residual blocks and a resampling convolution (or None)."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, sampler: bool, *, rngs: nnx.Rngs):
         self.resnets = nnx.List(
@@ -63,14 +66,14 @@ class Stage(nnx.Module):
         self.sampler = Conv(c_out, c_out, rngs=rngs) if sampler else None
 
     def run(self, x: jax.Array) -> jax.Array:
-        """The residual blocks: [B, H, W, C_in] → [B, H, W, C_out]."""
+        """Applies the residual blocks: [B, H, W, C_in] → [B, H, W, C_out]."""
         for resnet in self.resnets:
             x = resnet(x)
         return x
 
 
 class Encoder(nnx.Module):
-    """Pixels → mean and log-variance of the latents."""
+    """Maps pixels to mean and log-variance of the latents."""
 
     def __init__(self, c: VAEConfig, *, rngs: nnx.Rngs):
         widths, groups = c.block_out_channels, c.norm_num_groups
@@ -85,11 +88,11 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * c.latent_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, 3] → [B, H/8, W/8, 2·C]."""
+        """[B, H, W, 3] → [B, H/f, W/f, 2·C]; f is 8 with four levels."""
         x = self.conv_in(x)
         for stage in self.down:
             x = stage.run(x)
-            if stage.sampler is not None:  # padded below and to the right only
+            if stage.sampler is not None:  # padding at the bottom and right only
                 kernel = stage.sampler.kernel[...].astype(x.dtype)
                 names = ("NHWC", "HWIO", "NHWC")
                 x = jax.lax.conv_general_dilated(x, kernel, (2, 2), ((0, 1), (0, 1)), dimension_numbers=names)
@@ -98,7 +101,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents → pixels."""
+    """Maps latents to pixels."""
 
     def __init__(self, c: VAEConfig, *, rngs: nnx.Rngs):
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
@@ -113,7 +116,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], c.out_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, C] → [B, 8h, 8w, 3]."""
+        """[B, h, w, C] → [B, f·h, f·w, 3]; f is 8 with four levels."""
         x = self.mid(self.conv_in(x))
         for stage in self.up:
             x = stage.run(x)
@@ -123,7 +126,7 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """The autoencoder. Latents of `encode` and `decode` are scaled by `scaling_factor`, as the U-Net sees them."""
+    """The autoencoder. The latents of `encode` and `decode` are scaled by `scaling_factor`, as the U-Net expects."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -132,17 +135,17 @@ class VAE(nnx.Module):
         self.post_quant_conv = Conv(c.latent_channels, c.latent_channels, rngs=rngs, size=1)
 
     def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pixels [B, H, W, 3] → (mean, log-variance cut to [-30, 20]) of the unscaled latents."""
+        """Pixels [B, H, W, 3] → (mean, log-variance) of the unscaled latents; log-variance is clipped to [-30, 20]."""
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, -1)
         return mean, jnp.clip(log_variance, -30, 20)
 
     def encode(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Pixels → scaled latents: a sample, or the mean without a key."""
+        """Pixels [B, H, W, 3] → scaled latents [B, h, w, C]: a sample, or the mean if `key` is None."""
         mean, log_variance = self.moments(x)
         if key is not None:
             mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
         return mean * self.config.scaling_factor
 
     def decode(self, z: jax.Array) -> jax.Array:
-        """Scaled latents → pixels."""
+        """Scaled latents [B, h, w, C] → pixels [B, H, W, 3]."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

@@ -1,10 +1,9 @@
-"""What every objective offers to `train.py`."""
+"""The interface of objectives, used by `train.py`, `compile/fit.py` and the evaluators."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +11,25 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax import optim
-from unimm_jax.models.conditioner import ConditionerConfig
-from unimm_jax.models.contrastive import TextTowerConfig
-from unimm_jax.models.denoiser import UNetConfig
-from unimm_jax.models.language import LanguageConfig
-from unimm_jax.models.pixel_decoder import PixelDecoderConfig
-from unimm_jax.models.tokenizer import TokenizerConfig
-from unimm_jax.models.unified import UnifiedConfig
-from unimm_jax.models.vae import VAEConfig
-from unimm_jax.models.vit import ViTConfig
+from unimm_jax.compile.flops import count_flops
+from unimm_jax.config import Config
+from unimm_jax.data.pipeline import Input
 from unimm_jax.sharding import flatten
+from unimm_jax.text_tokenizer import TextTokenizer
 
 Tree = Any
 Batch = dict[str, Any]
+BatchSpec = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclasses.dataclass
 class Aux:
-    """What comes with a loss: metrics (scalars), and new values of parameters that no optimiser touches, by path."""
+    """Auxiliary outputs of a loss.
+
+    Attributes:
+      metrics: name → scalar.
+      updates: path → new value of a parameter in `Objective.non_gradient_params`.
+    """
 
     metrics: dict[str, jax.Array]
     updates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -38,24 +38,81 @@ class Aux:
 jax.tree_util.register_dataclass(Aux, ["metrics", "updates"], [])
 
 
+@dataclasses.dataclass(frozen=True)
+class NoLossConfig:
+    """Loss section of an objective without settings."""
+
+
 class Objective:
-    """Base of all objectives: a model split into its graph and pure-dict parameters.
+    """Base class of objectives. The model is split into its graph definition and a nested dict of parameters.
+
+    Attributes:
+      sections: model sections that a config must have: name → config dataclass.
+      optional_sections: model sections that a config may have.
+      data_config, loss_config: dataclasses of the config's data and loss sections.
+      non_gradient_params: paths of parameters that the loss updates (`Aux.updates`) instead of the optimizer.
+      dtype: dtype of activations.
+      abstract: the model with abstract parameters.
 
     Args (constructor):
-      data: the stage's input (`data.pipeline.Input`). make: builds the model from `nnx.Rngs`.
+      config: the stage's config.
+      data: the stage's input.
+      make: builds the model from `nnx.Rngs`.
     """
 
-    moved: frozenset[str] = frozenset()  # paths of parameters that the loss itself moves (`Aux.updates`)
+    sections: ClassVar[dict[str, type]] = {}
+    optional_sections: ClassVar[dict[str, type]] = {}
+    data_config: ClassVar[type]
+    loss_config: ClassVar[type] = NoLossConfig
+    non_gradient_params: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: Any, data: Any, make: Callable[[nnx.Rngs], nnx.Module]):
+    def __init__(self, config: Config, data: Input, make: Callable[[nnx.Rngs], nnx.Module]):
         self.config, self.data = config, data
         self.make = make
         self.dtype = jnp.dtype(config.dtype)
         self.abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
         self.graph = nnx.graphdef(self.abstract)
 
+    # ---- Config and input ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
+        """One message per wrong setting, for checks that are specific to the objective."""
+        del config
+        return []
+
+    @classmethod
+    def open_input(cls, config: Config, text_tokenizer: TextTokenizer | None = None, split: str = "train") -> Input:
+        """Opens the stage's data.
+
+        Args:
+          text_tokenizer: the text tokenizer of a checkpoint, used instead of training a new one.
+          split: "train" or "test" (held out).
+
+        Raises:
+          ConfigError: no source is named.
+          DataError: sources or records are missing or unusable.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def abstract_input(cls, config: Config, text_rows: int = 32_000, codes: int = 16_384) -> Input:
+        """An input without data, for compilation and memory checks.
+
+        Args:
+          text_rows, codes: vocabulary sizes; the defaults are published ones (LLaMA, LaVIT).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def batch_spec(cls, config: Config) -> BatchSpec:
+        """Name → (shape, dtype) of every array of a global batch."""
+        raise NotImplementedError
+
+    # ---- Parameters and loss -------------------------------------------------------------------------------------
+
     def init(self, key: jax.Array) -> Tree:
-        """Fresh parameters as a nested dict."""
+        """Initialized parameters, float32, as a nested dict."""
         return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key)), nnx.Param))
 
     def module(self, params: Tree) -> Any:
@@ -63,46 +120,63 @@ class Objective:
         return nnx.merge(self.graph, params)
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
-        """Scalar float32 loss of a batch, with metrics."""
+        """Loss of a batch, a float32 scalar, with auxiliary outputs.
+
+        Args:
+          params: nested dict of parameters.
+          batch: arrays as in `batch_spec`.
+          key: random key of the step.
+          step: step number, int32 scalar.
+        """
         raise NotImplementedError
 
     def prepare(self, params: Tree, batches: Iterator[Batch]) -> Tree:
-        """What must happen once before the first step of a fresh run (k-means); the identity for most."""
+        """Prepares the parameters of a new run before its first step (k-means for codebooks); by default the identity.
+
+        Args:
+          batches: batches from the start of the data.
+        """
         del batches
         return params
 
-    def pictures(self, params: Tree, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Pictures for a person, uint8 [H, W, 3] by name, drawn from a host batch."""
+    def visualize(self, params: Tree, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Images for inspection: name → uint8 [H, W, 3], computed from a host batch."""
         del params, batch
         return {}
 
-    def amounts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """What a host batch holds, for speeds: examples, images, in language stages tokens."""
+    # ---- Accounting ----------------------------------------------------------------------------------------------
+
+    def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """Counts of a host batch for throughput metrics: examples, images and, in language stages, tokens."""
         return {"examples": len(batch["images"]), "images": len(batch["images"])}
 
     def trained_parts(self) -> set[str]:
-        """First names of the parameters that the config trains ("language", "merger", ...)."""
+        """First path components of all trained parameters ("language", "merger", ...)."""
         paths = [path for path, _ in flatten(jax.eval_shape(self.init, jax.random.key(0)))]
-        values = optim.match_rules(paths, [(pattern, value) for pattern, value in self.config.optimizer.rules])
+        values = optim.match_rules(paths, list(self.config.optimizer.rules))
         return {path.split("/")[0] for path in paths if values[path] is not None}
 
     def step_flops(self, batch: Batch) -> float:
-        """Floating-point operations of a step's matrix products and convolutions, recomputation left out.
+        """Floating-point operations of the matrix products and convolutions of a step, without recomputation.
 
-        Counted in the program of loss and gradient; objectives with a formula of their own say so.
+        Counted in the jaxpr of the gradient of the loss; objectives with their own formula override this method.
 
         Args:
           batch: abstract arrays.
         """
-        rules = [(pattern, value) for pattern, value in self.config.optimizer.rules]
-        plain = self.config.copy_and_resolve_references()
-        for section in (*plain.model.values(), plain.get("loss", {})):
-            if "remat" in section:
-                section.remat = "none"
+        rules = list(self.config.optimizer.rules)
+        plain = dataclasses.replace(
+            self.config,
+            model={name: _without_remat(section) for name, section in self.config.model.items()},
+            loss=_without_remat(self.config.loss),
+        )
         kind: Any = type(self)
         objective = kind(plain, self.data)
         trained, frozen, _ = optim.split(jax.eval_shape(objective.init, jax.random.key(0)), rules)
-        loss = lambda t, f, b: objective.loss(optim.join(t, f), b, jax.random.key(0), jnp.asarray(0))[0]
+
+        def loss(trained: Tree, frozen: Tree, batch: Batch) -> jax.Array:
+            return objective.loss(optim.join(trained, frozen), batch, jax.random.key(0), jnp.asarray(0))[0]
+
         return count_flops(jax.make_jaxpr(jax.grad(loss))(trained, frozen, batch).jaxpr)
 
     @functools.cached_property
@@ -111,40 +185,13 @@ class Objective:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(self.abstract, nnx.Param)))
 
 
-def count_flops(jaxpr: Any) -> float:
-    """Floating-point operations of all matrix products and convolutions of a program, loops as often as they run."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shared = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * shared
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
-            each = math.prod(kernel) // kernel[numbers.rhs_spec[0]]  # all axes but the output's channels
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * each
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * count_flops(inner)
-    return total
+def _without_remat(section: Any) -> Any:
+    """The config section with `remat` set to "none", if it has that setting."""
+    has_remat = any(field.name == "remat" for field in dataclasses.fields(section))
+    return dataclasses.replace(section, remat="none") if has_remat else section
 
 
-SECTIONS = {
-    "encoder": ViTConfig,
-    "tokenizer": TokenizerConfig,
-    "text_tower": TextTowerConfig,
-    "unet": UNetConfig,
-    "vae": VAEConfig,
-    "conditioner": ConditionerConfig,
-    "pixel_decoder": PixelDecoderConfig,
-    "language": LanguageConfig,
-    "unified": UnifiedConfig,
-}
-
-
-def models(config: Any) -> dict[str, Any]:
-    """The config's model sections as the dataclasses that the models take."""
-    return {name: SECTIONS[name](**dict(section)) for name, section in config.model.items() if name in SECTIONS}
+def image_spec(config: Config, size: int = 0) -> BatchSpec:
+    """Batch spec of images uint8 [B, S, S, 3]; S is `size`, or `config.data.image_size` if 0."""
+    size = size or config.data.image_size
+    return {"images": ((config.train.batch_size, size, size, 3), np.dtype(np.uint8))}

@@ -1,131 +1,224 @@
-"""The language stages: next-token prediction over packed rows of text, picture features and codes (LaVIT Eq. 6)."""
+"""The language stages: next-token prediction over packed rows of text, image features and codes (LaVIT Eq. 6)."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-from unimm_jax.models.layout import constrain
+from unimm_jax import text_tokenizer as text_tokenizer_lib
+from unimm_jax.config import Config, PackedDataConfig, ranged
+from unimm_jax.data import pipeline
+from unimm_jax.data.packing import build_row
+from unimm_jax.models.language import LanguageConfig
+from unimm_jax.models.partitioning import constrain
+from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.transformer import linear
-from unimm_jax.models.unified import UnifiedModel
-from unimm_jax.models.vit import normalize_pixels
-from unimm_jax.objectives.base import Aux, Objective, models
+from unimm_jax.models.unified import CONNECTORS, UnifiedConfig, UnifiedModel
+from unimm_jax.models.vit import ViTConfig
+from unimm_jax.objectives.base import Aux, Batch, BatchSpec, Objective, Tree
+from unimm_jax.text_tokenizer import TextTokenizer
+from unimm_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelingLossConfig:
+    """Settings of the cross-entropy.
+
+    Attributes:
+      chunk: positions per row whose logits are computed at a time, to save memory; 0 is all.
+    """
+
+    chunk: int = ranged(0, low=0)
 
 
 def chunked_cross_entropy(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, used: int, chunk: int
 ) -> jax.Array:
-    """Cross-entropy of each position, float32 [B, T], never holding logits of more than `chunk` positions of a row.
+    """Cross-entropy per position, float32 [B, T], with logits of at most `chunk` positions per row in memory.
 
     Args:
-      used: ids from here on are padding of the vocabulary and cannot win.
-      chunk: positions of every row at a time (rows stay where they are on the mesh); logits are recomputed in the
-        backward pass. 0 or at least T does all at once.
+      hidden_BTD: final hidden states.
+      head_VD: output head.
+      targets_BT: int32 target ids.
+      used: number of ids in use; the probability of ids from `used` on (vocabulary padding) is 0.
+      chunk: positions of every row at a time, so that the sharding of rows does not change; logits are recomputed in
+        the backward pass. 0, or at least T, computes all at once.
     """
 
-    def of(hidden, targets):
+    def cross_entropy(hidden: jax.Array, targets: jax.Array) -> jax.Array:
         logits = linear(hidden, head_VD.T, jnp.float32)
         logits = constrain(logits, "batch", None, "vocab")
         ids = jnp.arange(head_VD.shape[0])
         logits = jnp.where(ids < used, logits, -1e30)
-        # the target's logit by comparison: the gradient of a look-up is a scatter into an array of logits
+        # Select the target's logit by comparison: the gradient of indexing would be a scatter into an array of logits.
         hit = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, -1) - hit
 
     b, t, d = hidden_BTD.shape
     if not chunk or t <= chunk:
-        return of(hidden_BTD, targets_BT)
+        return cross_entropy(hidden_BTD, targets_BT)
     pad = -t % chunk
     hidden = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, chunk, d).swapaxes(0, 1)
     targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, -1, chunk).swapaxes(0, 1)
-    step = jax.checkpoint(lambda _, x: (None, of(*x)))
-    return jax.lax.scan(step, None, (hidden, targets))[1].swapaxes(0, 1).reshape(b, -1)[:, :t]
+
+    def step(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, cross_entropy(*x)
+
+    return jax.lax.scan(jax.checkpoint(step), None, (hidden, targets))[1].swapaxes(0, 1).reshape(b, -1)[:, :t]
 
 
 class LanguageModeling(Objective):
-    """Batch: packed rows as `unimm_jax.data.packing.build_row` lays them out, with a leading [B]."""
+    """Next-token prediction. Batch: packed rows (`unimm_jax.data.packing.build_row`), each array with a leading [B].
 
-    def __init__(self, config: Any, data: Any):
-        m = models(config)
+    If `config.data.images_per_row` is 0, the model is the language model only (the text stage).
+    """
+
+    sections = {
+        "encoder": ViTConfig,
+        "image_tokenizer": ImageTokenizerConfig,
+        "language": LanguageConfig,
+        "unified": UnifiedConfig,
+    }
+    data_config = PackedDataConfig
+    loss_config = LanguageModelingLossConfig
+
+    def __init__(self, config: Config, data: pipeline.Input):
+        m = config.model
+        assert data.vocabulary is not None
         v = self.vocabulary = data.vocabulary
-        self.used = v.first_position + v.patches
+        self.used = v.first_position + v.num_position_ids
 
-        def make(rngs):
+        def make(rngs: nnx.Rngs) -> UnifiedModel:
             return UnifiedModel(
-                m["encoder"] if config.data.row_pictures else None,
-                m["tokenizer"],
+                m["encoder"] if config.data.images_per_row else None,
+                m["image_tokenizer"],
                 m["language"],
                 m["unified"],
-                text_rows=v.text,
+                text_rows=v.text_rows,
                 visual_rows=v.visual_rows,
                 rngs=rngs,
             )
 
         super().__init__(config, data, make)
 
-    def init(self, key):
-        """Fresh parameters. Ids of patch positions start as the sum of a row's and a column's vector, so that left and
-        above are directions from the first step on."""
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
+        """See `Objective.check`."""
+        lm, found = config.model["language"], []
+        if lm.heads % lm.kv_heads:
+            found.append(f"config.model.language: {lm.kv_heads} kv_heads do not divide {lm.heads} heads")
+        if lm.head_width % 2:
+            found.append(f"config.model.language.head_width is {lm.head_width}; it must be even (rotary embeddings)")
+        if not any(config.data.tasks.values()):
+            found.append("config.data.tasks gives every task the weight 0; raise at least one")
+        if config.model["unified"].connector not in CONNECTORS:
+            found.append(
+                f"config.model.unified.connector is {config.model['unified'].connector!r}; it is one of "
+                f"{', '.join(CONNECTORS)}"
+            )
+        return found
+
+    @classmethod
+    def open_input(
+        cls, config: Config, text_tokenizer: TextTokenizer | None = None, split: str = "train"
+    ) -> pipeline.Input:
+        """See `Objective.open_input`."""
+        return pipeline.packed_input(config, split)
+
+    @classmethod
+    def abstract_input(cls, config: Config, text_rows: int = 32_000, codes: int = 16_384) -> pipeline.Input:
+        """See `Objective.abstract_input`."""
+        tokenizer = config.model["image_tokenizer"]
+        grid = tokenizer.positions == "grid" and tokenizer.selection != "all"
+        vocabulary = Vocabulary(text_rows, codes, config.model["encoder"].num_patches if grid and codes else 0)
+        return pipeline.Input(None, text_tokenizer=text_tokenizer_lib.train(["a"], 300), vocabulary=vocabulary)
+
+    @classmethod
+    def batch_spec(cls, config: Config) -> BatchSpec:
+        """See `Objective.batch_spec`."""
+        size, num_patches = config.data.image_size, config.model["encoder"].num_patches
+        row = build_row([], pipeline.packing_config(config), size, num_patches)
+        return {name: ((config.train.batch_size, *x.shape), x.dtype) for name, x in row.items()}
+
+    def init(self, key: jax.Array) -> Tree:
+        """Initialized parameters.
+
+        Embeddings of patch position ids are initialized as sums of a row vector and a column vector, so that relative
+        positions are directions from the first step on.
+        """
         params = super().init(key)
         v = self.vocabulary
-        if v.patches:
-            side = round(v.patches**0.5)
-            for name in {"embed_visual", "head_visual"} & set(params["language"]):  # a tied model has no head
+        if v.num_position_ids:
+            side = round(v.num_position_ids**0.5)
+            for name in {"embed_visual", "head_visual"} & set(params["language"]):  # a tied model has no separate head
                 table = params["language"][name]
                 lines = table[2 + v.codes : 2 + v.codes + 2 * side]
-                grid = (lines[:side, None] + lines[None, side : 2 * side]).reshape(v.patches, -1)
-                params["language"][name] = table.at[2 + v.codes : 2 + v.codes + v.patches].set(grid)
+                grid = (lines[:side, None] + lines[None, side : 2 * side]).reshape(v.num_position_ids, -1)
+                params["language"][name] = table.at[2 + v.codes : 2 + v.codes + v.num_position_ids].set(grid)
         return params
 
     def cross_entropy(self, params: Any, batch: Any) -> jax.Array:
-        """Cross-entropy of every position's target, float32 [B, T], weights not applied."""
+        """Cross-entropy of the target of each position, float32 [B, T], without loss weights."""
         model = self.module(params)
         b = batch["tokens"].shape[0]
         images, keep = batch["images"], batch["keep"]
         if images.shape[1]:
             rows = model.features(
-                normalize_pixels(images.reshape(-1, *images.shape[2:]), self.dtype), keep.reshape(-1, keep.shape[-1])
+                model.encoder.normalize(images.reshape(-1, *images.shape[2:]), self.dtype),
+                keep.reshape(-1, keep.shape[-1]),
             )
             x_BTD = model.inputs(batch["tokens"], batch["feature_index"], rows.reshape(b, -1, *rows.shape[1:]))
         else:
             x_BTD = model.language.embed(batch["tokens"], self.dtype)
         hidden_BTD = model.language(x_BTD, batch["positions"], batch["segments"])
-        head_VD = model.language.head(self.dtype)  # gathered once, not in every chunk
+        head_VD = model.language.head(self.dtype)  # gathered once instead of per chunk
         return chunked_cross_entropy(hidden_BTD, head_VD, batch["targets"], self.used, self.config.loss.chunk)
 
-    def amounts(self, batch):
-        """Rows, pictures that are read, positions that are not padding."""
-        pictures = int(batch["images"].any((2, 3, 4)).sum()) if batch["images"].size else 0
-        return {"examples": len(batch["tokens"]), "images": pictures, "tokens": int((batch["segments"] > 0).sum())}
+    def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
+        """Counts rows as examples, input images, and tokens that are not padding."""
+        images = int(batch["images"].any((2, 3, 4)).sum()) if batch["images"].size else 0
+        return {"examples": len(batch["tokens"]), "images": images, "tokens": int((batch["segments"] > 0).sum())}
 
-    def step_flops(self, batch):
-        """The formulae of the parts: what trains costs three forward passes, what lies after it two, the rest one."""
-        m, trained = models(self.config), self.trained_parts()
+    def step_flops(self, batch: Batch) -> float:
+        """See `Objective.step_flops`; sums the formulas of the parts.
+
+        A trained part costs three forward passes, a frozen part after a trained one two, other frozen parts one.
+        """
+        m, trained = self.config.model, self.trained_parts()
         b, t = batch["tokens"].shape
-        pictures, encoder, way_in = b * batch["images"].shape[1], m["encoder"], m["unified"]
-        merges = way_in.way_in == "merger"
-        rows = way_in.budget if merges else encoder.patches
+        images, encoder, connector = b * batch["images"].shape[1], m["encoder"], m["unified"]
+        merges = connector.connector == "merger"
+        rows = connector.max_image_tokens if merges else encoder.num_patches
         inner = 0 if merges else 2 * rows * encoder.width * m["language"].width
         adapter = inner + 2 * rows * (encoder.width if merges else m["language"].width) * m["language"].width
         forward = {
-            "encoder": pictures * encoder.flops,
-            "merger": pictures * merges * m["tokenizer"].merger_flops(encoder.width, rows, encoder.patches),
-            "adapter": pictures * adapter,
+            "encoder": images * encoder.flops,
+            "merger": images * merges * m["image_tokenizer"].merger_flops(encoder.width, rows, encoder.num_patches),
+            "adapter": images * adapter,
             "language": b * t * m["language"].flops(t, self.vocabulary.size),
         }
-        total, reached = 0.0, False
+        total, has_gradient = 0.0, False
         for part, flops in forward.items():
-            own = any(name.startswith(part) for name in trained)
-            total += flops * (3 if own else 2 if reached else 1)
-            reached = reached or own
+            is_trained = any(name.startswith(part) for name in trained)
+            total += flops * (3 if is_trained else 2 if has_gradient else 1)
+            has_gradient = has_gradient or is_trained
         return total
 
-    def loss(self, params, batch, key, step):
-        """The stage's loss; see `Objective.loss`."""
+    def loss(self, params: Tree, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
+        """Weighted mean of the cross-entropy; see `Objective.loss`.
+
+        Metrics: the same mean over text targets and over visual targets, and the share of non-padding positions.
+        """
         ce_BT = self.cross_entropy(params, batch)
         weights = batch["weights"]
-        visual = batch["targets"] >= self.vocabulary.text
-        mean = lambda w: (ce_BT * w).sum() / jnp.maximum(w.sum(), 1e-6)
+        visual = batch["targets"] >= self.vocabulary.text_rows
+
+        def mean(w: jax.Array) -> jax.Array:
+            return (ce_BT * w).sum() / jnp.maximum(w.sum(), 1e-6)
+
         metrics = {
             "text_ce": mean(weights * ~visual),
             "code_ce": mean(weights * visual),

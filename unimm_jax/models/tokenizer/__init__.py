@@ -1,4 +1,4 @@
-"""The dynamic discrete visual tokenizer: encoder, selector, merger, quantizer, feature decoder (LaVIT §3.1).
+"""The dynamic discrete image tokenizer: encoder, selector, merger, quantizer and feature decoder (LaVIT §3.1).
 
 ILLUME's fixed-length semantic tokenizer is the same class with `selection="all"` and other loss settings.
 """
@@ -18,14 +18,18 @@ from unimm_jax.models.vit import ViT, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    """Shape of the tokenizer. The defaults are LaVIT's (width 1408, 12 blocks, 16,384 codes of 32).
+class ImageTokenizerConfig:
+    """Shape of the image tokenizer. The defaults are LaVIT's (12 blocks, 16,384 codes of width 32).
 
     Attributes:
-      selection: "argmax" keeps what the selector's log-probabilities prefer (dynamic), "top_k" the `top_k` likeliest,
-        "all" every patch (fixed length; ILLUME).
-      positions: what the decoder knows of a kept token: "order" among the kept (LaVIT) or "grid", its patch.
-      eps, sink: policy softmax of the merger; `decoder_sink`: zero key in the decoder (LaVIT: 1e-6, 0, 0).
+      selection: which patches are kept: "argmax", those with a keep probability above 0.5 (dynamic length; LaVIT);
+        "top_k", the `top_k` most probable; "all", every patch (fixed length; ILLUME).
+      positions: position of a kept token in the decoder: "order", its index among the kept tokens (LaVIT), or "grid",
+        its patch.
+      eps, sink: of the merger's policy softmax (`policy_attention`; 1e-6 and 0 in LaVIT).
+      decoder_sink: sink of the decoder's cross-attention (0 in LaVIT).
+      scan: scan over the blocks, so that only one is compiled.
+      remat: what is recomputed in the backward pass, a name of `transformer.REMAT`.
     """
 
     heads: int = 16
@@ -43,17 +47,17 @@ class TokenizerConfig:
     scan: bool = True
     remat: str = "none"
 
-    def merger_flops(self, width: int, rows: int, patches: int) -> float:
-        """Operations of the merger's forward pass on `rows` tokens of a picture of `patches`."""
-        itself = 8 * rows * width**2 + 4 * rows * rows * width
-        cross = 4 * rows * width**2 + 4 * patches * width**2 + 4 * rows * patches * width
-        return self.merger_depth * (itself + cross + 4 * rows * width * self.mlp_width)
+    def merger_flops(self, width: int, rows: int, num_patches: int) -> float:
+        """Floating-point operations per image of the merger's forward pass on `rows` tokens out of `num_patches`."""
+        self_attention = 8 * rows * width**2 + 4 * rows * rows * width
+        cross_attention = 4 * rows * width**2 + 4 * num_patches * width**2 + 4 * rows * num_patches * width
+        return self.merger_depth * (self_attention + cross_attention + 4 * rows * width * self.mlp_width)
 
 
-class VisualTokenizer(nnx.Module):
-    """Pictures to codes and back to features. The encoder is frozen wherever this class trains."""
+class ImageTokenizer(nnx.Module):
+    """Maps images to codes, and codes to reconstructed features. Every training stage keeps the encoder frozen."""
 
-    def __init__(self, encoder: ViTConfig, config: TokenizerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, encoder: ViTConfig, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
         c, width = config, encoder.width
         self.config, self.encoder_config = config, encoder
         self.encoder = ViT(encoder, rngs=rngs)
@@ -67,39 +71,39 @@ class VisualTokenizer(nnx.Module):
             c.heads,
             c.mlp_width,
             c.decoder_depth,
-            encoder.patches,
+            encoder.num_patches,
             rngs=rngs,
             sink=c.decoder_sink,
             **run,
         )
 
     def decide(self, x_BPD: jax.Array) -> jax.Array:
-        """The keep mask at inference, boolean [B, P]; deterministic, at least one patch kept."""
+        """The keep mask at inference: features [B, P, D] → boolean [B, P]. Deterministic; keeps at least one patch."""
         if self.config.selection == "all":
             return jnp.ones(x_BPD.shape[:2], bool)
         log_probs = self.selector(x_BPD)
         return top_k_mask(log_probs, self.config.top_k) if self.config.selection == "top_k" else argmax_mask(log_probs)
 
     def encode(self, images_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalised pixels → (keep mask boolean [B, P], codes int32 [B, P], meaningful where kept)."""
+        """Normalized pixels [B, H, W, 3] → (keep mask boolean [B, P], codes int32 [B, P], valid where kept)."""
         x_BPD = self.encoder(images_BHWC)
         keep_BP = self.decide(x_BPD)
         return keep_BP, self.codes_of(x_BPD, keep_BP)
 
     def codes_of(self, x_BPD: jax.Array, keep_BP: jax.Array) -> jax.Array:
-        """Codes int32 [B, P] of encoder features under a given keep mask."""
+        """Encoder features [B, P, D] and keep mask boolean [B, P] → codes int32 [B, P], valid where kept."""
         return self.quantizer.lookup(self.quantizer.project(self.merger.dense(x_BPD, keep_BP)))
 
     def position_index(self, keep_BP: jax.Array) -> jax.Array:
-        """Which decoder position each patch's token gets, int32 [B, P] (see `TokenizerConfig.positions`)."""
+        """Decoder position of each patch, int32 [B, P]; see `ImageTokenizerConfig.positions`."""
         if self.config.positions == "grid":
             return jnp.broadcast_to(jnp.arange(keep_BP.shape[1]), keep_BP.shape)
         return jnp.maximum(jnp.cumsum(keep_BP.astype(jnp.int32), -1) - 1, 0)
 
     def decode(self, codes_BP: jax.Array, keep_BP: jax.Array) -> jax.Array:
-        """Codes at their patches and the keep mask → reconstructed features [B, P, D]."""
+        """Codes int32 [B, P], at their patches, and keep mask boolean [B, P] → reconstructed features [B, P, D]."""
         z_BPC = self.quantizer.rows(codes_BP)
         return self.decoder(z_BPC, self.position_index(keep_BP), keep_BP.astype(jnp.float32))
 
 
-__all__ = ["TokenizerConfig", "VisualTokenizer", "compact"]
+__all__ = ["ImageTokenizer", "ImageTokenizerConfig", "compact"]

@@ -1,4 +1,4 @@
-"""The quantizer: low-dimensional, l2-normalised code lookup with an EMA codebook (LaVIT §3.1; BEiT-2)."""
+"""The quantizer: nearest-code lookup in a low-dimensional, l2-normalized space, EMA codebook (LaVIT §3.1; BEiT-2)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ from unimm_jax.models.transformer import Linear
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """x over its Euclidean norm along the last axis (norms under 1e-12 count as 1e-12)."""
+    """x divided by its Euclidean norm along the last axis; norms below 1e-12 count as 1e-12."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class Quantizer(nnx.Module):
     """Projects to the code space and looks up the nearest code.
 
-    `codebook` [K, C] and `count` [K] (EMA cluster sizes) are parameters that no optimiser touches: `ema_update` gives
-    their next values. Rows are used as stored (LaVIT looks up the raw codebook).
+    `codebook` [K, C] and `count` [K] (EMA cluster sizes) are updated by `ema_update`, not by the optimizer. Lookups use
+    the codebook vectors as stored, without normalization (as LaVIT).
     """
 
     def __init__(self, width: int, codes: int, code_width: int, *, rngs: nnx.Rngs):
@@ -31,25 +31,32 @@ class Quantizer(nnx.Module):
         return l2_normalize(self.proj2(jnp.tanh(self.proj1(x))).astype(jnp.float32))
 
     def lookup(self, z: jax.Array) -> jax.Array:
-        """Ids of the nearest codes, int32 [...], by squared distance to the raw rows; ties go to the lower id."""
+        """[..., C] → ids of the nearest codes, int32 [...], by squared distance; ties go to the lower id."""
         book = self.codebook[...]
         distance = (z * z).sum(-1, keepdims=True) + (book * book).sum(-1) - 2 * jnp.einsum("...c,kc->...k", z, book)
         return distance.argmin(-1).astype(jnp.int32)
 
     def rows(self, codes: jax.Array) -> jax.Array:
-        """Codebook rows of ids: [..., C]."""
+        """Code ids [...] → codebook vectors [..., C]."""
         return self.codebook[...][codes]
 
 
 def ema_update(
     codebook_KC: jax.Array, count_K: jax.Array, z_MC: jax.Array, ids_M: jax.Array, weight_M: jax.Array, decay: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """BEiT-2's codebook update: (codebook, count, hits of this batch). Unused codes stay as they are.
+    """BEiT-2's codebook update. The vectors of codes without hits do not change.
 
-    Sums run over the whole (sharded) batch; under `jax.jit` on a mesh they are sums over all devices.
+    Under `jax.jit` on a mesh, sums are over the batch of all devices.
 
     Args:
-      z_MC: unit vectors; `ids_M` their codes; `weight_M` 1 where the row counts.
+      codebook_KC, count_K: current codebook and EMA cluster sizes, float32.
+      z_MC: unit vectors.
+      ids_M: code ids of `z_MC`.
+      weight_M: 1 for rows that count, else 0.
+      decay: EMA decay.
+
+    Returns:
+      (new codebook [K, C], new EMA cluster sizes [K], hits of this batch [K]).
     """
     one_hot_MK = jax.nn.one_hot(ids_M, codebook_KC.shape[0]) * weight_M[:, None]
     hits_K = one_hot_MK.sum(0)
@@ -62,20 +69,29 @@ def ema_update(
 def restart_dead(
     codebook_KC: jax.Array, count_K: jax.Array, z_MC: jax.Array, weight_M: jax.Array, threshold: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Replaces codes whose EMA count fell under `threshold` by random rows of the batch, their count by one."""
+    """Replaces codes with an EMA count below `threshold` by random vectors of the batch, with a count of 1.
+
+    Args:
+      z_MC, weight_M: unit vectors and the weights that they are sampled with.
+
+    Returns:
+      (codebook [K, C], count [K]).
+    """
     chosen = jax.random.choice(key, z_MC.shape[0], (codebook_KC.shape[0],), p=weight_M / jnp.maximum(weight_M.sum(), 1))
     dead_K = count_K < threshold
     return jnp.where(dead_K[:, None], z_MC[chosen], codebook_KC), jnp.where(dead_K, 1.0, count_K)
 
 
 def cosine_kmeans(z_MC: jax.Array, start_KC: jax.Array, iterations: int = 10) -> tuple[jax.Array, jax.Array]:
-    """k-means on the sphere: (means [K, C], cluster sizes [K]). Empty clusters keep their mean.
+    """k-means with cosine similarity: (means [K, C], cluster sizes [K]). Empty clusters keep their mean.
 
     Args:
-      z_MC: unit vectors; `start_KC` initial means.
+      z_MC: unit vectors.
+      start_KC: initial means, unit vectors.
+      iterations: number of iterations.
     """
 
-    def step(means, _):
+    def step(means: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         ids = jnp.einsum("mc,kc->mk", z_MC, means).argmax(-1)
         sums = jnp.zeros_like(means).at[ids].add(z_MC)
         hits = jnp.zeros(means.shape[0]).at[ids].add(1.0)

@@ -1,4 +1,4 @@
-"""The selector: which patches are informative enough to keep (LaVIT §3.1, DynamicViT's predictor)."""
+"""The selector: predicts which patches to keep (LaVIT §3.1; the predictor of DynamicViT)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ KEEP = 0  # index of "keep" in the log-probabilities
 
 
 class Selector(nnx.Module):
-    """Patch features [B, P, D] → log-probabilities [B, P, 2]; index 0 is keep. Half of the hidden width is a mean
-    over all patches, so that every decision sees the whole picture."""
+    """Predicts keep and drop log-probabilities per patch.
+
+    Half of the hidden width is averaged over all patches, so that each prediction depends on the whole image.
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         half = width // 2
@@ -22,8 +24,11 @@ class Selector(nnx.Module):
         self.out3 = Linear(half // 2, 2, axes=("embed", None), rngs=rngs)
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
-        """[B, P, D] → log-probabilities float32 [B, P, 2]."""
-        gelu = lambda x: jax.nn.gelu(x, approximate=False)
+        """Patch features [B, P, D] → log-probabilities float32 [B, P, 2]; index `KEEP` is keep, the other is drop."""
+
+        def gelu(x: jax.Array) -> jax.Array:
+            return jax.nn.gelu(x, approximate=False)
+
         u = gelu(self.inner(self.norm(x_BPD)))
         local, glob = jnp.split(u, 2, axis=-1)
         glob = jnp.broadcast_to(glob.mean(1, keepdims=True), glob.shape)
@@ -32,23 +37,24 @@ class Selector(nnx.Module):
 
 
 def argmax_mask(log_probs_BP2: jax.Array) -> jax.Array:
-    """The deterministic decision, boolean [B, P]. The likeliest patch is kept where none wins: at least one token."""
+    """Keeps patches that are more likely kept than dropped, at least the most probable one: boolean [B, P]."""
     keep_BP = log_probs_BP2[..., KEEP] > log_probs_BP2[..., 1]
     best = jax.nn.one_hot(log_probs_BP2[..., KEEP].argmax(-1), keep_BP.shape[-1], dtype=bool)
     return jnp.where(keep_BP.any(-1, keepdims=True), keep_BP, best)
 
 
 def top_k_mask(log_probs_BP2: jax.Array, k: int) -> jax.Array:
-    """The `k` likeliest patches of each picture, boolean [B, P]; ties go to the earlier patch."""
+    """Keeps the `k` most probable patches of each image: boolean [B, P]; ties go to the earlier patch."""
     order = jnp.argsort(-log_probs_BP2[..., KEEP], -1, stable=True)
     return jnp.argsort(order, -1, stable=True) < k
 
 
 def sample_mask(log_probs_BP2: jax.Array, key: jax.Array, noise: jax.Array | float = 1.0) -> jax.Array:
-    """Gumbel sample with a straight-through gradient: float [B, P] of exact zeros and ones (LaVIT §3.1, tau = 1).
+    """Gumbel-softmax sample with a straight-through gradient: float [B, P], exactly 0 or 1 (LaVIT §3.1, tau = 1).
 
     Args:
-      noise: scale of the Gumbel noise; 1 samples each patch with its probability, 0 is the argmax.
+      key: random key.
+      noise: scale of the Gumbel noise; 1 samples from the probabilities, 0 is the argmax.
     """
     gumbel = jax.random.gumbel(key, log_probs_BP2.shape) * noise
     return straight_through(log_probs_BP2 + gumbel)
@@ -63,12 +69,12 @@ _clip_gradient.defvjp(lambda x, limit: (x, limit), lambda limit, g: (jnp.clip(g,
 
 
 def straight_through(logits_BP2: jax.Array) -> jax.Array:
-    """Hard decision forward, the softmax's gradient backward: float [B, P]."""
+    """Hard decisions in the forward pass, the gradient of the softmax in the backward pass: float [B, P]."""
     soft_BP = jax.nn.softmax(logits_BP2, -1)[..., KEEP]
     hard_BP = (logits_BP2[..., KEEP] > logits_BP2[..., 1]).astype(soft_BP.dtype)
     return hard_BP + (soft_BP - jax.lax.stop_gradient(soft_BP))  # exactly 0 or 1
 
 
 def clip_mask_gradient(mask_BP: jax.Array, limit: float) -> jax.Array:
-    """The mask itself; its incoming gradient is clipped to ±limit an element (0 switches it off)."""
+    """Returns the mask; in the backward pass each element of its gradient is clipped to ±`limit` (0 does not clip)."""
     return _clip_gradient(mask_BP, limit) if limit else mask_BP

@@ -1,0 +1,142 @@
+"""Tiny stages for tests: the laptop configs, shrunk until a step takes milliseconds."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from unimm_jax import resolve
+from unimm_jax.config import Config
+
+ROOT = pathlib.Path(__file__).parent.parent
+TEXT_VOCAB = 400
+STEPS = 30  # of every tiny stage
+STAGES = ("encoder", "selector", "tokenizer", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2", "stage3")
+
+# Settings that shrink any laptop config; used in process and on command lines.
+TINY = {
+    "train.steps": STEPS,
+    "train.batch_size": 8,
+    "train.log_every": 1,
+    "train.checkpoint_every": 10,
+    "model.encoder.width": 32,
+    "model.encoder.depth": 1,
+    "model.encoder.heads": 2,
+    "model.encoder.mlp_width": 64,
+    "model.image_tokenizer.heads": 2,
+    "model.image_tokenizer.mlp_width": 64,
+    "model.image_tokenizer.decoder_depth": 1,
+    "model.image_tokenizer.codes": 32,
+    "model.image_tokenizer.code_width": 8,
+    "model.text_tower.width": 32,
+    "model.text_tower.joint_width": 16,
+    "model.language.width": 32,
+    "model.language.layers": 2,
+    "model.language.heads": 2,
+    "model.language.kv_heads": 1,
+    "model.language.head_width": 16,
+    "model.language.mlp_width": 64,
+    "model.pixel_decoder.width": 32,
+    "model.pixel_decoder.heads": 2,
+    "model.pixel_decoder.mlp_width": 64,
+    "model.unet.block_out_channels": (16, 32),
+    "model.unet.cross_attention_dim": 32,
+    "loss.kmeans_samples": 1,
+    "loss.sampling_steps": 3,
+    "data.sources": "scenes:count=96",
+    "evals.held_out.batches": 1,
+}
+
+
+def tiny_dict(stage: str, **changes: Any) -> ConfigDict:
+    """The tiny config of a stage as a ConfigDict; `changes` by dotted name with "__" for "."."""
+    config = resolve.load(f"{stage}:laptop")
+    for name, value in (dict(TINY) | {k.replace("__", "."): v for k, v in changes.items()}).items():
+        node: Any = config
+        *parents, last = name.split(".")
+        for part in parents:
+            node = node.get(part) if node is not None else None
+        if node is not None and last in node:
+            node[last] = value
+        elif name not in TINY:
+            raise KeyError(f"{stage} has no setting {name}")
+    return config
+
+
+def tiny(stage: str, **changes: Any) -> Config:
+    """The parsed tiny config of a stage."""
+    return resolve.parse(tiny_dict(stage, **changes))
+
+
+def arguments(stage: str, **changes: Any) -> list[str]:
+    """Command-line flags that turn the laptop config of a stage into the tiny one."""
+    plain, found = resolve.load(f"{stage}:laptop"), []
+
+    def walk(a: Any, b: Any, name: str) -> None:
+        for key in a:
+            if hasattr(a[key], "keys"):
+                walk(a[key], b[key], f"{name}.{key}")
+            elif a[key] != b[key]:
+                found.append(f"--config{name}.{key}={a[key]}")
+
+    walk(tiny_dict(stage, **changes), plain, "")
+    return found
+
+
+def train_tiny_stages(root: pathlib.Path) -> None:
+    """Trains every tiny stage, encoder to stage3, in workdirs under `root`; finished stages do nothing."""
+    from unimm_jax.inference.pretokenization import pretokenize
+    from unimm_jax.train import train
+
+    for stage in ("encoder", "selector", "tokenizer"):
+        train(tiny(stage), root / stage)
+    pretokenize(str(root / "tokenizer"), str(root / "records"), "", "", TEXT_VOCAB, 32)
+    for stage in ("pixel_decoder", "unet_decoder", "text", "stage1", "stage2", "stage3"):
+        train(tiny(stage), root / stage)
+
+
+def opened(config: Config) -> tuple[Any, Any]:
+    """The input and the objective of a config."""
+    from unimm_jax import objectives
+
+    objective = objectives.get(config.objective)
+    data = objective.open_input(config)
+    return data, objective(config, data)
+
+
+def link(run: pathlib.Path, root: pathlib.Path, *names: str) -> pathlib.Path:
+    """A directory with links to some of the trained stages."""
+    root.mkdir(exist_ok=True)
+    for name in names:
+        (root / name).symlink_to(run / name)
+    return root
+
+
+def main_command(stage: str, workdir: pathlib.Path, **changes: Any) -> list[str]:
+    """The command that trains a tiny stage."""
+    command = [sys.executable, "-m", "unimm_jax.main", f"--config={stage}:laptop", f"--workdir={workdir}"]
+    return [*command, *arguments(stage, **changes)]
+
+
+def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command as a user would, without the tracebacks that tests ask for."""
+    plain = {k: v for k, v in os.environ.items() if k != "UNIMM_TRACEBACK"} | env
+    line = [sys.executable, "-m", f"unimm_jax.{module}", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=plain)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def with_records(stage: str, run: pathlib.Path, **changes: Any) -> Config:
+    """The parsed tiny config of a stage; stages that read records read those of `run`."""
+    reads = "records" in tiny_dict(stage).data
+    return tiny(stage, **changes | (dict(data__records=str(run / "records")) if reads else {}))

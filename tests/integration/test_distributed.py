@@ -1,0 +1,154 @@
+"""Several processes on loopback, as hosts of a pod would be: same losses, same data, one end."""
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from helpers import ROOT, free_port, link, main_command, opened, with_records
+
+from unimm_jax import distributed, metrics, sharding
+from unimm_jax.checkpoint import read_meta
+from unimm_jax.errors import StartupError
+
+DEVICES = 4
+
+
+def launch(stage, workdir, processes, env=None, **changes):
+    """Starts the processes of one run, `DEVICES` fake devices over all of them."""
+    address = f"127.0.0.1:{free_port()}"
+    found = []
+    for index in range(processes):
+        mine = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = main_command(stage, workdir, **changes)
+        found.append(subprocess.Popen(command, cwd=ROOT, env=mine | (env or {}), **pipes))
+    return found
+
+
+def finish(processes, timeout=240):
+    """Waits for all; returns what each said."""
+    said = [p.communicate(timeout=timeout)[0] for p in processes]
+    assert all(p.returncode == 0 for p in processes), "\n".join(text[-4000:] for text in said)
+    return said
+
+
+def place(run, root):
+    return link(run, root, "records", "stage2", "tokenizer", "selector")
+
+
+def losses(workdir):
+    return np.array([row["loss"] for row in metrics.read(workdir)])
+
+
+# a constant rate, so that a run may stop anywhere and resume with other numbers of steps
+LM = dict(train__checkpoint_every=100, optimizer__schedule="constant", optimizer__warmup=1e-9)
+
+
+def check(run, root, plans):
+    """Runs each plan, [(steps, processes), ...], and compares its losses with those of one process."""
+    place(run, root)
+    one = np.zeros(20)
+    for plan in [[(20, 1)], *plans]:
+        home = root / "-".join(f"{s}x{n}" for s, n in plan)
+        for steps, count in plan:
+            finish(launch("stage3", home, count, train__steps=steps, **LM))
+        found = losses(home)
+        one = one if one.any() else found
+        assert len(found) == 20 and np.abs(found / one - 1).max() < 1e-5, plan
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_one_two_and_four_processes_are_the_same(run, tmp_path):
+    """pytest -m slow tests/test_distributed.py: losses of 20 steps within 1e-5, through changes in the middle too."""
+    check(run, tmp_path / "root", [[(20, 2)], [(20, 4)], [(8, 2), (14, 4), (20, 1)]])
+
+
+def test_every_process_reads_its_part_of_one_order(run):
+    """Shares of 1, 2 and 4 processes put together are the global batch, row by row, from any step on."""
+    for stage in ("stage3", "selector", "pixel_decoder"):
+        data, _ = opened(with_records(stage, run))
+        whole = data.iterate(8)
+        batches = [next(whole) for _ in range(3)]
+        state = None
+        for count in (1, 2, 4):  # a change of the number in the middle: the state of one continues in the next
+            parts = [data.iterate(8, share) for share in np.arange(8).reshape(count, -1)]
+            if state is not None:
+                for part in parts:
+                    part.set_state(state)
+            found = [next(part) for part in parts]
+            step = {1: 0, 2: 1, 4: 2}[count]
+            for key, wanted in batches[step].items():
+                assert np.array_equal(np.concatenate([f[key] for f in found]), wanted), (stage, key, count)
+            state = parts[0].get_state()
+
+
+def two_under_way(run, tmp_path):
+    """Two processes of one long run, after its first line: (directory, processes)."""
+    root = place(run, tmp_path / "root")
+    processes = launch("stage3", root / "x", 2, train__steps=100_000, **LM)
+    next(line for line in processes[0].stdout if "/100000" in line)
+    return root, processes
+
+
+def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
+    root, processes = two_under_way(run, tmp_path)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [p.communicate(timeout=120)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    steps = {text.split("saved step ")[1].split(";")[0] for text in said}
+    assert len(steps) == 1 and read_meta(root / "x")["step"] == int(steps.pop()) > 0
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_with_a_message(run, tmp_path):
+    _, processes = two_under_way(run, tmp_path)
+    processes[1].kill()
+    began = time.monotonic()
+    said = processes[0].communicate(timeout=90)[0]
+    assert time.monotonic() - began < 60
+    assert processes[0].returncode == 1 and "error: another process of this run has ended" in said, said[-2000:]
+    processes[1].wait()
+
+
+def test_a_start_without_the_others_explains_itself(tmp_path):
+    (process, other) = launch("encoder", tmp_path / "x", 2, env={"UNIMM_START_SECONDS": "5"})
+    process.kill()  # the coordinator never comes
+    process.wait()
+    said = other.communicate(timeout=100)[0]
+    assert other.returncode != 0
+    assert "did not connect" in said and "firewall" in said and "process 1 of 2" in said, said[-2000:]
+
+
+def test_wrong_numbers_of_processes_are_named(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(StartupError, match="not both numbers"):
+        distributed.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(StartupError, match="it is 0 to 1"):
+        distributed.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    distributed.start()  # alone: nothing to do
+
+
+def test_the_watchdog_shows_what_hangs(capfd):
+    watchdog = distributed.Watchdog(0.2)
+    time.sleep(1.0)
+    watchdog.close()
+    said = capfd.readouterr().err
+    assert said.count("Timeout (0:00:00.2") == 1 and "test_the_watchdog_shows_what_hangs" in said
+
+
+def test_local_rows_are_those_of_this_process():
+    mesh = sharding.make_mesh((1, -1, 1))
+    assert sharding.local_rows(mesh, 8).tolist() == list(range(8))

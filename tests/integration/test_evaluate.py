@@ -1,0 +1,173 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, command, link
+from PIL import Image
+
+from unimm_jax import metrics
+from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
+from unimm_jax.errors import CheckpointError, ConfigError, DataError
+from unimm_jax.evals import generation, report_page
+from unimm_jax.evals.runner import evaluate
+
+STAGES = ("encoder", "selector", "tokenizer", "records", "pixel_decoder", "text", "stage1", "stage2")  # no U-Net
+TOP_LEVEL = {
+    "text_to_image", "text_to_image_strict", "questions", "caption", "reconstruction", "reconstruction_by_decoder",
+    "reconstruction_random_selection", "decoder", "tokens_per_image", "tokens_follow_objects", "sampling",
+    "prompts_per_task", "questions_per_kind", "jitter", "evaluation_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, tmp_path_factory):
+    """A run directory without the U-Net, evaluated by the command with every evaluator: (directory, output)."""
+    root = link(run, tmp_path_factory.mktemp("evaluated"), *STAGES)
+    shutil.copytree(run / "stage3", root / "stage3")  # its companions are those beside it
+    done = command(
+        "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation", "--evals=scenes,captions,loss",
+        "--prompts=2", "--questions=2", "--images=5", "--batches=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return root, done.stdout
+
+
+def test_the_command_writes_scores_examples_and_images(evaluated):
+    root, output = evaluated
+    folder = root / "evaluation"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert set(scores) == TOP_LEVEL | {"own_images", "held_out"}
+    assert set(scores["text_to_image"]) == set(scores["text_to_image_strict"])
+    assert list(scores["reconstruction_by_decoder"]) == ["pixel_decoder"]
+    assert (scores["prompts_per_task"], scores["questions_per_kind"], scores["jitter"]) == (2, 2, 1.0)
+    assert scores["own_images"]["split"] == "test" and scores["own_images"]["images"] == 5
+    assert scores["held_out"]["loss"] > 0
+    for place in (folder, folder / "own_images"):
+        examples = json.loads((place / "examples.json").read_text())
+        assert examples["samples"] and examples["captions"]
+        for rows in examples.values():
+            assert all(Image.open(place / row["file"]).size == (128, 128) for row in rows)
+        assert Image.open(place / "kept.png").width > 128
+        assert (place / "reconstruction_pixel_decoder.png").exists()
+    assert json.loads((folder / "done.json").read_text())["seconds"] == scores["evaluation_seconds"]
+    for text in ("text to image", "pixel decoder", "own images", "of 5 held-out images", "held-out loss"):
+        assert text in output
+
+
+def test_the_report_builds_without_a_unet(evaluated):
+    root, _ = evaluated
+    done = command("report", f"--run={root}")
+    assert done.returncode == 0, done.stderr
+    assert "of 5 held-out images" in done.stdout and f"report: {root}/report.html" in done.stdout
+    page = (root / "report.html").read_text()
+    assert "U-Net" not in page and "pixel decoder" in page and "5 held-out images" in page
+    assert "held-out " in page and page.count("<svg") >= 8
+    assert page.count("<img") == page.count('src="data:image/png;base64,') > 20
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    seconds = json.loads((root / "scores.json").read_text())["seconds"]
+    assert "unet_decoder" not in seconds and {"encoder", "records", "stage3", "evaluation"} <= set(seconds)
+
+
+def test_the_report_names_what_is_missing(tmp_path):
+    with pytest.raises(DataError, match="run python -m unimm_jax.evaluate"):
+        report_page.build(tmp_path)
+
+
+def test_a_report_escapes_texts_and_says_training_images(evaluated, tmp_path):
+    root, _ = evaluated
+    scores = json.loads((root / "evaluation" / "scores.json").read_text())["own_images"]
+    folder = tmp_path / "copy" / "evaluation"
+    folder.mkdir(parents=True)
+    for file in (root / "evaluation" / "own_images").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    examples = json.loads((folder / "examples.json").read_text())
+    examples["captions"][0]["caption"] = "<script>alert(1)</script>"
+    (folder / "examples.json").write_text(json.dumps(examples))
+    (folder / "scores.json").write_text(json.dumps(scores | {"split": "train", "evaluation_seconds": 1.0}))
+    page = report_page.build(tmp_path / "copy")[0].read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "captions of 5 training images" in page
+
+
+def test_own_images_without_held_out_ones_are_said_to_be_training_images(evaluated, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "BATCH", 4)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a red square")
+    options = {"sources": str(images)}
+    scores = evaluate(str(evaluated[0] / "stage3"), str(tmp_path / "out"), ["captions"], options)
+    assert (scores["split"], scores["images"]) == ("train", 3)  # at the top level
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == scores
+    assert "the scores are of training images" in capsys.readouterr().out
+
+
+def test_wrong_options_are_named_before_anything_is_written(run, tmp_path):
+    stage, out = str(run / "stage3"), tmp_path / "out"
+    with pytest.raises(ConfigError, match="no evaluator 'scene'"):
+        evaluate(stage, str(out), ["scene"])
+    with pytest.raises(ConfigError, match="--batches is an option of none of the evaluators scenes"):
+        evaluate(stage, str(out), ["scenes"], {"batches": 3})
+    with pytest.raises(ConfigError, match="scenes.prompts is 0"):
+        evaluate(stage, str(out), [], {"prompts": 0})
+    assert not out.exists()
+
+
+def test_wrong_checkpoints_end_in_one_line(run, tmp_path):
+    done = command("evaluate", f"--checkpoint={run}/tokenizer", f"--output={tmp_path}/out")
+    assert done.returncode == 1 and "give one of stage 1, 2 or 3" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="reads no images"):
+        evaluate(str(run / "text"), str(tmp_path / "out"))
+
+
+def test_imported_models_end_in_one_line(run, tmp_path):
+    """The import of LaVIT writes a language stage whose header names no sources; other imports have no objective."""
+    meta = read_meta(run / "stage3")
+    data = {key: value for key, value in meta["data"].items() if key != "sources"}
+    config = {key: value for key, value in json.loads(meta["config"]).items() if key != "objective"}
+    params = read_params(run / "stage3")
+    for name, changed in (("lavit", {"data": data}), ("language", {"config": json.dumps(config)})):
+        checkpoints = Checkpoints(tmp_path / name)
+        checkpoints.save(0, {"params": params}, meta | changed | {"step": 0})
+        checkpoints.close()
+    with pytest.raises(CheckpointError, match="names no data sources .* --evals=scenes"):
+        evaluate(str(tmp_path / "lavit"), str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="imported weights, not a trained stage"):
+        evaluate(str(tmp_path / "language"), str(tmp_path / "out"))
+
+
+TRAINING = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+from helpers import tiny_dict
+from unimm_jax import resolve
+from unimm_jax.evals import generation
+from unimm_jax.train import train
+
+generation.BATCH = 8
+config = tiny_dict("stage3", train__steps=3, data__records=sys.argv[2])
+config.evals.scenes = dict(type="scenes", every=2, prompts=1, questions=1, images=2)
+train(resolve.parse(config), sys.argv[1])
+"""
+
+
+def test_evaluators_run_during_training_on_two_devices(run, tmp_path):
+    root = link(run, tmp_path / "run", "tokenizer", "records", "pixel_decoder", "stage2")
+    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    line = [sys.executable, "-c", TRAINING, str(root / "stage3"), str(run / "records")]
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "'fsdp': 2" in done.stdout
+    rows = metrics.read(root / "stage3", "evals.jsonl")
+    assert [(row["step"], row["eval"]) for row in rows] == [(2, "scenes"), (3, "held_out"), (3, "scenes")]
+    scores = rows[0]
+    assert {"text_to_image/overall", "questions/existence", "reconstruction_by_decoder/pixel_decoder"} <= set(scores)
+    assert not {"jitter", "sampling/guidance", "prompts_per_task"} & set(scores)
+    assert (root / "stage3" / "images" / "scenes_samples.png").exists()

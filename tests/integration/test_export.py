@@ -1,0 +1,377 @@
+"""Exports, opened by PyTorch in processes without JAX."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import peers
+import pytest
+from helpers import ROOT, command
+from PIL import Image
+
+from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
+from unimm_jax.data import scenes, transforms
+from unimm_jax.errors import CheckpointError, ConfigError, DataError, UnsupportedConfigError, UserError
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.loading import load_model
+from unimm_jax.inference.sampling import Sampling
+from unimm_jax.interop import modeling_unimm
+from unimm_jax.interop.exporter import export
+from unimm_jax.interop.importer import import_weights
+from unimm_jax.sharding import flatten
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+QUICKSTART = ROOT / "runs" / "quickstart"
+
+# Everything that a user without JAX would do, on the inputs of a file; results go to another.
+SCRIPT = """
+import sys, numpy as np, torch
+from transformers import AutoModel, AutoTokenizer
+folder, given, found = sys.argv[1:4]
+g = np.load(given, allow_pickle=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+images = torch.tensor(g["images"])
+keep, codes = model.tokenize(images)
+out = dict(keep=keep.numpy(), codes=codes.numpy())
+out["captions"] = np.array(model.describe(g["images"]))
+out["answers"] = np.array(model.describe(images, "is there a red circle?"))
+for guidance in (1.0, 1.5):
+    ids = model.generate_image_tokens(list(g["prompts"]), guidance=guidance, temperature=0)
+    drawn, kept = model.codes(ids)
+    out[f"drawn_{guidance}"], out[f"drawn_keep_{guidance}"] = drawn.numpy(), kept.numpy()
+out["pixel_decoder"] = model.decode(codes, keep).numpy()
+if "noise" in g:
+    n = len(g["noise"])
+    out["unet_decoder"] = model.decode(codes[:n], keep[:n], "unet_decoder", torch.tensor(g["noise"])).numpy()
+words = AutoTokenizer.from_pretrained(folder)
+out["added"] = np.array(words.convert_tokens_to_ids(["[IMG]", "[/IMG]", "<code_0>", "<code_3>"]))
+assert "jax" not in sys.modules
+np.savez(found, **out)
+"""
+
+
+def compare_in_pytorch(checkpoint, folder, scratch, images, prompts):
+    """What the exported model does in a process without JAX, against the checkpoint; returns both."""
+    g = Generator(load_model(checkpoint), batch=8)
+    size = g.config.data.image_size
+    images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(images)])
+    texts = [scenes.draw_prompt(scenes.TASKS[i % 6], 5, i).text for i in range(prompts)]
+    given = {"images": images, "prompts": np.array(texts)}
+    if "unet_decoder" in g.decoders:
+        c = g.decoders["unet_decoder"][0].config
+        side = c.data.image_size // c.loss.unshuffle
+        given["noise"] = np.asarray(jax.random.normal(jax.random.key(0), (8, side, side, 3 * c.loss.unshuffle**2)))
+    np.savez(scratch / "given.npz", **given)
+    arguments = [str(folder), str(scratch / "given.npz"), str(scratch / "found.npz")]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=scratch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(scratch / "found.npz")
+    codes, keep = g.tokenize(images)
+    assert (found["keep"] == keep).all() and (found["codes"][keep] == codes[keep]).all()
+    assert found["captions"].tolist() == g.generate_text(images, [""] * len(images))
+    assert found["answers"].tolist() == g.generate_text(images, ["is there a red circle?"] * len(images))
+    for guidance in (1.0, 1.5):
+        ids = g.generate_image_tokens(texts, Sampling(guidance=guidance, temperature=0))
+        drawn, kept = g.codes(ids)
+        assert (found[f"drawn_keep_{guidance}"] == kept).all() and (found[f"drawn_{guidance}"] == drawn).all()
+    difference = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max()
+    assert difference(found["pixel_decoder"], g.decode(codes, keep)) <= 1
+    if "unet_decoder" in g.decoders:
+        assert difference(found["unet_decoder"], g.decode(codes[:8], keep[:8], "unet_decoder")) <= 1
+    v = g.vocabulary
+    assert found["added"].tolist() == [v.start, v.end, v.first_code, v.first_code + 3]
+    return found
+
+
+def test_the_whole_model_without_jax(run, tmp_path, capsys):
+    lines = export(str(run / "stage3"), str(tmp_path / "out"))
+    assert float(lines[0].rsplit(" ", 1)[1]) < 1e-4 and "equal" in lines[1]
+    compare_in_pytorch(run / "stage3", tmp_path / "out", tmp_path, images=6, prompts=4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "fingerprint" in card and "AutoModel.from_pretrained" in card and "step" in card
+
+
+@pytest.mark.slow
+def test_the_quickstarts_model_without_jax(tmp_path):
+    """pytest -m slow tests/integration/test_export.py, after the quickstart: 50 captions, 20 drawings."""
+    assert (QUICKSTART / "stage3").exists(), "run bash launch/quickstart.sh first"
+    export(str(QUICKSTART / "stage3"), str(tmp_path / "out"))
+    found = compare_in_pytorch(QUICKSTART / "stage3", tmp_path / "out", tmp_path, images=50, prompts=20)
+    assert len(set(found["captions"].tolist())) > 10
+
+
+def test_half_precision_and_what_is_refused(run, tmp_path):
+    export(str(run / "stage3"), str(tmp_path / "half"), dtype="bfloat16", verify=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert model.dtype == torch.bfloat16
+
+    def refused(kind, match, checkpoint="stage3", output="no", **options):
+        with pytest.raises(kind, match=match):
+            export(str(run / checkpoint), str(tmp_path / output), **options)
+
+    refused(DataError, "half exists; give another --output", output="half")
+    refused(CheckpointError, "holds no language model", "tokenizer")
+    refused(CheckpointError, "whose language model reads no images", "text")
+    refused(CheckpointError, "no checkpoint in .*records", "records")
+    wrong = "LaVIT's layout: its encoder is not EVA-CLIP's.*settings that LaVIT lacks"
+    refused(UnsupportedConfigError, wrong, form="lavit")
+    refused(CheckpointError, "is not a language stage that reads images", "text", form="lavit")
+    refused(ConfigError, "--format=onnx is not known; formats are hf, lavit", form="onnx")
+    refused(ConfigError, "--dtype=int8 is not known", dtype="int8")
+    shutil.copytree(run / "stage3", tmp_path / "alone" / "stage3")
+    with pytest.raises(CheckpointError, match="no checkpoint in .*alone/tokenizer"):
+        export(str(tmp_path / "alone" / "stage3"), str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".no.partial*"))
+
+
+def test_the_commands_print_one_line_for_a_users_mistake(run, tmp_path):
+    for module, arguments, message in (
+        ("import_weights", ["--source=nowhere"], "there is no file or directory nowhere"),
+        ("export", [f"--checkpoint={run / 'tokenizer'}"], "holds no language model"),
+    ):
+        done = command(module, *arguments, f"--output={tmp_path / 'no'}")
+        assert done.returncode == 1 and message in done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+
+
+# ---- What the exported model accepts ---------------------------------------------------------------------------------
+
+
+def test_images_of_every_accepted_kind():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pils = [Image.fromarray(image) for image in pixels]
+    mixed = [pixels[0], torch.tensor(pixels[1]), pils[2]]
+    for images in (pixels, torch.tensor(pixels), pils, tuple(pils), list(pixels), mixed, [pixels[:2], pils[2]]):
+        found = modeling_unimm.as_images(images, 16)
+        assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), pixels)
+    for image in (pixels[0], torch.tensor(pixels[0]), pils[0]):
+        assert np.array_equal(modeling_unimm.as_images(image, 16).numpy(), pixels[:1])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "I;16", "1", "CMYK"])
+def test_pil_images_are_prepared_as_in_training(mode, tmp_path):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 65536, (21, 30), dtype=np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (21, 30, 4), dtype=np.uint8), "RGBA").convert(mode)
+    file = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    image.save(file)
+    found = modeling_unimm.as_images(Image.open(file), 16)
+    assert np.array_equal(found[0].numpy(), transforms.to_pixels(file.read_bytes(), 16))
+
+
+@pytest.mark.parametrize(
+    "images, kind",
+    [("a.png", "str"), (None, "NoneType"), (np.zeros((16, 16, 3)), "ndarray of float64"), ([b"x"], "bytes")],
+)
+def test_other_images_are_one_clear_type_error(images, kind):
+    with pytest.raises(TypeError, match=f"images are uint8 tensors or NumPy arrays .* PIL .*; this is a {kind}"):
+        modeling_unimm.as_images(images, 16)
+    with pytest.raises(ValueError, match=r"this model reads \[B, 16, 16, 3\]"):
+        modeling_unimm.as_images(np.zeros((1, 8, 8, 3), np.uint8), 16)
+    with pytest.raises(ValueError, match="no images"):
+        modeling_unimm.as_images([], 16)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_an_imported_language_model_comes_back(kind, tmp_path):
+    peer = peers.language(kind, scaling=peers.SCALING, words=90)
+    peer.save_pretrained(tmp_path / "peer")
+    import_weights(str(tmp_path / "peer"), str(tmp_path / "one"), codes=32)
+    lines = export(str(tmp_path / "one"), str(tmp_path / "back"))
+    assert float(lines[0].rsplit(" ", 1)[1]) < 1e-4
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(back) is type(peer)
+    mine, theirs = back.state_dict(), peer.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    import_weights(str(tmp_path / "back"), str(tmp_path / "two"), codes=32)
+    one, two = (dict(flatten(read_params(tmp_path / n))) for n in ("one", "two"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+C = peers.LAVIT_META["config"]
+
+
+def lavit_words(folder):
+    """A sentencepiece model with fewer words than the tiny model has text rows."""
+    import sentencepiece
+
+    sentences = [f"{n} {c} {s}s." for n in ("one", "two") for c in ("red", "blue") for s in ("circle", "star")] * 4
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+
+
+def pixel_folders(folder):
+    """Tiny U-Nets and autoencoders by `diffusers`, with the widths of the reference's two conditionings."""
+    import diffusers
+
+    pooled = C["unet_dim_2"]
+    small = dict(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        transformer_layers_per_block=1,
+        norm_num_groups=8,
+    )
+    xl = dict(cross_attention_dim=C["unet_dim_1"] + pooled, projection_class_embeddings_input_dim=pooled + 6 * 8)
+    vae = dict(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    for name, settings in (
+        ("pixel_decoding", small | dict(cross_attention_dim=C["unet_dim"])),
+        ("highres_pixel_decoding", peers.SDXL | small | xl),
+    ):
+        half = lambda module, seed: peers.randomize(module, seed).to(torch.bfloat16)
+        half(diffusers.UNet2DConditionModel(**settings), 1).save_pretrained(folder / name / "unet")
+        half(diffusers.AutoencoderKL(**vae), 2).save_pretrained(folder / name / "vae")
+    empty = torch.randn(1, 5, C["unet_dim"]).to(torch.bfloat16)
+    torch.save(empty, folder / "pixel_decoding" / "uncond_embeddings.bin")
+
+
+def lavit_folder(folder):
+    """The reference's tiny weights as its own files."""
+    tensors = lambda source: {k: torch.tensor(v).to(torch.bfloat16) for k, v in source.items()}
+    every = peers.lavit_weights("visual_tokenizer")
+    pick = lambda start: {k.removeprefix(start): v for k, v in every.items() if k.startswith(start)}
+    merger = {k: v for k, v in every.items() if k.startswith("causal_encoder.")}
+    files = {
+        "visual_tokenizer/eva_vitg_psz14.bin": pick("encoder."),
+        "visual_tokenizer/tokenizer_encoder.bin": {
+            k: v for k, v in every.items() if not k.startswith(("encoder.", "vit_proj."))
+        },
+        "visual_tokenizer/tokenizer_decoder.bin": peers.lavit_weights("tokenizer_decoder"),
+        "visual_tokenizer/highres_tokenizer_decoder.bin": peers.lavit_weights("highres_tokenizer_decoder"),
+        "language_model/visual_weight.bin": merger | {k: v for k, v in every.items() if k.startswith("vit_proj.")},
+        "language_model/pytorch_model.bin": peers.lavit_weights("llama_model"),
+    }
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors(source), folder / name)
+    config = dict(
+        model_type="llama",
+        vocab_size=102 + C["n_code"],
+        hidden_size=C["llm_dim"],
+        intermediate_size=C["llm_inter"],
+        num_hidden_layers=C["llm_layers"],
+        num_attention_heads=C["llm_heads"],
+    )
+    (folder / "language_model" / "config.json").write_text(json.dumps(config))
+    return files
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """LaVIT as it is published, tiny, and the same imported: (folder, names of its files)."""
+    folder = tmp_path_factory.mktemp("lavit")
+    files = lavit_folder(folder / "published")
+    lavit_words(folder / "published" / "language_model")
+    pixel_folders(folder / "published")
+    import_weights(str(folder / "published"), str(folder / "in"))
+    return folder, files
+
+
+LATENT_SCRIPT = """
+import sys, numpy as np, torch
+from transformers import AutoModel
+folder, given, found = sys.argv[1:4]
+g = np.load(given)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+images = torch.tensor(g["images"])
+keep, codes = model.tokenize(images)
+out = dict(keep=keep.numpy(), codes=codes.numpy(), captions=np.array(model.describe(images, length=12)))
+for name, size in (("unet_decoder", (16, 16)), ("unet_decoder_high", (32, 16))):
+    out[name] = model.decode(codes, keep, name, torch.tensor(g[name]), size=size).numpy()
+ids = model.generate_image_tokens(["two red stars."], guidance=4.0, temperature=0)
+out["drawn"] = model.codes(ids)[0].numpy()
+assert "jax" not in sys.modules
+np.savez(found, **out)
+"""
+
+
+@pytest.mark.slow
+def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_path):
+    folder, _ = published
+    g = Generator(load_model(folder / "in" / "language"), batch=2, answer_length=12)
+    assert (
+        g.text_tokenizer.bos is None and g.text_tokenizer.num_rows == 100 > g.text_tokenizer.vocab_size
+    )  # rows that no word has
+    images = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), dtype=np.uint8)
+    export(str(folder / "in" / "language"), str(tmp_path / "hf"), dtype="float32")
+    sizes = {"unet_decoder": (16, 16), "unet_decoder_high": (32, 16)}
+    noise = {k: jax.random.normal(jax.random.key(0), (2, h // 2, w // 2, 4)) for k, (h, w) in sizes.items()}
+    given = {"images": images} | {k: np.asarray(v) for k, v in noise.items()}
+    np.savez(tmp_path / "given.npz", **given)
+    arguments = [str(tmp_path / "hf"), str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]
+    done = subprocess.run([sys.executable, "-c", LATENT_SCRIPT, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(tmp_path / "found.npz")
+    codes, keep = g.tokenize(images)
+    assert (found["keep"] == keep).all() and (found["codes"][keep] == codes[keep]).all()
+    assert found["captions"].tolist() == g.generate_text(images, ["", ""])
+    for name, size in sizes.items():
+        drawn = g.decode(codes, keep, name, size=size)
+        assert drawn.shape == (2, *size, 3)
+        gap = np.abs(found[name].astype(int) - drawn.astype(int)).max()
+        assert gap <= 1, (name, size, gap)
+    assert drawn.std() > 1
+    ids = g.generate_image_tokens(["two red stars."], Sampling(guidance=4.0, temperature=0))
+    assert (found["drawn"] == g.codes(ids)[0]).all()
+    with pytest.raises(UserError, match="multiples of 4"):
+        g.decode(codes, keep, "unet_decoder", size=(22, 16))
+    with pytest.raises(CheckpointError, match="no pixel_decoder beside .*present: unet_decoder, unet_decoder_high"):
+        g.decode(codes, keep, "pixel_decoder")
+
+
+def test_lavits_files_come_in_and_go_out_again(published, tmp_path):
+    folder, files = published
+    published = folder / "published"
+    (tmp_path / "in").symlink_to(folder / "in")
+    lines = export(str(tmp_path / "in" / "language"), str(tmp_path / "out"), form="lavit")
+    assert lines == ["read again: largest difference of a weight 0.0e+00"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import_weights --source=THIS_DIRECTORY" in card and "AutoModel" not in card and "fingerprint" in card
+    import diffusers
+
+    for name in ("pixel_decoding", "highres_pixel_decoding"):
+        for kind, part in ((diffusers.UNet2DConditionModel, "unet"), (diffusers.AutoencoderKL, "vae")):
+            theirs, mine = (
+                kind.from_pretrained(f / name / part, torch_dtype="auto") for f in (published, tmp_path / "out")
+            )
+            theirs, mine = theirs.state_dict(), mine.state_dict()
+            assert theirs.keys() == mine.keys() and all(torch.equal(theirs[k], mine[k]) for k in theirs)
+        diffusers.DDIMScheduler.from_pretrained(tmp_path / "out" / name / "scheduler")
+    empty = [torch.load(f / "pixel_decoding" / "uncond_embeddings.bin") for f in (published, tmp_path / "out")]
+    assert torch.equal(*empty)
+    for name in files:
+        there = torch.load(published / name, weights_only=True)
+        here = torch.load(tmp_path / "out" / name, weights_only=True)
+        assert there.keys() == here.keys(), name
+        for key in there:
+            if not key.startswith(("norm.", "head.")) or "eva" not in name:
+                assert torch.equal(there[key], here[key]), (name, key)
+    # a trained copy of the encoder has no place in this layout
+    shutil.copytree(tmp_path / "in" / "tokenizer", tmp_path / "moved" / "tokenizer")
+    params = read_params(tmp_path / "in" / "language")
+    params["encoder"]["cls"] = params["encoder"]["cls"] + 1
+    checkpoints = Checkpoints(tmp_path / "moved" / "language")
+    checkpoints.save(0, {"params": params}, read_meta(tmp_path / "in" / "language"))
+    checkpoints.close()
+    with pytest.raises(UnsupportedConfigError, match="its own copy of the encoder"):
+        export(str(tmp_path / "moved" / "language"), str(tmp_path / "no"), form="lavit")

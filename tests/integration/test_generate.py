@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unimm_jax import vocabulary as vocab
+from unimm_jax.errors import CheckpointError, UserError
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.loading import load_model
+from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
+from unimm_jax.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return Generator(load_model(run / "stage3"), batch=4)
+
+
+def test_only_legal_ids_follow(generator):
+    prompts = ["a red circle", "", "three blue crosses", "a green square", "two circles"]
+    ids = generator.generate_image_tokens(prompts, seed=3)
+    v, kinds = generator.vocabulary, generator.vocabulary.kinds()
+    for row in ids:
+        row = row.tolist()
+        assert v.end in row
+        inside = row[: row.index(v.end)]
+        assert len(inside) % 2 == 0 and len(inside) >= 2
+        places = [t - v.first_position for t in inside[::2]]
+        assert places == sorted(set(places)) and all(0 <= p < 16 for p in places)
+        assert all(kinds[t] == vocab.CODE for t in inside[1::2])
+        assert set(row[row.index(v.end) :]) == {v.end}
+
+
+def test_the_mask_of_plain_order_and_of_fixed_length():
+    v = Vocabulary(10, 6)
+    kinds = v.kinds()
+    count = jnp.array([0, 2, 4])
+
+    def legal(fixed):
+        return np.asarray(image_mask(v, count * 0 + v.start, count - 1, count, 4, fixed))
+
+    dynamic, fixed = legal(False), legal(True)
+    assert [set(kinds[row]) for row in dynamic] == [{vocab.CODE}, {vocab.CODE, vocab.END}, {vocab.END}]
+    assert [set(kinds[row]) for row in fixed] == [{vocab.CODE}, {vocab.CODE}, {vocab.END}]
+
+
+def test_a_prompts_image_does_not_depend_on_its_neighbours(generator):
+    together = generator.generate_image_tokens(["a red circle", "two crosses", "a square"], seed=1)
+    alone = generator.generate_image_tokens(["a red circle"], seed=1)
+    assert np.array_equal(together[0], alone[0])
+    guided = Sampling(guidance=2.0)
+    assert np.array_equal(
+        generator.generate_image_tokens(["a red circle", "a cross"], guided, 1)[0],
+        generator.generate_image_tokens(["a red circle"], guided, 1)[0],
+    )
+
+
+def test_no_recompilation_for_other_prompts(generator):
+    generator.generate_image_tokens(["a circle"])
+    generator.generate_text(np.zeros((1, 64, 64, 3), np.uint8), ["how many?"])
+    before = generator._run._cache_size()
+    generator.generate_image_tokens(
+        ["three blue crosses and a very long prompt of many words", "a", "b", "c", "d", "e"]
+    )
+    generator.generate_text(np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8), ["is there?"] * 6)
+    assert generator._run._cache_size() == before
+
+
+def test_guidance_is_the_formula(generator):
+    """Greedy first ids by `_run` against two plain forward passes: prompt + [IMG], and [IMG] alone."""
+    s = Sampling(guidance=3.0, temperature=0)
+    found = generator.generate_image_tokens(["a red circle"], s)[0, 0]
+    v, text = generator.vocabulary, generator.text_tokenizer
+    model = generator.objective.module(generator.params)
+
+    def logp(ids):
+        tokens = jnp.asarray(ids)[None]
+        ones = jnp.ones_like(tokens)
+        hidden = model.language(model.language.embed(tokens), jnp.arange(len(ids))[None], ones)[0, -1]
+        logits = jnp.where(jnp.asarray(v.kinds()) == vocab.PADDING, NEG_INF, model.language.head() @ hidden)
+        return jax.nn.log_softmax(logits)
+
+    conditional = logp([text.bos, *text.encode("a red circle"), v.start])
+    free = logp([v.start])
+    mixed = free + 3.0 * (conditional - free)
+    legal = jnp.asarray(v.kinds()) == vocab.POSITION
+    assert found == int(jnp.where(legal, mixed, NEG_INF).argmax())
+
+
+def test_sampling_follows_its_settings():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(400, 0)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(400))
+
+    def draw(**settings):
+        return np.asarray(sample_token(logits, keys, Sampling(**settings)))
+
+    assert set(draw(temperature=0)) == {0}
+    assert set(draw(top_k=2)) == {0, 1}
+    assert set(draw(top_p=0.75)) == {0, 1}
+    assert set(draw(top_p=0.4)) == {0}
+    share = np.bincount(draw(), minlength=4) / 400
+    assert np.abs(share - [0.5, 0.3, 0.15, 0.05]).max() < 0.08
+    with pytest.raises(UserError, match="top_p"):
+        Sampling(top_p=0)
+
+
+def test_answers_are_text_and_images_are_images(generator):
+    images = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    replies = generator.generate_text(images, ["how many circles are there?", "", "is there a cross?"])
+    assert len(replies) == 3 and all(isinstance(r, str) for r in replies)
+    for name in ("pixel_decoder", "unet_decoder"):
+        codes, keep = generator.tokenize(images)
+        drawn = generator.decode(codes, keep, name)
+        assert drawn.shape == (3, 64, 64, 3) and drawn.dtype == np.uint8
+    with pytest.raises(UserError, match="the limit is 64"):
+        generator.generate_image_tokens(["word " * 200])
+
+
+def test_wrong_checkpoints_are_refused(run, tmp_path):
+    with pytest.raises(CheckpointError, match="give one of stage 1, 2 or 3"):
+        load_model(run / "tokenizer")
+    with pytest.raises(CheckpointError, match="whose language model reads no images"):
+        load_model(run / "text")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no unet_decoder_high beside"):
+        model = load_model(run / "stage3")
+        Generator(model).decode(np.zeros((1, 16), np.int32), np.ones((1, 16), bool), "unet_decoder_high")

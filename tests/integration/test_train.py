@@ -1,0 +1,202 @@
+import json
+import random
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records
+
+from unimm_jax import checkpoint, metrics
+from unimm_jax.compile import hardware
+from unimm_jax.errors import CheckpointError, NonFiniteLossError
+from unimm_jax.train import train
+
+
+def _params(workdir):
+    return jax.tree.map(np.asarray, checkpoint.read_params(workdir))
+
+
+def _equal(a, b):
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("stage", [pytest.param("tokenizer", marks=pytest.mark.slow), "stage3"])
+def test_a_killed_run_resumes_to_the_same_bits_twice(run, tmp_path, stage):
+    """SIGKILL at an arbitrary step, resumed, killed again, resumed: equal to the uninterrupted run (EMA codebook and
+    packed, mixed rows included)."""
+    changes = dict(train__steps=60, train__checkpoint_every=5, evals__held_out__every=15)
+    link(run, tmp_path, "selector", "records", "stage2")
+    whole, broken = tmp_path / f"whole_{stage}", tmp_path / f"broken_{stage}"
+    train(tiny(stage, **changes), whole)
+    rng = random.Random(stage)
+    command = main_command(stage, broken, **changes)
+    kills = 0
+    for least in (8, 25):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        target = least + rng.randrange(12)
+        for line in process.stdout:
+            found = line.split("/60")[0].split()
+            if line.startswith(stage) and found[-1].isdigit() and int(found[-1]) >= target:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        process.wait()
+    assert kills == 2
+    assert not (broken / "done.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumes from step" in done.stdout, done.stdout + done.stderr
+    assert _equal(_params(whole), _params(broken))
+    steps = [row["step"] for row in metrics.read(broken)]
+    assert steps == sorted(set(steps)) == list(range(1, 61))
+    for file in ("metrics.jsonl", "evals.jsonl"):
+        assert [row["loss"] for row in metrics.read(whole, file)] == [row["loss"] for row in metrics.read(broken, file)]
+    assert [row["step"] for row in metrics.read(broken, "evals.jsonl")] == [15, 30, 45, 60]
+
+
+def test_sigterm_saves_at_once_and_exits_zero(run, tmp_path):
+    changes = dict(train__steps=100_000, train__checkpoint_every=100_000)
+    link(run, tmp_path, "selector")
+    workdir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        main_command("tokenizer", workdir, **changes),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("tokenizer") and " 5/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0, rest
+    assert rest.count("stopped by SIGTERM, saved step") == 1 and "same command again" in rest
+    step = checkpoint.find(workdir)
+    assert int(step.name) >= 5
+    assert f"saved step {step.name}" in rest
+
+
+def test_each_function_compiles_once(run, tmp_path, caplog):
+    """A packed stage with varying token counts: one compilation of the step over the whole run."""
+    link(run, tmp_path, "records", "stage2")
+    config = tiny("stage3", train__steps=12, train__batch_size=2)
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level("WARNING", logger="jax"):
+            train(config, tmp_path / "stage3")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() and "step_fn" in r.getMessage()]
+    assert len(compiled) == 1, compiled
+
+
+def test_a_run_says_and_writes_what_it_does(run):
+    rows = metrics.read(run / "tokenizer")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {"loss", "perplexity", "codes_used", "kept", "cosine", "learning_rate", "step_ms"} <= rows[-1].keys()
+    assert {"keep_rate_sampled", "keep_rate_argmax"} <= metrics.read(run / "selector")[-1].keys()
+    assert {"text_ce", "code_ce", "fill"} <= metrics.read(run / "stage3")[-1].keys()
+    assert (run / "tokenizer" / "images" / "kept_patches.png").exists()
+    assert list((run / "tokenizer" / "tensorboard").iterdir())
+    assert json.loads((run / "stage3" / "done.json").read_text())["steps"] == STEPS
+
+
+def test_frozen_parameters_stay(run):
+    before, after = checkpoint.read_params(run / "selector"), checkpoint.read_params(run / "tokenizer")
+    for part in ("encoder", "selector"):
+        assert _equal(before[part], after[part])
+    assert not _equal(before["merger"], after["merger"])
+    assert not np.array_equal(before["quantizer"]["codebook"], after["quantizer"]["codebook"])
+    assert set(checkpoint.read_params(run / "text")) == {"language"}
+    assert _equal(checkpoint.read_params(run / "stage1")["encoder"], after["encoder"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(run, tmp_path):
+    link(run, tmp_path, "encoder")
+    config = tiny(
+        "selector", optimizer__learning_rate=1e30, optimizer__muon_learning_rate=1e30, optimizer__clip_norm=0.0
+    )
+    with pytest.raises(NonFiniteLossError, match=r"not finite since step \d+"):
+        train(config, tmp_path / "selector")
+    assert not (tmp_path / "selector" / "done.json").exists()
+    # what was saved before is complete and finite
+    for step in (tmp_path / "selector" / "checkpoints").glob("[0-9]*"):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(_params(step)))
+
+
+def test_changed_data_is_refused_on_resume(run, tmp_path):
+    link(run, tmp_path, "encoder")
+    train(tiny("selector"), tmp_path / "selector")
+    with pytest.raises(CheckpointError, match="data of .* changed .*records"):
+        train(tiny("selector", train__steps=STEPS + 2, data__sources="scenes:count=40"), tmp_path / "selector")
+
+
+def test_a_finished_run_does_nothing_more(run, tmp_path):
+    link(run, tmp_path, "encoder")
+    train(tiny("selector"), tmp_path / "selector")
+    before = (tmp_path / "selector" / "metrics.jsonl").read_text()
+    began = time.time()
+    train(tiny("selector"), tmp_path / "selector")
+    assert (tmp_path / "selector" / "metrics.jsonl").read_text() == before and time.time() - began < 60
+    assert checkpoint.find(tmp_path / "selector").name == str(STEPS)
+
+
+def test_illumes_semantic_variant_trains_with_the_same_code(run, tmp_path):
+    """Every patch kept, smooth-L1 + cosine, all features through an MLP adapter."""
+    from unimm_jax.inference.pretokenization import pretokenize
+
+    link(run, tmp_path, "encoder")
+    fixed = dict(model__image_tokenizer__selection="all", loss__reconstruction="cosine+smooth_l1")
+    train(tiny("selector", **fixed), tmp_path / "selector")
+    train(tiny("tokenizer", **fixed), tmp_path / "tokenizer")
+    pretokenize(str(tmp_path / "tokenizer"), str(tmp_path / "records"), "", "", TEXT_VOCAB, 32)
+    settings = dict(
+        model__image_tokenizer__selection="all", model__unified__connector="mlp", data__image_targets=0.0,
+        optimizer__rules=[("encoder/.*", None), ("adapter.*", 1.0), ("language/.*", 1.0)],
+        init_from=(dict(checkpoint="../tokenizer", rename=[("encoder/", "encoder/")]),),
+    )  # fmt: skip
+    last = train(tiny("stage2", **settings), tmp_path / "stage2")
+    assert np.isfinite(last["loss"])
+    assert checkpoint.read_meta(tmp_path / "stage2")["data"]["selection"] == "all"
+
+
+def test_a_run_accounts_for_its_time(run):
+    rows = metrics.read(run / "stage3")
+    for row in rows:
+        assert row["tokens_per_second"] > row["examples_per_second"] > 0 and row["images_per_second"] >= 0
+        assert 0 <= row["input_stall"] <= 1 and 0 <= row["goodput"] <= 1 and 0 < row["fill"] <= 1
+    assert "compile_seconds" in rows[0] and "mfu" not in rows[0]  # the peak of this chip is not in the table
+
+
+def test_utilisation_is_the_steps_operations_over_the_peak(run):
+    class Chip:
+        device_kind = "TPU v5 lite"
+
+    _, objective = opened(with_records("stage3", run))
+    shapes = type(objective).batch_spec(objective.config)
+    seconds = hardware.share_of_peak(objective, shapes, [Chip, Chip])
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    assert np.isclose(seconds, objective.step_flops(batch) / (2 * 197e12))
+    assert hardware.share_of_peak(objective, shapes, jax.devices()) == 0
+
+
+def test_clocks_count_what_they_say(tmp_path):
+    clock = metrics.Clock()
+    with clock.on("input", counts=lambda: False):
+        time.sleep(0.05)
+    assert clock.read()["input_stall"] == 0 and "input" not in clock.whole
+    with clock.on("input"):
+        time.sleep(0.05)
+    assert clock.read()["input_stall"] > 0.5 and clock.read()["input_stall"] == 0
+    writer = metrics.Writer(tmp_path, "x", 10, 0)
+    writer.count_from(2)
+    time.sleep(0.04)
+    with writer.paused():
+        time.sleep(0.4)
+    found = writer.scalars(6, {"loss": 1.0}, {"examples": 2.0})
+    assert 10 <= found["step_ms"] < 60 and found["examples_per_second"] == pytest.approx(2e3 / found["step_ms"])
+    writer.close()

@@ -1,0 +1,181 @@
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unimm_jax.data import scenes, sources, transforms
+from unimm_jax.data.sources.folder import FolderSource
+from unimm_jax.data.sources.scenes import SceneSource
+from unimm_jax.errors import DataError, InvalidRecordError
+
+
+def _bytes(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _rgb(size=(32, 24), colour=(200, 40, 40)):
+    return Image.new("RGB", size, colour)
+
+
+def test_ordinary_and_odd_images_become_rgb():
+    cmyk = transforms.to_pixels(_bytes(_rgb().convert("CMYK"), "JPEG"), 16)
+    assert np.abs(cmyk.astype(int).mean((0, 1)) - (200, 40, 40)).max() < 8
+    deep = Image.fromarray(np.full((16, 16), 40000, np.uint16))
+    assert np.abs(transforms.to_pixels(_bytes(deep), 16).astype(int) - 40000 // 257).max() <= 1
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert (transforms.to_pixels(_bytes(clear), 16) == 255).all()
+    half = Image.new("RGBA", (16, 16), (0, 0, 0, 128))
+    assert np.abs(transforms.to_pixels(_bytes(half), 16).astype(int) - 127).max() <= 1
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    assert (transforms.to_pixels(_bytes(palette, transparency=0), 16) == 255).all()
+    frames = _bytes(_rgb((16, 16)), "GIF", save_all=True, append_images=[_rgb((16, 16), (0, 0, 255))])
+    assert np.abs(transforms.to_pixels(frames, 16).astype(int).mean((0, 1)) - (200, 40, 40)).max() < 8
+    grey = Image.new("L", (16, 16), 90)
+    assert (transforms.to_pixels(_bytes(grey), 16) == 90).all()
+    turned = Image.new("RGB", (32, 16), "white")
+    turned.paste((0, 0, 0), (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees: what was left comes to the top
+    upright = transforms.decode_image(_bytes(turned, "JPEG", exif=exif, quality=95))
+    assert upright.size == (16, 32)
+    assert np.asarray(upright)[:12].mean() < 30 < 220 < np.asarray(upright)[20:].mean()
+
+
+def _outcome(data):
+    """Pixels, or why not."""
+    try:
+        return np.asarray(transforms.decode_image(data))
+    except InvalidRecordError as error:
+        return str(error)
+
+
+def test_simplejpeg_and_pillow_give_the_same_pixels(monkeypatch):
+    noise = np.random.default_rng(0)
+    image = Image.fromarray(noise.integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((53, 37))
+    exif = Image.Exif()
+    files = []
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        files.append(_bytes(image, "JPEG", exif=exif))
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"keep_rgb": True}, {"quality": 5}):
+        files.append(_bytes(image, "JPEG", **options))
+    files += [_bytes(image.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for at in noise.integers(2, len(files[0]), 100):  # damaged: read alike or refused alike
+        files.append(files[0][:at] + bytes([noise.integers(256)]) + files[0][at + 1 :])
+    assert transforms.simplejpeg is not None, "the tests need the extra [jpeg]"
+    decode, calls, decoded = transforms.simplejpeg.decode_jpeg, [], []
+    monkeypatch.setattr(transforms.simplejpeg, "decode_jpeg", lambda data: calls.append(data) or decode(data))
+    fast = [_outcome(data) for data in files]
+    assert set(files[:13]) <= set(calls) and not set(files[13:15]) & set(calls)
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    for data, pixels in zip(files, fast):
+        plain = _outcome(data)
+        assert type(plain) is type(pixels) and np.array_equal(plain, pixels)
+        decoded.append(not isinstance(plain, str))
+    assert all(decoded[:15]) and sum(decoded) > 15
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (_bytes(Image.new("RGB", (1, 1))), "too small"),
+        (_bytes(Image.new("L", (20000, 9))), "elongated"),
+        (_bytes(_rgb(), "JPEG")[:300], "not a readable"),
+        (b"", "not a readable"),
+        (b"hello", "not a readable"),
+    ],
+)
+def test_unusable_images_say_why(data, reason):
+    with pytest.raises(InvalidRecordError, match=reason):
+        transforms.decode_image(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(4):
+        (tmp_path / f"good{i}.png").write_bytes(_bytes(_rgb(colour=(i * 40, 10, 10))))
+        (tmp_path / f"good{i}.txt").write_text(f"image {i}\nanother caption\n")
+    (tmp_path / "lonely.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "cut.jpg").write_bytes(_bytes(_rgb((64, 64)), "JPEG")[:200])
+    (tmp_path / "cut.txt").write_text("cut off")
+    (tmp_path / "latin.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "blank.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "blank.txt").write_text("  \n")
+    return tmp_path
+
+
+def test_bad_records_are_named_once_counted_and_skipped(folder, caplog):
+    images = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            found = [images[i] for i in range(len(images))]
+    assert len(images) == 8 and len(images.invalid) == 4
+    assert all(item["image"].shape == (16, 16, 3) and item["captions"] for item in found)
+    text = "\n".join(r.getMessage() for r in caplog.records)
+    for name, reason in (("lonely", "no caption"), ("cut.jpg", "readable"), ("latin", "UTF-8"), ("blank", "empty")):
+        assert sum(name in line and reason in line for line in text.splitlines()) == 1
+        assert any(name in images.source.key(i) and reason in why for i, why in images.invalid.items())
+    again = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    assert [again[i]["key"] for i in range(8)] == [item["key"] for item in found]
+
+
+def test_a_source_with_nothing_usable_stops_with_the_reasons(tmp_path):
+    with pytest.raises(DataError, match="holds no images"):
+        sources.open_source(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(_bytes(_rgb()))
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(DataError, match=r"no usable record among 2: .*1 × no caption file.*"):
+        sources.ImageDataset(sources.open_source(str(tmp_path)), 16)
+
+
+def test_sources_are_checked_when_opened(tmp_path):
+    with pytest.raises(DataError, match="neither an existing directory nor one of scenes"):
+        sources.open_source(str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="no option 'colour'"):
+        sources.open_source("scenes:colour=3")
+    assert len(sources.open_source("scenes:count=7,jitter=9")) == 7
+
+
+def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    good = [FolderSource(str(folder))[i] for i in range(2, 6)]
+
+    class Made(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, record in enumerate(good):
+                yield i, {"image": io.BytesIO(record["image_data"]), "caption": record["captions"][0]}
+
+    builder = Made(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
+    builder.download_and_prepare()
+    source = sources.open_source(str(builder.data_path))
+    images = sources.ImageDataset(source, 16)
+    found = {images[i]["captions"][0]: images[i]["image"] for i in range(4)}
+    expected = {r["captions"][0]: transforms.to_pixels(r["image_data"], 16) for r in good}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[k], expected[k]) for k in found)
+    half = [sources.open_source(str(builder.data_path), split, held_out=0.5) for split in ("train", "test")]
+    assert sum(map(len, half)) == 4  # without a test split of its own, records are held out by the hash of their key
+
+
+def test_scenes_are_a_source():
+    source = SceneSource("test", count=5)
+    images = sources.ImageDataset(source, 64)
+    scene = scenes.draw_scene(0, "test", 3)
+    assert np.array_equal(images[3]["image"], scenes.render(scene))
+    assert images[3]["captions"] == scenes.captions(scene)

@@ -1,0 +1,199 @@
+"""The interface of data sources, held-out splits, fingerprints, and decoding with error handling."""
+
+import collections
+import hashlib
+import logging
+import pathlib
+import threading
+import zlib
+from collections.abc import Iterable
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+
+from unimm_jax.data import transforms
+from unimm_jax.errors import DataError, InvalidRecordError
+
+CACHE_BYTES = 2_000_000_000  # decoded images of a source are cached in memory if all of them fit
+HASHED_BYTES = 256_000_000  # sources up to this size are fingerprinted by all of their contents
+HASHED_FILES = 2_000  # larger sources by the contents of about this many files
+SPLITS = ("train", "test")
+
+
+class Record(TypedDict):
+    """One image with its texts.
+
+    Attributes:
+      key: unique name.
+      image_data: encoded bytes, or pixels uint8 [H, W, 3].
+      captions: texts that describe the image; at least one.
+      questions: (question, answer, kind).
+    """
+
+    key: str
+    image_data: bytes | np.ndarray
+    captions: list[str]
+    questions: list[tuple[str, str, str]]
+
+
+class Source(Protocol):
+    """Random access to records.
+
+    Attributes:
+      name: name for messages.
+      splits: the splits that the source has itself, of "train" and "test".
+    """
+
+    name: str
+    splits: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads a record.
+
+        Raises:
+          InvalidRecordError: the record is unusable.
+        """
+        ...
+
+    def key(self, index: int) -> str:
+        """The key of a record, without reading the record."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of the contents, to detect changed data under the same name."""
+        ...
+
+
+class HeldOut:
+    """One split of a source without a test split. Records whose key hashes below `share` are the test split.
+
+    Args (constructor):
+      source: the source.
+      split: "train" or "test".
+      share: share of the records in the test split, from 0 to 1.
+
+    Raises (constructor):
+      DataError: the split is empty.
+    """
+
+    splits: tuple[str, ...] = SPLITS
+
+    def __init__(self, source: Source, split: str, share: float):
+        self.source, self.name = source, f"{source.name} ({split})"
+        limit = round(share * 2**32)
+        held = np.array([zlib.crc32(source.key(i).encode()) < limit for i in range(len(source))], bool)
+        self.index = np.flatnonzero(held if split == "test" else ~held)
+        if not len(self.index):
+            raise DataError(
+                f"{source.name} has {len(source)} records, none of them in its {split} split (config.data.held_out is "
+                f"{share}); {'raise' if split == 'test' else 'lower'} config.data.held_out or add records"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.index[index])]
+
+    def key(self, index: int) -> str:
+        """See `Source.key`."""
+        return self.source.key(int(self.index[index]))
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return self.source.fingerprint()
+
+
+def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
+    """A digest of names, sizes and contents of files: 16 hexadecimal digits.
+
+    If all files together exceed `HASHED_BYTES`, only the contents of about `HASHED_FILES` evenly spaced files count.
+
+    Args:
+      root: directory that the names are relative to.
+      files: the files, in a fixed order.
+    """
+    digest, found = hashlib.sha256(), []
+    for file in files:
+        size = file.stat().st_size if file.exists() else -1
+        digest.update(f"{file.relative_to(root)} {size}\n".encode())
+        if size >= 0:
+            found.append((file, size))
+    if sum(size for _, size in found) > HASHED_BYTES:
+        found = found[:: max(len(found) // HASHED_FILES, 1)]
+    for file, size in found:
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            if size > 2**20:  # head and tail of large files
+                stream.seek(max(size - 2**20, 2**20))
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+class ImageDataset:
+    """Decodes and resizes the records of a source: index → the record with `image`, uint8 [S, S, 3].
+
+    An unusable record is logged once and replaced by the next usable one, so the data order remains a function of the
+    index.
+
+    Attributes:
+      invalid: index → reason, for the unusable records found so far.
+
+    Args (constructor):
+      source: the source.
+      size: side S of the images in pixels.
+
+    Raises (constructor):
+      DataError: no record is usable; the message counts the reasons.
+    """
+
+    def __init__(self, source: Source, size: int):
+        self.source, self.size = source, size
+        self.invalid: dict[int, str] = {}
+        self._cache: dict[int, dict] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
+        self._lock = threading.Lock()
+        if not any(self.load(i) is not None for i in range(len(source))):
+            reasons = collections.Counter(reason.split(":")[0] for reason in self.invalid.values())
+            listed = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(5))
+            raise DataError(f"{source.name} has no usable record among {len(source)}: {listed}")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> dict[str, Any] | None:
+        """The record at `index`, without replacement, or None if it is unusable."""
+        if index in self.invalid:
+            return None
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        try:
+            record = self.source[index]
+            item = {**record, "image": transforms.to_pixels(record["image_data"], self.size)}
+        except InvalidRecordError as error:
+            with self._lock:
+                if index not in self.invalid:
+                    self.invalid[index] = str(error)
+                    logging.warning("skipped %s: %s", self.source.key(index), error)
+            return None
+        if self._cache is not None:
+            self._cache[index] = item
+        return item
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for shift in range(len(self.source)):
+            item = self.load((index + shift) % len(self.source))
+            if item is not None:
+                return item
+        raise DataError(f"{self.source.name} has no usable record left")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_lock")
+        state["_cache"] = None if self._cache is None else {}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()

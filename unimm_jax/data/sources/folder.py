@@ -1,0 +1,71 @@
+"""A directory of images with captions in text files of the same name."""
+
+import pathlib
+
+from unimm_jax.data.sources.base import Record, fingerprint_files
+from unimm_jax.errors import DataError, InvalidRecordError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+class FolderSource:
+    """Images with a `.txt` file of the same name in the same directory, one caption per line; includes subdirectories.
+
+    Raises (constructor):
+      DataError: the directory contains no images.
+    """
+
+    splits = ("train",)
+
+    def __init__(self, path: str):
+        self.name, self.root = path, pathlib.Path(path).expanduser()
+        self.files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise DataError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    @classmethod
+    def open(cls, path: str, split: str) -> "FolderSource":
+        """Opens a directory. It has no test split (see `open_source`).
+
+        Raises:
+          DataError: `path` is not a directory, or it contains no images.
+        """
+        del split
+        if not pathlib.Path(path).expanduser().is_dir():
+            raise DataError(f"data source folder:{path} is not a directory")
+        return cls(path)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        file = self.files[index]
+        text = file.with_suffix(".txt")
+        try:
+            lines = text.read_bytes().decode("utf-8").splitlines()
+        except FileNotFoundError:
+            raise InvalidRecordError(f"no caption file {text.name} beside it") from None
+        except UnicodeDecodeError as error:
+            raise InvalidRecordError(f"its caption is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        except OSError as error:
+            raise InvalidRecordError(f"its caption file cannot be read ({error.strerror})") from error
+        captions = [line.strip() for line in lines if line.strip()]
+        if not captions:
+            raise InvalidRecordError("its caption is empty")
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            what = "it is a symbolic link to a missing file" if file.is_symlink() else "it has disappeared"
+            raise InvalidRecordError(what) from None
+        except OSError as error:
+            raise InvalidRecordError(f"it cannot be read ({error.strerror})") from error
+        return Record(key=self.key(index), image_data=data, captions=captions, questions=[])
+
+    def key(self, index: int) -> str:
+        """See `Source.key`."""
+        return str(self.files[index].relative_to(self.root))
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        both = (path for file in self.files for path in (file, file.with_suffix(".txt")))
+        return fingerprint_files(self.root, both)

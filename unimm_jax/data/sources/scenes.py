@@ -1,0 +1,66 @@
+"""The embedded scenes (`unimm_jax.data.scenes`) as a data source. Nothing is downloaded or stored."""
+
+from typing import Any
+
+from unimm_jax.data import scenes
+from unimm_jax.data.sources.base import SPLITS, Record
+from unimm_jax.errors import DataError
+
+VERSION = 1  # increment when the same arguments give other scenes, images or texts
+OPTIONS = {"count": int, "seed": int, "jitter": float, "size": int}
+
+
+class SceneSource:
+    """Generated scenes by index.
+
+    Args (constructor):
+      split: "train" or "test".
+      count: number of scenes.
+      seed: data set seed.
+      jitter: placement difficulty; see `scenes.draw_scene`.
+      size: side of the images in pixels.
+    """
+
+    splits = SPLITS
+
+    def __init__(self, split: str = "train", count: int = 12000, seed: int = 0, jitter: float = 1.0, size: int = 64):
+        self.name = f"scenes:{split}"
+        self.split, self.count, self.seed, self.jitter, self.size = split, count, seed, jitter, size
+
+    @classmethod
+    def open(cls, options: str, split: str) -> "SceneSource":
+        """Opens a source from options such as "count=2000,seed=1"; all are optional.
+
+        Raises:
+          DataError: unknown option, or a value that is not a number.
+        """
+        found: dict[str, Any] = {}
+        for item in filter(None, options.split(",")):
+            name, _, value = item.partition("=")
+            if name not in OPTIONS:
+                raise DataError(f"scenes has no option {name!r}; it has {', '.join(OPTIONS)}")
+            try:
+                found[name] = OPTIONS[name](value)
+            except ValueError:
+                raise DataError(f"scenes option {name}={value!r} is not a number") from None
+        return cls(split, **found)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Record:
+        scene = scenes.draw_scene(self.seed, self.split, index, self.jitter)
+        return Record(
+            key=self.key(index),
+            image_data=scenes.render(scene, self.size),
+            captions=scenes.captions(scene),
+            questions=scenes.questions(scene),
+        )
+
+    def key(self, index: int) -> str:
+        """See `Source.key`."""
+        return f"{self.name}/{index}"
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return f"scenes v{VERSION} {self.split} {self.count} {self.seed} {self.jitter} {self.size}"

@@ -1,0 +1,76 @@
+"""The training loss on the held-out split of the stage's own data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from unimm_jax import sharding
+from unimm_jax.config import ranged
+from unimm_jax.errors import DataError
+from unimm_jax.evals.base import Context, Evaluator, Options, Result
+from unimm_jax.objectives.base import Aux, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLossOptions(Options):
+    """Options.
+
+    Attributes:
+      batches: number of batches of the stage's batch size.
+    """
+
+    every: int = ranged(1000, low=0)
+    batches: int = ranged(4, low=1)
+
+
+class HeldOutLoss(Evaluator):
+    """Mean loss and metrics over the same batches and the same noise at every call.
+
+    The batches are the first ones of the held-out split under the config's seed. Records without a held-out split
+    (written by an older version) give no scores.
+    """
+
+    options = HeldOutLossOptions
+
+    def __init__(self, options: HeldOutLossOptions):
+        super().__init__(options)
+        self._batches: list[dict[str, np.ndarray]] | None = None  # in host memory
+        self._loss: Any = None
+
+    def run(self, context: Context) -> Result:
+        """See `Evaluator.run`."""
+        if self._batches is None:
+            self._open(context)
+        assert self._batches is not None
+        found: dict[str, list[float]] = {}
+        steps = context.config.train.steps
+        size, step = context.config.train.batch_size, jax.numpy.asarray(steps, jax.numpy.int32)
+        for index, rows in enumerate(self._batches):
+            batch = sharding.put_batch(rows, context.mesh, size)
+            loss, metrics = self._loss(context.params, batch, index, step)
+            for name, value in ({"loss": loss} | metrics).items():
+                found.setdefault(name, []).append(float(value))
+        return Result({name: float(np.mean(values)) for name, values in found.items()})
+
+    def _open(self, context: Context) -> None:
+        config, size = context.config, context.config.train.batch_size
+        try:
+            data = type(context.objective).open_input(config, context.text_tokenizer, "test")
+        except DataError as error:
+            print(f"{config.name}: no held-out loss ({error})", flush=True)
+            self._batches = []
+            return
+        rows = data.iterate(size, sharding.local_rows(context.mesh, size))
+        self._batches = [next(rows) for _ in range(self.settings.batches)]
+        objective = context.objective
+
+        def loss(params: Tree, batch: Any, index: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
+            value, aux = objective.loss(params, batch, key, step)
+            assert isinstance(aux, Aux)
+            return value, aux.metrics
+
+        replicated = jax.sharding.NamedSharding(context.mesh, jax.sharding.PartitionSpec())
+        self._loss = jax.jit(loss, out_shardings=replicated)

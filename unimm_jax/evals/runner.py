@@ -1,0 +1,112 @@
+"""Runs evaluators on a checkpoint and writes what they find: `scores.json`, `examples.json` and images."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from unimm_jax import evals, resolve
+from unimm_jax.checkpoint import read_meta
+from unimm_jax.data.transforms import encode_png
+from unimm_jax.errors import ConfigError
+from unimm_jax.evals.base import Context, Result
+from unimm_jax.inference.loading import Model, load_model
+
+# where the scores of an evaluator are, if it is not the only one; others are under their name
+SECTIONS = {"captions": "own_images", "loss": "held_out"}
+
+
+def evaluate(
+    checkpoint: str, output: str, names: Sequence[str] = (), options: Mapping[str, Any] | None = None, tensor: int = 1
+) -> dict[str, Any]:
+    """Evaluates a language stage and returns the content of `scores.json`.
+
+    Scores of a single evaluator are at the top level. Of several, those of the scenes are, and every other evaluator
+    has a section and a subdirectory of its own.
+
+    Args:
+      checkpoint: workdir or step directory. output: directory for everything that is written.
+      names: evaluators; by the sources of the model if empty (`evals.default_evals`).
+      options: options of the evaluators; each gets those that it has.
+      tensor: local devices over which the language model is split.
+
+    Raises:
+      CheckpointError: not a language stage that reads images. ConfigError: unknown evaluators or options.
+    """
+    began = time.perf_counter()
+    for name in names:
+        evals.get(name)  # raises for unknown ones before anything is loaded
+    model = load_model(checkpoint, tensor)
+    names = list(dict.fromkeys(names)) or evals.default_evals(model.header)
+    entries = entries_of(names, options or {}, model)
+    context = context_of(model, checkpoint)
+    folder = pathlib.Path(output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    scores: dict[str, Any] = {}
+    for name in names:
+        evaluator = evals.get(name)(evals.options_of(entries[name]))
+        with jax.set_mesh(model.mesh):
+            result = evaluator.run(context)
+        if name == "scenes" or len(names) == 1:
+            write(result, folder)
+            scores = result.scores | result.settings | scores
+        else:
+            section = SECTIONS.get(name, name)
+            write(result, folder / section)
+            scores[section] = result.scores | result.settings
+    scores["evaluation_seconds"] = round(time.perf_counter() - began, 1)
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1))
+    (folder / "done.json").write_text(json.dumps({"seconds": scores["evaluation_seconds"]}))
+    return scores
+
+
+def entries_of(names: Sequence[str], options: Mapping[str, Any], model: Model) -> dict[str, dict[str, Any]]:
+    """Complete entries of the evaluators, with the options that each has.
+
+    Raises:
+      ConfigError: an option that none of them has, a value out of range, or an evaluator that does not fit the model.
+    """
+    entries, used = {}, set()
+    for name in names:
+        known = {field.name for field in dataclasses.fields(evals.get(name).options)}
+        given = {key: value for key, value in options.items() if key in known}
+        used |= set(given)
+        entries[name] = evals.complete(name, {"type": name} | given)
+    wrong = [f"--{key} is an option of none of the evaluators {', '.join(names)}" for key in options if key not in used]
+    wrong += [problem for name in names for problem in evals.problems(name, entries[name], model.config)]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return entries
+
+
+def context_of(model: Model, checkpoint: str) -> Context:
+    """A model as the evaluators get it."""
+    records = str(resolve.at_workdir(model.config.data.records, model.workdir))
+    return Context(
+        config=dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, records=records)),
+        objective=model.objective,
+        params=model.params,
+        step=int(read_meta(checkpoint)["step"]),
+        mesh=model.mesh,
+        workdir=model.workdir,
+        header=model.header,
+        text_tokenizer=model.text_tokenizer,
+    )
+
+
+def write(result: Result, folder: pathlib.Path) -> None:
+    """Writes sheets, the images of examples, and `examples.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in result.images.items():
+        (folder / f"{name}.png").write_bytes(encode_png(image))
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for kind, rows in result.examples.items():
+        examples[kind] = [{key: value for key, value in row.items() if key != "image"} for row in rows]
+        for row in rows:
+            if "image" in row:
+                (folder / row["file"]).write_bytes(encode_png(row["image"]))
+    (folder / "examples.json").write_text(json.dumps(examples, indent=1))

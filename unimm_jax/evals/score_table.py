@@ -1,0 +1,55 @@
+"""The scores of `scores.json` as text."""
+
+from typing import Any
+
+SPLIT_NAMES = {"test": "held-out images", "train": "training images"}
+DECODER_NAMES = {
+    "pixel_decoder": "pixel decoder",
+    "unet_decoder": "U-Net decoder",
+    "unet_decoder_high": "high-resolution U-Net decoder",
+}
+
+
+def table(scores: dict[str, Any]) -> str:
+    """The scores as lines of text."""
+    rows: list[str] = []
+    if "questions" in scores:
+        rows += _scenes(scores)
+    elif "images" in scores:
+        rows += _captions(scores)
+    if "own_images" in scores:
+        rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
+    held_out = scores.get("held_out") or (scores if "loss" in scores else {})
+    if "loss" in held_out:
+        rows.append(f"{'held-out loss':34s} {held_out['loss']:7.3f}")
+    return "\n".join(rows)
+
+
+def _scenes(scores: dict[str, Any]) -> list[str]:
+    rows = []
+    if "text_to_image" in scores:
+        rows.append(f"{'text to image':34s} {'right':>7s} {'strict':>7s}")
+        for task, value in scores["text_to_image"].items():
+            rows.append(f"  {task.replace('_', ' '):32s} {value:7.3f} {scores['text_to_image_strict'][task]:7.3f}")
+    rows.append(f"{'questions':34s} {'right':>7s}")
+    rows += [f"  {kind:32s} {value:7.3f}" for kind, value in scores["questions"].items()]
+    rows.append(f"{'captions, content words right':34s} {scores['caption']['content_words']:7.3f}")
+    if "reconstruction" in scores:
+        rows.append(f"{'reconstruction from codes':34s} {scores['reconstruction']:7.3f}")
+        for name, value in scores["reconstruction_by_decoder"].items():
+            rows.append(f"  {DECODER_NAMES.get(name, name):32s} {value:7.3f}")
+        rows.append(f"{'  patches kept at random instead':34s} {scores['reconstruction_random_selection']:7.3f}")
+    rows.append(f"{'tokens per image':34s} {scores['tokens_per_image']:7.2f}")
+    rows.append(f"{'  rank correlation with objects':34s} {scores['tokens_follow_objects']:7.2f}")
+    return rows
+
+
+def _captions(scores: dict[str, Any], width: int = 34) -> list[str]:
+    which = SPLIT_NAMES[scores.get("split", "train")]  # older versions scored training images
+    rows = [
+        f"{'captions right word for word':{width}s} {scores['caption']['exact']:7.3f} of {scores['images']} {which}"
+    ]
+    if "words" in scores["caption"]:
+        rows.append(f"{'captions, words right':{width}s} {scores['caption']['words']:7.3f}")
+    rows.append(f"{'tokens per image':{width}s} {scores['tokens_per_image']:7.2f}")
+    return rows

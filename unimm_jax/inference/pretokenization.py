@@ -1,0 +1,168 @@
+"""Pretokenization: keep masks and codes of every image by the frozen image tokenizer, written as records."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from unimm_jax import resolve, sharding, text_tokenizer
+from unimm_jax.checkpoint import read_meta
+from unimm_jax.data import pipeline
+from unimm_jax.data.records import RecordWriter
+from unimm_jax.data.sources import ImageDataset
+from unimm_jax.errors import DataError
+from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
+from unimm_jax.text_tokenizer import TextTokenizer
+
+BLOCK = 4096  # records per block; an interrupted run loses at most one block per process
+HELD_OUT_RECORDS = 512  # at most, per source
+
+
+def pretokenize(
+    image_tokenizer: str, output: str, sources: str, text_tokenizer_path: str, text_vocab_size: int, batch: int
+) -> None:
+    """Tokenizes every usable record of the sources and writes them to `output`, held-out records to `output/test`.
+
+    Images are split over the devices of a process, blocks of `BLOCK` records over the processes. An interrupted run
+    resumes with the missing blocks. Does nothing if the records are complete.
+
+    Args:
+      image_tokenizer: workdir of the tokenizer stage. sources: data sources; those of the tokenizer if empty.
+      text_tokenizer_path: file, directory or checkpoint; trains one with `text_vocab_size` ids if empty.
+      batch: images at a time.
+
+    Raises:
+      CheckpointError: no tokenizer. DataError: no data, or records of another tokenizer in `output`.
+    """
+    started = time.perf_counter()
+    tokenizer = load_image_tokenizer(image_tokenizer)
+    folder = resolve.local_path(output)
+    data = tokenizer.config.data
+    sources = sources or data.sources
+    if (folder / "header.json").exists():
+        header = json.loads((folder / "header.json").read_text())
+        if (header["fingerprint"], header["sources"]) != (tokenizer.fingerprint, sources):
+            raise DataError(
+                f"{output} holds records of another tokenizer or of other data; remove it or give another --output"
+            )
+        print(f"records: {header['records']} are already in {output}")
+        return
+    datasets = _open(sources, data, "train")
+    words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
+    encoder = Encoder(tokenizer, batch)
+    try:
+        held_out = _open(sources, data, "test")
+    except DataError as error:
+        print(f"records: no held-out split ({error})", flush=True)
+    else:
+        write_split(encoder, held_out, folder / "test", words, sources, HELD_OUT_RECORDS)
+    count, skipped, mean = write_split(encoder, datasets, folder, words, sources)
+    if jax.process_index() == 0:
+        seconds = round(time.perf_counter() - started, 1)
+        (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
+        print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
+
+
+def _open(sources: str, data: Any, split: str) -> list[ImageDataset]:
+    return pipeline.open_images(dataclasses.replace(data, sources=sources), split)
+
+
+def _text_tokenizer(path: str, vocab_size: int, datasets: list[ImageDataset]) -> TextTokenizer:
+    if path and (pathlib.Path(path) / "checkpoints").exists():
+        return text_tokenizer_of(read_meta(path), path)
+    if path:
+        return text_tokenizer.load(path)
+    return text_tokenizer.train(sorted(set(pipeline.all_texts(datasets))), vocab_size)
+
+
+class Encoder:
+    """The image tokenizer over all local devices: images uint8 [N, S, S, 3] → keep masks and codes.
+
+    Args (constructor):
+      batch: images at a time, rounded up to a multiple of the devices; one shape, one compilation.
+    """
+
+    def __init__(self, tokenizer: LoadedTokenizer, batch: int):
+        devices = jax.local_devices()
+        mesh = sharding.make_mesh((1, len(devices), 1), devices)
+        self.tokenizer, self.batch = tokenizer, -(-batch // len(devices)) * len(devices)
+        self._params = jax.device_put(tokenizer.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        self._split = sharding.batch_sharding(mesh)
+        self._encode = jax.jit(self._encode_images)
+
+    def _encode_images(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        module = self.tokenizer.module(params)
+        return module.encode(module.encoder.normalize(images))
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At most `batch` images → (keep boolean [N, P], codes int32 [N, P])."""
+        missing = self.batch - len(images)
+        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        keep, codes = self._encode(self._params, jax.device_put(padded, self._split))
+        return np.asarray(keep)[: len(images)], np.asarray(codes)[: len(images)]
+
+
+def write_split(
+    encoder: Encoder,
+    datasets: list[ImageDataset],
+    folder: pathlib.Path,
+    words: TextTokenizer,
+    sources: str,
+    limit: int = 0,
+) -> tuple[int, int, float]:
+    """Writes the records of one split: (records, unusable records, mean tokens per image).
+
+    Args:
+      limit: maximum number of records per data set; 0 is all.
+    """
+    items = [(d, i) for d in datasets for i in range(min(len(d), limit) if limit else len(d))]
+    fingerprints = [d.source.fingerprint() for d in datasets]
+    identity = dict(fingerprint=encoder.tokenizer.fingerprint, sources=sources, places=len(items), block=BLOCK)
+    writer = RecordWriter(folder, words, identity | {"source_fingerprints": fingerprints})
+    blocks = range(-(-len(items) // BLOCK))
+    mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
+    progress = Progress(sum(len(items[b * BLOCK : (b + 1) * BLOCK]) for b in mine))
+    for block in mine:
+        writer.write(block, _encoded(encoder, items[block * BLOCK : (block + 1) * BLOCK], progress))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"records {folder.name}")
+    if jax.process_index():
+        return 0, 0, 0.0
+    config = encoder.tokenizer.config
+    m = config.model["image_tokenizer"]
+    shapes = dict(num_patches=config.model["encoder"].num_patches, codes=m.codes, image_size=config.data.image_size)
+    header = writer.close(len(blocks), shapes | dict(positions=m.positions, selection=m.selection))
+    return header["records"], len(items) - header["records"], header["tokens"]
+
+
+class Progress:
+    """Prints speed and ETA every ten batches."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.batches, self.began = total, 0, 0, time.perf_counter()
+
+    def add(self, records: int) -> None:
+        """Counts the records of a batch."""
+        self.done, self.batches = self.done + records, self.batches + 1
+        if self.batches % 10 == 0:
+            speed = self.done / (time.perf_counter() - self.began)
+            left = (self.total - self.done) / speed
+            print(f"records  {self.done}/{self.total}  {speed:.0f}/s  ETA {left:.0f} s", flush=True)
+
+
+def _encoded(
+    encoder: Encoder, items: list[tuple[ImageDataset, int]], progress: Progress
+) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """(record, keep mask, codes) of every usable record."""
+    for at in range(0, len(items), encoder.batch):
+        found = [dataset.load(index) for dataset, index in items[at : at + encoder.batch]]
+        usable = [item for item in found if item is not None]
+        if usable:
+            yield from zip(usable, *encoder(np.stack([item["image"] for item in usable])), strict=True)
+        progress.add(len(found))

@@ -1,0 +1,128 @@
+"""Settings of a command's process, and how commands report errors.
+
+`prepare()` runs before the first import of JAX. `run()` wraps what a command does.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from unimm_jax import __version__
+from unimm_jax.errors import UserError
+
+# Failures of the machine rather than of the code. The message of the operating system names the file.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+_DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
+
+
+def prepare(keep_memory: bool = True) -> None:
+    """Configures the platform, the compilation cache and logging. Must run before JAX is imported.
+
+    Args:
+      keep_memory: on CPUs, keep freed memory for the next step. Steps get faster, compilation gets slower.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # C++ logs from warnings on
+    os.environ.setdefault("PILLOW_BLOCKS_MAX", "64")  # decoding threads reuse memory instead of mapping it again
+    if not has_accelerator():
+        # An installed libtpu or CUDA plugin would otherwise print errors while it looks for devices.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        if "xla_cpu_opt_preset" not in os.environ.get("XLA_FLAGS", ""):
+            preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_RUNTIME"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {preset}".strip()
+        if keep_memory:
+            _keep_freed_memory()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path.home() / ".cache" / "unimm_jax" / "xla")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has the device files of a TPU or a GPU."""
+    patterns = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*")
+    return any(True for pattern in patterns for _ in pathlib.Path("/dev").glob(pattern))
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc keep freed memory. XLA's CPU buffers would otherwise be mapped and zeroed again at each step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
+        for name, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1), (m_top_pad, 2**28)):
+            mallopt(name, value)
+
+
+def app(command: Callable[[], None], *, argv: list[str] | None = None) -> None:
+    """Parses flags and runs a command under absl. `--version` prints the version instead.
+
+    Args:
+      command: what the command does, once flags are parsed.
+      argv: command line; `sys.argv` if None.
+    """
+    from absl import app as absl_app
+    from absl import logging as absl_logging
+
+    if "--version" in (sys.argv if argv is None else argv):
+        print(f"unimm_jax {__version__}")
+        return
+
+    def main(_: list[str]) -> None:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # absl resets its level when an app starts
+        run(command)
+
+    absl_app.run(main, argv=argv)
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command. A `UserError` prints one line and exits with status 1; a bug keeps its traceback.
+
+    UNIMM_TRACEBACK=1 keeps the traceback of user errors, too.
+    """
+    try:
+        command()
+    except UserError as error:
+        if os.environ.get("UNIMM_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except Exception as error:
+        if (reason := _disk_failure(error)) is not None:
+            sys.exit(f"error: {reason}")
+        if (reason := _lost_process(error)) is not None:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            os._exit(1)  # a normal exit would wait for the other processes
+        traceback.print_exc()
+        sys.exit("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
+
+
+def _disk_failure(error: BaseException) -> str | None:
+    """One line for a full, read-only or forbidden disk anywhere in the chain of causes; None for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
+            where = f"{seen.filename}: " if seen.filename else ""
+            return f"{where}{seen.strerror}; free space or give a directory that can be written"
+        line = next((line for line in str(seen).splitlines() if any(word in line for word in _DISK_WORDS)), None)
+        if line is not None:
+            return f"{line.strip()[:300]}; free space or give a directory that can be written"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _lost_process(error: Exception) -> str | None:
+    """One line when another process of a run ended; None for other errors."""
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return None
+    cause = str(error).splitlines()[0]
+    return (
+        f"another process of this run has ended or cannot be reached ({cause}). Start all processes again; the run "
+        "resumes from its newest checkpoint"
+    )
