@@ -207,8 +207,8 @@ def defaults_of(section: type) -> dict[str, Any]:
     """Setting → default of a section dataclass."""
     found = {}
     for field in dataclasses.fields(section):
-        has_factory = field.default_factory is not dataclasses.MISSING
-        found[field.name] = field.default_factory() if has_factory else field.default  # type: ignore[misc]
+        factory: Any = field.default_factory
+        found[field.name] = field.default if factory is dataclasses.MISSING else factory()
     return found
 
 

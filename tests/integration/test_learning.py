@@ -23,8 +23,8 @@ def test_the_first_loss_of_every_stage_is_the_golden_one(run, update_golden):
     """A change that is meant to leave the numbers alone must pass.
 
     Processors round differently, and a code that flips because of that moves a later stage's loss by some 1e-4.
-    Anything larger is a change of the computation. Rewrite the file with --update-golden only if that change is intended, and
-    say so in CHANGELOG.md.
+    Anything larger is a change of the computation. Rewrite the file with --update-golden only if that change is
+    intended, and say so in CHANGELOG.md.
     """
     found = {stage: metrics.read(run / stage)[0]["loss"] for stage in STAGES}
     if update_golden:
