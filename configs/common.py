@@ -1,7 +1,7 @@
-"""What all stages share: sizes, model shapes, and which parameters train at which stage.
+"""Settings that all stages share: sizes, model shapes, and which parameters train in which stage.
 
-Sizes, the published shapes first: `7b` (default), `lavit-7b` and `illume-7b` (published 7B language models),
-`one_gpu` (30 minutes on one data-center GPU), `laptop` (two CPU cores, minutes). `lavit-7b` equals `7b` today.
+The published sizes are `7b` (default), `lavit-7b` and `illume-7b`; `lavit-7b` equals `7b` today. The small sizes are
+`one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores).
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ TOKENIZER_RULES = {
 
 
 def check_size(size: str | None) -> str:
-    """The size asked for, "7b" if none.
+    """The given size, or "7b" if it is None or empty.
 
     Raises:
       ConfigError: unknown size.
@@ -100,18 +100,21 @@ def check_size(size: str | None) -> str:
 
 
 def of_size(size: str, by_size: dict[str, Any]) -> Any:
-    """A size's entry of a dict; sizes without one have that of "7b"."""
+    """The entry of a size in a dict, or that of "7b" if the size has no entry."""
     return by_size.get(size, by_size["7b"])
 
 
 def from_nothing(size: str) -> bool:
-    """Whether a size trains from nothing."""
+    """Whether a size starts from random values instead of published weights."""
     return size in SCRATCH_SIZES
 
 
 def flavor(size: str) -> str:
-    """ "lavit" or "illume": which connector reads images, and whether image positions are targets. The default size is
-    LaVIT's dynamic tokenizer under ILLUME's schedule."""
+    """The recipe that a size follows, "lavit" or "illume".
+
+    It decides which connector reads images, and whether the codes at the positions of input images are targets. The
+    default size uses LaVIT's dynamic tokenizer under ILLUME's schedule.
+    """
     return "illume" if size == "illume-7b" else "lavit"
 
 
@@ -130,7 +133,7 @@ def base(stage: str, size: str, objective: str) -> ConfigDict:
 
 
 def language_stage(stage: str, size: str | None) -> ConfigDict:
-    """What the language stages share: model, packing, and which parameters train."""
+    """Settings that the language stages share: model, packing, and which parameters train."""
     size = check_size(size)
     small = from_nothing(size)
     c = base(stage, size, "language_modeling")
@@ -157,11 +160,11 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
 
 
 def start_from_tokenizer(size: str) -> dict[str, Any]:
-    """The LM's copies of encoder and (LaVIT) merger start as the tokenizer's."""
+    """Initializes the language stage's encoder and, in the LaVIT flavor, its merger from the image tokenizer."""
     parts = ("encoder/",) if flavor(size) == "illume" else ("encoder/", "merger/")
     return dict(checkpoint="../tokenizer", rename=[(part, part) for part in parts])
 
 
 def start_from(stage: str) -> dict[str, Any]:
-    """All weights of an earlier language stage."""
+    """Initializes all parameters from an earlier language stage."""
     return dict(checkpoint=f"../{stage}", rename=[("", "")])

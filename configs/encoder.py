@@ -1,10 +1,11 @@
-"""Encoder stage: a vision transformer trained contrastively against captions, plus pixels from its features.
+"""Encoder stage: a vision transformer, trained contrastively against captions and to predict pixels from its features.
 
-For sizes that train from nothing. The published sizes load EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training one.
+This stage is for the small sizes. The published recipes use EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training an
+encoder.
 
 Command: python -m unimm_jax.main --config=configs/encoder.py:laptop --workdir=runs/encoder
-Hardware, time, figure at laptop: two CPU cores, 82 s, retrieval among 64 images about 0.86.
-Published sizes: a TPU slice; not trained here.
+At laptop: 82 s on two CPU cores; accuracy of retrieval among 64 images about 0.86.
+At published sizes: planned for a TPU slice; not trained here.
 """
 
 from configs import common

@@ -1,8 +1,8 @@
-"""Tokenizer stage, first phase: selector, merger and feature decoder without codes (the LaVIT authors' order).
+"""Tokenizer stage, first phase: trains selector, merger and feature decoder without codes, as LaVIT's authors do.
 
 Command: python -m unimm_jax.main --config=configs/selector.py:laptop --workdir=runs/selector
-Hardware, time, figure at laptop: two CPU cores, 63 s, argmax keep rate within 10% of 0.15, sampled keep rate within 0.1
-of it, cosine above 0.99. Published sizes: 50,000 steps of 2,048 images on a TPU slice; not trained here.
+At laptop: 63 s on two CPU cores; argmax keep rate within 10% of 0.15, sampled keep rate within 0.1 of it, cosine above
+0.99. At published sizes: 50,000 steps of 2,048 images, planned for a TPU slice; not trained here.
 """
 
 from configs import common

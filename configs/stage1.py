@@ -1,10 +1,11 @@
 """Stage 1, visual embedding initialization: captions and image reconstruction (ILLUME §4, Table 5).
 
-Published sizes train the adapter (1e-3) and the visual rows of embedding and head (2e-4), batch 256, 5,000 steps.
+Published sizes train the adapter (learning rate 1e-3) and the visual rows of the embedding and the head (2e-4) for
+5,000 steps with batch size 256.
 
 Command: python -m unimm_jax.main --config=configs/stage1.py:laptop --workdir=runs/stage1
-Hardware, time, figure at laptop: two CPU cores, 42 s, caption cross-entropy about 0.06. Published sizes: a TPU pod; not
-trained here.
+At laptop: 42 s on two CPU cores; caption cross-entropy about 0.06.
+At published sizes: planned for a TPU pod; not trained here.
 """
 
 from configs import common

@@ -1,11 +1,11 @@
-"""Stage 2, unified image-text alignment: both orders plus text (ILLUME §4, Table 5; LaVIT §3.2).
+"""Stage 2, unified image-text alignment: captions, text to image, and text (ILLUME §4, Table 5; LaVIT §3.2).
 
-Published sizes train the language model and the adapter (5e-5; with LaVIT's connector the LM's merger, too), batch
-1024, 15,000 steps.
+Published sizes train the language model and the adapter, and with LaVIT's connector also its merger, at learning rate
+5e-5 for 15,000 steps with batch size 1,024.
 
 Command: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2
-Hardware, time, figure at laptop: two CPU cores, 98 s, code cross-entropy about 2.1. Published sizes: a TPU pod; not
-trained here.
+At laptop: 98 s on two CPU cores; code cross-entropy about 2.1.
+At published sizes: planned for a TPU pod; not trained here.
 """
 
 from configs import common

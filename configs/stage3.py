@@ -1,10 +1,11 @@
-"""Stage 3, supervised fine-tuning with questions; captions and text-to-image stay in the mixture (ILLUME §4, Table 5).
+"""Stage 3, supervised fine-tuning on questions, text to image and captions (ILLUME §4, Table 5).
 
-Published sizes train everything but the tokenizer: encoder 2e-6, the rest 2e-5, batch 1024, 8,000 steps.
+Published sizes train everything but the image tokenizer for 8,000 steps with batch size 1,024: the encoder at learning
+rate 2e-6, the rest at 2e-5.
 
 Command: python -m unimm_jax.main --config=configs/stage3.py:laptop --workdir=runs/stage3
-Hardware, time, figure at laptop: two CPU cores (AMD EPYC, Zen 5), 324 s, the scores of docs/results.md. Published
-sizes: a TPU pod; not trained here.
+At laptop: 324 s on two CPU cores (AMD EPYC, Zen 5); scores in docs/results.md.
+At published sizes: planned for a TPU pod; not trained here.
 """
 
 from configs import common

@@ -1,8 +1,10 @@
-"""Tokenizer stage, second phase: the selector is frozen, the codes train (LaVIT Eq. 4; k-means start, EMA codebook).
+"""Tokenizer stage, second phase: trains the codes with a frozen selector (LaVIT Eq. 4).
+
+The codebook is initialized by k-means and updated by an exponential moving average (EMA).
 
 Command: python -m unimm_jax.main --config=configs/tokenizer.py:laptop --workdir=runs/tokenizer
-Hardware, time, figure at laptop: two CPU cores, 41 s, cosine above 0.99, all 128 codes used. Published sizes:
-50,000 steps of 2,048 images on a TPU slice; not trained here.
+At laptop: 41 s on two CPU cores; cosine above 0.99, all 128 codes used.
+At published sizes: 50,000 steps of 2,048 images, planned for a TPU slice; not trained here.
 """
 
 from configs import common

@@ -1,16 +1,16 @@
-"""U-Net decoder stage: a denoising U-Net from reconstructed features to pixels, sampled by DDIM with guidance.
+"""U-Net decoder stage: a denoising U-Net that generates images from reconstructed features by DDIM with guidance.
 
-The published size is Stable Diffusion 1.5's U-Net in the latents of its autoencoder, 20,000 steps (LaVIT), 512 pixels
-per side. It starts from published weights, imported by
+Published sizes train Stable Diffusion 1.5's U-Net in the latent space of its autoencoder for 20,000 steps (LaVIT), at
+512 pixels per side. They start from published weights, imported by
 
   python -m unimm_jax.import_weights --source=DIR/unet --output=runs/sd15_unet   (and DIR/vae to runs/sd15_vae).
 
-Small sizes work on pixels, unshuffled 4 × 4, from nothing. The quickstart leaves this stage out: at laptop it does not
-learn objects.
+Small sizes train on pixels, unshuffled 4 × 4, from random values. By default, the quickstart leaves this stage out,
+because at laptop it does not learn objects.
 
 Command: python -m unimm_jax.main --config=configs/unet_decoder.py:laptop --workdir=runs/unet_decoder
-Hardware, time, figure at laptop: two CPU cores, 92 s, loss about 0.03 and no objects yet (docs/results.md); the pixel
-decoder generates images there. Published sizes: 20,000 steps on a TPU slice; not trained here.
+At laptop: 92 s on two CPU cores; loss about 0.03, and no objects yet (docs/results.md). The pixel decoder generates the
+images at this size. At published sizes: 20,000 steps, planned for a TPU slice; not trained here.
 """
 
 from ml_collections import ConfigDict

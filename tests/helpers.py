@@ -129,6 +129,11 @@ def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedPro
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=plain)
 
 
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS for a process with so many fake CPU devices that compiles fast."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody uses."""
     with socket.socket() as s:

@@ -111,6 +111,7 @@ class Checkpoints:
         self._copies = jax.process_count() == 1 and not in_flight_gib
         self._digest: concurrent.futures.Future | None = None
         self._clock: dict[str, float] = {}
+        self._corrupt: set[int] = set()  # steps that `newest` passed over
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Starts saving; `state` may be donated when this returns. An unfinished earlier save is waited for.
@@ -125,9 +126,10 @@ class Checkpoints:
         began = time.perf_counter()
         self.wait()
         if step in self._manager.all_steps():
-            if (self.root / str(step) / DIGESTS).exists():
+            if step not in self._corrupt and (self.root / str(step) / DIGESTS).exists():
                 return
-            self._manager.delete(step)
+            self._manager.delete(step)  # unfinished or corrupt: written again
+            self._corrupt.discard(step)
 
         def start(state: Tree) -> None:
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -163,7 +165,7 @@ class Checkpoints:
             self._digest = None
 
     def newest(self) -> int | None:
-        """The newest step that verifies. CorruptCheckpointError ones are reported; see `use_previous`.
+        """The newest step that verifies. Corrupt ones are reported; see `use_previous`.
 
         Raises:
           CorruptCheckpointError: the newest is damaged and `use_previous` is off, or every one is damaged.
@@ -171,11 +173,12 @@ class Checkpoints:
         reports = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                verify(self.root / str(step))
+                _verify_once(self.root / str(step))
                 return step
             except CorruptCheckpointError as error:
                 if not self.use_previous:
                     raise
+                self._corrupt.add(step)
                 reports.append(str(error))
                 logging.warning("checkpoint not used: %s", error)
         if reports and not all("did not finish" in r for r in reports):

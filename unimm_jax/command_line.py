@@ -63,13 +63,12 @@ def _is_override(argument: str) -> bool:
 def _load(argv: list[str]) -> ConfigDict | None:
     from unimm_jax import resolve
 
+    found = None  # the last one wins, as for all flags
     for i, argument in enumerate(argv[1:], 1):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
-            if not equals:
-                value = argv[i + 1] if i + 1 < len(argv) else ""
-            return resolve.load(value)
-    return None
+            found = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+    return None if found is None else resolve.load(found)
 
 
 def _unknown_overrides(argv: list[str], config: ConfigDict) -> list[str]:

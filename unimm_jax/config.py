@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ class TrainConfig:
       keep: number of newest checkpoints to keep.
       use_previous_checkpoint: restore the previous complete checkpoint if the newest is corrupt.
       watchdog: seconds without a step after which the stacks of all threads are printed; 0 is never.
-      profile: number of steps to trace for TensorBoard or Perfetto, from `profile_start` on; 0 is none.
+      profile: number of steps to trace for TensorBoard or Perfetto; 0 is none. profile_start: steps of this process
+        before the trace starts.
     """
 
     steps: int = ranged(0, low=1)
@@ -200,6 +202,9 @@ class Config:
 PLAIN = ("name", "stage", "size", "objective")  # strings without a default
 SHARED: dict[str, type] = {"train": TrainConfig, "optimizer": OptimizerConfig, "text_tokenizer": TextTokenizerConfig}
 DEFAULTS: dict[str, Any] = {"seed": 0, "dtype": "bfloat16", "mesh": (), "init_from": ()}
+# roles of `companions`; decoders in the order in which the first one present is the default
+DECODERS = ("pixel_decoder", "unet_decoder", "unet_decoder_high")
+COMPANIONS = ("image_tokenizer", *DECODERS)
 FREE = ("evals", "companions")  # dicts whose keys the config chooses
 
 
@@ -216,9 +221,18 @@ def merged(section: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """A section's defaults with the given settings over them; unknown settings are kept (see `unknown`)."""
     found = defaults_of(section)
     merging = {field.name for field in dataclasses.fields(section) if field.metadata.get("merge")}
+    floats = {field.name for field in dataclasses.fields(section) if field.type is float}
     for name, value in given.items():
-        found[name] = found[name] | dict(value) if name in merging else value
+        if name in merging and isinstance(value, Mapping):
+            found[name] = found[name] | {key: _as_float(item) for key, item in value.items()}
+        else:
+            found[name] = _as_float(value) if name in floats else value
     return found
+
+
+def _as_float(value: Any) -> Any:
+    """An integer as a float, so that a command line may override it by a fraction; other values as they are."""
+    return float(value) if type(value) is int else value
 
 
 def unknown(where: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -260,6 +274,15 @@ def problems_of(where: str, section: Any) -> list[str]:
 def _wrong_type(field: Any, value: Any) -> str:
     """What a value should be, if it is not; empty if it is fine or not a plain type."""
     names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    if field.metadata.get("merge"):
+        return "" if isinstance(value, Mapping) else "a dict from tasks to shares"
+    if typing.get_origin(field.type) is tuple:
+        item = typing.get_args(field.type)[0]
+        if not isinstance(value, tuple):
+            return "a tuple"
+        if item in (int, float) and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+            return "a tuple of numbers"
+        return ""
     if field.type not in names:
         return ""
     accepted = {int: int, float: (int, float), bool: bool, str: str}[field.type]

@@ -16,6 +16,10 @@ class DataError(UserError):
     """A data source, a set of records or an output directory is missing or unusable."""
 
 
+class EmptySplitError(DataError):
+    """A source has no records in the split that was asked for."""
+
+
 class InvalidRecordError(DataError):
     """One record of a source is unusable. Readers skip and count such records."""
 

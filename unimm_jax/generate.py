@@ -4,8 +4,6 @@ python -m unimm_jax.generate --checkpoint=runs/stage3 --prompt="two red circles"
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --prompt="how many circles are there?"
 """
 
-import pathlib
-
 from absl import flags
 
 from unimm_jax import process
@@ -34,6 +32,7 @@ def define_flags() -> None:
 
 def command() -> None:
     """Generates as the flags say."""
+    from unimm_jax import resolve
     from unimm_jax.data import transforms
     from unimm_jax.errors import UserError
     from unimm_jax.inference.generator import Generator
@@ -45,7 +44,7 @@ def command() -> None:
         raise UserError("give --prompt to generate images, or --image to describe an image")
     generator = Generator(load_model(f.checkpoint, f.tensor), batch=max(1, min(f.samples, 32)))
     if f.image:
-        file = pathlib.Path(f.image)
+        file = resolve.local_path(f.image)
         if not file.is_file():
             raise UserError(f"there is no image file {file}")
         pixels = transforms.to_pixels(file.read_bytes(), generator.config.data.image_size)
@@ -55,7 +54,7 @@ def command() -> None:
     codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampling, f.seed))
     size = (int(f.height), int(f.width)) if f.height and f.width else None
     images = generator.decode(codes, keep, f.decoder, f.seed, size)
-    folder = pathlib.Path(f.output)
+    folder = resolve.local_path(f.output)
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         (folder / f"{i:04d}.png").write_bytes(transforms.encode_png(image))

@@ -16,7 +16,19 @@ from unimm_jax import __version__
 from unimm_jax.errors import UserError
 
 # Failures of the machine rather than of the code. The message of the operating system names the file.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EROFS: "give a directory that can be written",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EEXIST: "there is a file where a directory is needed; give another path",
+    errno.ENOTDIR: "there is a file where a directory is needed; give another path",
+    errno.EISDIR: "there is a directory where a file is needed; give another path",
+    errno.ELOOP: "a symbolic link points to itself",
+}
 _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
 
 
@@ -28,7 +40,7 @@ def prepare(keep_memory: bool = True) -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # C++ logs from warnings on
     os.environ.setdefault("PILLOW_BLOCKS_MAX", "64")  # decoding threads reuse memory instead of mapping it again
-    if not has_accelerator():
+    if sys.platform == "linux" and not has_accelerator():
         # An installed libtpu or CUDA plugin would otherwise print errors while it looks for devices.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -45,7 +57,7 @@ def prepare(keep_memory: bool = True) -> None:
 
 def has_accelerator() -> bool:
     """Whether this machine has the device files of a TPU or a GPU."""
-    patterns = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*")
+    patterns = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")  # TPU, TPU, NVIDIA, WSL, AMD
     return any(True for pattern in patterns for _ in pathlib.Path("/dev").glob(pattern))
 
 
@@ -108,7 +120,7 @@ def _disk_failure(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
             where = f"{seen.filename}: " if seen.filename else ""
-            return f"{where}{seen.strerror}; free space or give a directory that can be written"
+            return f"{where}{seen.strerror}; {_DISK_ERRORS[seen.errno]}"
         line = next((line for line in str(seen).splitlines() if any(word in line for word in _DISK_WORDS)), None)
         if line is not None:
             return f"{line.strip()[:300]}; free space or give a directory that can be written"
@@ -122,6 +134,8 @@ def _lost_process(error: Exception) -> str | None:
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
         return None
     cause = str(error).splitlines()[0]
+    if cause.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")):
+        return None  # of this process
     return (
         f"another process of this run has ended or cannot be reached ({cause}). Start all processes again; the run "
         "resumes from its newest checkpoint"

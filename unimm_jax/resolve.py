@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from unimm_jax import config as config_lib
 from unimm_jax import evals, legacy, objectives
-from unimm_jax.config import Config, merged, problems_of, unknown
+from unimm_jax.config import COMPANIONS, Config, merged, problems_of, unknown
 from unimm_jax.errors import ConfigError, UserError
+from unimm_jax.models.transformer import ACTIVATIONS, REMAT
 
 SECTION_ORDER = (
     *config_lib.PLAIN, *config_lib.DEFAULTS, *config_lib.SHARED, "data", "loss", "model", *config_lib.FREE,
@@ -61,6 +62,8 @@ def load(spec: str) -> ConfigDict:
         raise
     except Exception as error:  # whatever a user's file raises
         raise ConfigError(f"config file {name} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, ConfigDict | Mapping):
+        raise ConfigError(f"config file {name}: get_config returned {type(found).__name__}, not a config")
     return complete(found)
 
 
@@ -116,7 +119,26 @@ def complete(given: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(_complete(_plain(given)), type_safe=True)
 
 
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
 def _complete(given: dict[str, Any]) -> dict[str, Any]:
+    not_sections = [
+        n for n in (*config_lib.SHARED, "data", "loss", "model", *config_lib.FREE) if given.get(n) is not None
+    ]
+    wrong = [
+        f"config.{n} is {given[n]!r}; it must be a section of settings" for n in not_sections if not _is_dict(given[n])
+    ]
+    for section in ("model", "evals"):
+        if _is_dict(given.get(section)):
+            wrong += [
+                f"config.{section}.{n} is {v!r}; it must be a section"
+                for n, v in given[section].items()
+                if not _is_dict(v)
+            ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     wrong = unknown("config", given, SECTION_ORDER)
     wrong += [f"config.{name} is missing" for name in config_lib.PLAIN if name not in given]
     if wrong:
@@ -164,8 +186,8 @@ def parse(given: Mapping[str, Any]) -> Config:
     models = {name: known[name](**settings) for name, settings in found["model"].items()}
     config = Config(**(found | typed | {"model": models}))
     wrong = _values(config)
-    if not wrong:
-        wrong = _conflicts(config) + objective.check(config)
+    wrong = wrong or _structure(config)
+    wrong = wrong or _conflicts(config) + objective.check(config)
     if wrong:
         raise ConfigError("\n".join(f"- {sentence}" for sentence in wrong))
     return config
@@ -243,10 +265,7 @@ def _values(config: Config) -> list[str]:
         wrong += problems_of(f"config.{name}", getattr(config, name))
     for name, section in config.model.items():
         wrong += problems_of(f"config.model.{name}", section)
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 0:
-                wrong.append(f"config.model.{name}.{field.name} is {value}; it must be at least 0")
+        wrong += _model_values(f"config.model.{name}", section)
     if config.dtype not in ("float32", "bfloat16"):
         wrong.append(f"config.dtype is {config.dtype!r}; it is float32 or bfloat16")
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**31:
@@ -254,6 +273,62 @@ def _values(config: Config) -> list[str]:
     for name, entry in config.evals.items():
         wrong += evals.problems(f"config.evals.{name}", entry, config)
     return wrong
+
+
+# Settings of model sections that may be 0; all other integers are at least 1
+MAY_BE_ZERO = {"top_k", "pooled", "empty", "addition_time_embed_dim", "projection_class_embeddings_input_dim"}
+# Settings of model sections with a fixed set of values
+CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": tuple(ACTIVATIONS),
+    "remat": tuple(REMAT),
+    "output_norm": ("none", "plain", "affine"),
+    "positions": ("order", "grid"),
+    "selection": ("argmax", "top_k", "all"),
+}
+
+
+def _model_values(where: str, section: Any) -> list[str]:
+    """Wrong integers and names of a model section."""
+    wrong = []
+    for field in dataclasses.fields(section):
+        name, value = field.name, getattr(section, field.name)
+        low = 0 if name in MAY_BE_ZERO else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < low:
+            wrong.append(f"{where}.{name} is {value}; it must be at least {low}")
+        if name in CHOICES and value not in CHOICES[name]:
+            wrong.append(f"{where}.{name} is {value!r}; it is one of {', '.join(CHOICES[name])}")
+    return wrong
+
+
+INIT_FROM = ("checkpoint", "rename", "optional", "kind", "part", "allow")
+
+
+def _structure(config: Config) -> list[str]:
+    """Wrong shapes of `rules`, `mesh`, `init_from` and `companions`."""
+    wrong, rules = [], config.optimizer.rules
+    for rule in rules if isinstance(rules, tuple) else [rules]:
+        fits = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)
+        if not fits or not (rule[1] is None or isinstance(rule[1], int | float)):
+            wrong.append(
+                f"config.optimizer.rules: {rule!r} is not a pair of a regular expression and a multiplier or None"
+            )
+    if not isinstance(config.mesh, tuple) or not all(isinstance(n, int) for n in config.mesh):
+        wrong.append(f"config.mesh is {config.mesh!r}; it is () or (data, fsdp, tensor) with at most one -1")
+    entries = config.init_from if isinstance(config.init_from, tuple) else (config.init_from,)
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not {"checkpoint", "rename"} <= set(entry):
+            wrong.append(f"config.init_from[{i}] is {entry!r}; it must be a dict with checkpoint and rename")
+            continue
+        wrong += unknown(f"config.init_from[{i}]", entry, INIT_FROM)
+        for pair in entry["rename"]:
+            try:
+                pattern, _ = pair
+                re.compile(pattern)
+            except (re.error, TypeError, ValueError) as error:
+                wrong.append(
+                    f"config.init_from[{i}].rename: {pair!r} is not a pair of a regular expression and a name ({error})"
+                )
+    return wrong + unknown("config.companions", config.companions, COMPANIONS)
 
 
 def _conflicts(config: Config) -> list[str]:

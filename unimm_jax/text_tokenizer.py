@@ -114,13 +114,17 @@ def load(path: str, **more: Any) -> TextTokenizer:
     Raises:
       DataError: no such file, or the library cannot read it.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(path).expanduser()
     if file.is_dir():
         found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).exists()]
         if not found:
             raise DataError(f"{path} has neither tokenizer.json nor tokenizer.model; give another directory or file")
         if (file / "config.json").exists():
-            more = {"rows": json.loads((file / "config.json").read_text()).get("vocab_size", 0)} | more
+            try:
+                published = json.loads((file / "config.json").read_text())
+                more = {"rows": int(published.get("vocab_size") or 0)} | more
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise DataError(f"{file / 'config.json'} cannot be read: {error}") from None
         file = found[0]
     if not file.exists():
         raise DataError(f"no text tokenizer at {path}; give a tokenizer.json or a sentencepiece .model file")

@@ -25,10 +25,10 @@ from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
-from unimm_jax.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError, UserError
+from unimm_jax.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from unimm_jax.evals.base import Context
 from unimm_jax.interop import importer
-from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table
+from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table, read
 from unimm_jax.text_tokenizer import TextTokenizer
 
 GIB = 2**30
@@ -148,7 +148,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
             _check_same_data(meta["data"], data.header, workdir, newest)
             batches.set_state(json.loads(meta["iterator"]))
             seconds_before = meta["seconds"]
-            print(f"{config.name}: resumes from step {newest}", flush=True)
+            if jax.process_index() == 0:
+                print(f"{config.name}: resumes from step {newest}", flush=True)
         else:
             params = jax.jit(stage.init, out_shardings=shardings["params"])(jax.random.key(config.seed))
             open_weights = functools.partial(importer.open_weights, config=config, vocabulary=data.vocabulary)
@@ -169,10 +170,16 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         last: dict[str, float] = {}
         metrics: dict[str, jax.Array] = {}
         window = WindowMean()
-        profiler = Profiler(workdir / "profile", start, config.train.profile_start, config.train.profile)
+        traced = config.train.profile if jax.process_index() == 0 else 0
+        profiler = Profiler(workdir / "profile", start, config.train.profile_start, traced)
+
+        # a run that was stopped between a step and its evaluation evaluates when it resumes
+        recorded = {(row["step"], row["eval"]) for row in read(workdir, "evals.jsonl")}
+        catches_up = start > 0 and jax.process_count() == 1
 
         def evaluate(step: int) -> None:
             due = [n for n, (entry, _) in evaluators.items() if _is_due(entry["every"], step, config.train.steps)]
+            due = [n for n in due if (step, n) not in recorded]
             for name in due:
                 jax.block_until_ready(state["bad_step"])
                 with clock.on("evaluation"), writer.paused():
@@ -181,8 +188,12 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                     )
                     try:
                         writer.evaluation(step, name, evaluators[name][1].run(context))
-                    except UserError as error:  # training does not stop for it
-                        logging.warning("%s: the evaluation %s failed: %s", config.name, name, error)
+                    except Exception:  # training does not stop for an evaluation
+                        if jax.process_count() > 1:  # the other processes would wait for this one
+                            save(step)
+                            raise
+                        logging.exception("%s: the evaluation %s failed; training continues", config.name, name)
+                    watchdog.beat()
 
         def save(step: int) -> None:
             if (bad := int(state["bad_step"])) >= 0:
@@ -213,8 +224,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         ):
             step, stopped = start, False
             while step < config.train.steps and not stopped:
-                if step > start:
+                if step > start or catches_up:
                     evaluate(step)
+                if step > start:
                     if step % config.train.checkpoint_every == 0:
                         jax.block_until_ready(state["bad_step"])
                         with clock.on("checkpoint"):
@@ -289,7 +301,7 @@ def _check_same_data(saved: dict[str, Any], header: dict[str, Any], workdir: pat
     if changed:
         raise CheckpointError(
             f"the data of {workdir} changed since step {step} was saved ({', '.join(changed)} differ); restore the "
-            "data or start in a new workdir"
+            "data or start in a new workdir (runs of version 0.1 on own data resume with --config.data.held_out=0)"
         )
 
 
@@ -312,7 +324,7 @@ def check_memory(config: Config) -> None:
     params = jax.eval_shape(objective.init, jax.random.key(0))
     trained = optim.split(params, list(config.optimizer.rules))[0]
     needed = _float32_bytes(params) + 3 * _float32_bytes(trained)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT, command, link
+from helpers import ROOT, command, link, xla_flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,7 +57,7 @@ print(mesh.shape)
 @pytest.mark.parametrize("mesh, shape", [((), "'fsdp': 8"), ((2, 2, 2), "'tensor': 2")])
 def test_aot_compiles_the_step_that_main_runs(run, tmp_path, mesh, shape):
     link(run, tmp_path, "records")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", SAME_STEP, str(tmp_path / "stage2"), repr(mesh)]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, free_port, link, main_command, opened, with_records
+from helpers import ROOT, free_port, link, main_command, opened, with_records, xla_flags
 
 from unimm_jax import distributed, metrics, sharding
 from unimm_jax.checkpoint import read_meta
@@ -22,7 +22,7 @@ def launch(stage, workdir, processes, env=None, **changes):
     found = []
     for index in range(processes):
         mine = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+            "XLA_FLAGS": xla_flags(DEVICES // processes),
             "JAX_PLATFORMS": "cpu",
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(processes),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, command, link
+from helpers import ROOT, command, link, xla_flags
 from PIL import Image
 
 from unimm_jax import metrics
@@ -159,7 +159,7 @@ train(resolve.parse(config), sys.argv[1])
 
 def test_evaluators_run_during_training_on_two_devices(run, tmp_path):
     root = link(run, tmp_path / "run", "tokenizer", "records", "pixel_decoder", "stage2")
-    flags = "--xla_force_host_platform_device_count=2 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    flags = xla_flags(2)
     line = [sys.executable, "-c", TRAINING, str(root / "stage3"), str(run / "records")]
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env)

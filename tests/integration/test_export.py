@@ -65,7 +65,8 @@ def compare_in_pytorch(checkpoint, folder, scratch, images, prompts):
     if "unet_decoder" in g.decoders:
         c = g.decoders["unet_decoder"][0].config
         side = c.data.image_size // c.loss.unshuffle
-        given["noise"] = np.asarray(jax.random.normal(jax.random.key(0), (8, side, side, 3 * c.loss.unshuffle**2)))
+        noise = jax.random.normal(jax.random.key(0), (g.batch, side, side, 3 * c.loss.unshuffle**2))
+        given["noise"] = np.asarray(noise)[: len(images)]
     np.savez(scratch / "given.npz", **given)
     arguments = [str(folder), str(scratch / "given.npz"), str(scratch / "found.npz")]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=scratch)

@@ -10,7 +10,7 @@ import numpy as np
 import peers
 import pytest
 from flax import nnx
-from helpers import tiny
+from helpers import tiny, xla_flags
 
 from unimm_jax import text_tokenizer
 from unimm_jax.checkpoint import read_params
@@ -107,7 +107,7 @@ for name in ("gate", "up", "down"):
 
 def test_on_eight_devices_the_arrays_arrive_sharded(tmp_path):
     peers.language("llama", layers=1).save_pretrained(tmp_path)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

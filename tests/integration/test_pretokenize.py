@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, TEXT_VOCAB, command, free_port
+from helpers import ROOT, TEXT_VOCAB, command, free_port, xla_flags
 
 from unimm_jax.data.records import Records
 from unimm_jax.errors import CheckpointError, DataError
@@ -44,7 +44,7 @@ def test_an_interrupted_run_resumes_with_the_missing_blocks(run, tmp_path, monke
     assert written == [0] and not (output / "header.json").exists()
     with pytest.raises(DataError, match="no finished records"):
         Records(str(output))
-    with pytest.raises(DataError, match="unfinished records of another tokenizer or of other data"):
+    with pytest.raises(DataError, match="unfinished records of another tokenizer or other data"):
         pretokenization.pretokenize(str(run / "tokenizer"), str(output), "scenes:count=50", *ARGUMENTS[1:])
     again = []
 
@@ -84,7 +84,7 @@ def test_two_processes_share_the_blocks(run, tmp_path):
     for index in range(2):
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": xla_flags(2),
             "JAX_PLATFORMS": "cpu",
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
@@ -123,3 +123,18 @@ def test_damaged_records_are_one_sentence(run, tmp_path):
         (tmp_path / "records" / name).write_bytes(content)
         with pytest.raises(DataError, match="are damaged"):
             Records(tmp_path / "records")
+
+
+def test_finished_records_of_images_that_changed_are_refused(run, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (30 * i, 10, 10)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"image number {i}")
+    arguments = (str(run / "tokenizer"), str(tmp_path / "records"), str(folder), *ARGUMENTS[1:])
+    pretokenization.pretokenize(*arguments)
+    (folder / "3.txt").write_text("image number 4")
+    with pytest.raises(DataError, match="another tokenizer or of other data"):
+        pretokenization.pretokenize(*arguments)

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, link
+from helpers import ROOT, link, xla_flags
 from jax.sharding import PartitionSpec as P
 
 from unimm_jax import sharding
@@ -18,8 +18,9 @@ from unimm_jax.models import partitioning
 SCRIPT = """
 import json, sys
 sys.path.insert(0, "tests")
+from unimm_jax import metrics, process
+process.prepare(keep_memory=False)
 from helpers import tiny
-from unimm_jax import metrics
 from unimm_jax.train import train
 found = []
 for stage, mesh, workdir, steps in json.loads(sys.argv[1]):
@@ -37,7 +38,7 @@ print(json.dumps(found))
 def _losses(runs, devices):
     """Losses of several runs (stage, mesh, workdir, steps) in one process with so many fake devices."""
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
@@ -73,6 +74,8 @@ def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path):
 def test_a_split_model_generates_the_same(run):
     script = f"""
 import numpy as np
+from unimm_jax import process
+process.prepare(keep_memory=False)
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import Sampling
@@ -83,7 +86,7 @@ drawn = [
 ]
 assert drawn[0].any() and (drawn[0] == drawn[1]).all()
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(2), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

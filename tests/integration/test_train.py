@@ -200,3 +200,54 @@ def test_clocks_count_what_they_say(tmp_path):
     found = writer.scalars(6, {"loss": 1.0}, {"examples": 2.0})
     assert 10 <= found["step_ms"] < 60 and found["examples_per_second"] == pytest.approx(2e3 / found["step_ms"])
     writer.close()
+
+
+def test_own_data_that_changed_under_the_same_names_is_refused(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 64), (20 * i, 10, 10)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"image number {i}")
+    config = tiny("encoder", data__sources=str(folder), train__steps=2, evals={})
+    train(config, tmp_path / "encoder")
+    (folder / "3.txt").write_text("image number 4")
+    longer = tiny("encoder", data__sources=str(folder), train__steps=3, evals={})
+    with pytest.raises(CheckpointError, match=r"changed since step 2 .*fingerprints"):
+        train(longer, tmp_path / "encoder")
+    (folder / "3.txt").write_text("image number 3")
+    train(longer, tmp_path / "encoder")
+
+
+def test_a_run_of_one_step_has_a_held_out_loss_of_several_batches(run, tmp_path):
+    link(run, tmp_path, "records", "stage1")
+    train(tiny("stage2", train__steps=1, evals__held_out__batches=4), tmp_path / "stage2")
+    assert [row["step"] for row in metrics.read(tmp_path / "stage2", "evals.jsonl")] == [1]
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(run, tmp_path, monkeypatch, caplog):
+    from unimm_jax.evals.heldout_loss import HeldOutLoss
+
+    def fail(self, context):
+        raise RuntimeError("out of memory")
+
+    link(run, tmp_path, "encoder")
+    monkeypatch.setattr(HeldOutLoss, "run", fail)
+    train(tiny("selector"), tmp_path / "selector")
+    assert "the evaluation held_out failed; training continues" in caplog.text and "out of memory" in caplog.text
+    assert json.loads((tmp_path / "selector" / "done.json").read_text())["steps"] == STEPS
+
+
+def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):
+    link(run, tmp_path, "encoder")
+    workdir = tmp_path / "selector"
+    train(tiny("selector", evals__held_out__every=10), workdir)
+    rows = metrics.read(workdir, "evals.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    for step in (30, 20):
+        (workdir / "checkpoints" / str(step)).rename(tmp_path / f"away{step}")
+    (workdir / "evals.jsonl").write_text("")  # as if stopped right after the step that is evaluated
+    (tmp_path / "away20").rename(workdir / "checkpoints" / "20")
+    train(tiny("selector", evals__held_out__every=10), workdir)
+    assert metrics.read(workdir, "evals.jsonl") == rows[1:]

@@ -197,3 +197,15 @@ def test_another_models_state_is_not_restored(saved):
     with pytest.raises(CheckpointError, match="does not fit this config"):
         checkpoints.restore(3, _abstract(other))
     checkpoints.close()
+
+
+def test_a_corrupt_step_is_written_again(saved):
+    step = saved / "checkpoints" / "3"
+    biggest = max((f for f in step.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[:-1])
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.newest() == 2
+    checkpoints.save(3, _state(7.0), META | {"step": 3})
+    checkpoints.close()
+    checkpoint.verify(step)
+    assert np.array_equal(checkpoint.read_params(saved)["a"]["kernel"], _state(7.0)["params"]["a"]["kernel"])

@@ -108,7 +108,7 @@ def test_unknown_names_are_refused_with_the_nearest_known(change, words):
         ("data.tasks.caption", -0.2, "at least 0"),
         ("data.tasks.caption", float("nan"), "at least 0"),
         ("data.prompt_dropout", 2.0, "from 0 to 1"),
-        ("model.language.layers", -1, "at least 0"),
+        ("model.language.layers", -1, "at least 1"),
         ("model.language.kv_heads", 3, "do not divide"),
         ("model.unified.connector", "mixer", "merger, mlp"),
         ("dtype", "float8", "float32 or bfloat16"),
@@ -116,6 +116,19 @@ def test_unknown_names_are_refused_with_the_nearest_known(change, words):
         ("seed", -1, "from 0 to"),
         ("optimizer.rules", (("(", 1.0),), "not a regular expression"),
         ("optimizer.rules", ((".*", -1.0),), "above 0"),
+        ("optimizer.rules", (("a",),), "not a pair"),
+        ("optimizer.rules", ((".*", "x"),), "not a pair"),
+        ("mesh", 2, "data, fsdp, tensor"),
+        ("model.encoder.patch_size", 0, "at least 1"),
+        ("model.language.kv_heads", 0, "at least 1"),
+        ("model.language.remat", "ful", "none, full"),
+        ("model.encoder.activation", "gelux", "gelu"),
+        ("model.image_tokenizer.positions", "gridd", "order, grid"),
+        ("data.tasks", 3, "a dict from tasks"),
+        ("init_from", ("../stage1",), "a dict with checkpoint and rename"),
+        ("init_from", (dict(checkpoint="x", rename=(), optionl="y"),), "did you mean 'optional'"),
+        ("init_from", (dict(checkpoint="x", rename=(("(", ""),)),), "not a pair of a regular expression"),
+        ("companions", dict(image_tokeniser="x"), "did you mean 'image_tokenizer'"),
     ],
 )
 def test_values_out_of_range_are_found_before_anything_runs(name, value, words):
@@ -129,6 +142,22 @@ def test_values_out_of_range_are_found_before_anything_runs(name, value, words):
     with pytest.raises(ConfigError) as error:
         resolve.parse(config)
     assert words in str(error.value) and name.split(".")[-1] in str(error.value), str(error.value)
+
+
+def test_an_integer_may_be_overridden_by_a_fraction():
+    config = resolve.complete(dict(name="x", stage="stage2", size="x", objective="language_modeling",
+                                   optimizer=dict(clip_norm=1), data=dict(tasks=dict(caption=1))))  # fmt: skip
+    config.optimizer.clip_norm = 0.5
+    config.data.tasks.caption = 0.5
+    config.train.steps = config.train.batch_size = 8
+    assert resolve.parse(config).optimizer.clip_norm == 0.5
+
+
+@pytest.mark.parametrize("section", ["train", "model", "evals", "data"])
+def test_a_section_that_is_none_is_named(section):
+    plain = dict(name="stage2:x", stage="stage2", size="x", objective="language_modeling")
+    with pytest.raises(ConfigError, match=f"config.{section} is 5; it must be a section"):
+        resolve.complete(plain | {section: 5})
 
 
 def test_all_mistakes_are_listed_at_once():

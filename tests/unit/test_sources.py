@@ -163,7 +163,7 @@ def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_pat
 
     builder = Made(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
     builder.download_and_prepare()
-    source = sources.open_source(str(builder.data_path))
+    source = sources.open_source(str(builder.data_path), held_out=0.0)
     images = sources.ImageDataset(source, 16)
     found = {images[i]["captions"][0]: images[i]["image"] for i in range(4)}
     expected = {r["captions"][0]: transforms.to_pixels(r["image_data"], 16) for r in good}
@@ -179,3 +179,39 @@ def test_scenes_are_a_source():
     scene = scenes.draw_scene(0, "test", 3)
     assert np.array_equal(images[3]["image"], scenes.render(scene))
     assert images[3]["captions"] == scenes.captions(scene)
+
+
+def test_a_dangling_link_is_named_and_skipped(folder, caplog):
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "gone.txt").write_text("gone")
+    images = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    found = [images[i]["key"] for i in range(len(images))]
+    assert len(found) == 9 and "gone.png" not in found
+    assert sum("gone.png: it is a symbolic link to a missing file" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_held_out_records_are_a_function_of_their_keys(folder):
+    both = {s: sources.open_source(f"folder:{folder}", s, 0.5) for s in ("train", "test")}
+    keys = {s: {source.key(i) for i in range(len(source))} for s, source in both.items()}
+    assert not keys["train"] & keys["test"] and len(keys["train"] | keys["test"]) == 8
+    assert keys["train"] and keys["test"]
+    (folder / "more.png").write_bytes(_bytes(_rgb()))  # a new record moves no other to another split
+    again = sources.open_source(f"folder:{folder}", "test", 0.5)
+    assert keys["test"] <= {again.key(i) for i in range(len(again))} <= keys["test"] | {"more.png"}
+    with pytest.raises(DataError, match="none of them in its test split"):
+        sources.open_source(f"folder:{folder}", "test", 0.0)
+
+
+def test_fingerprints_follow_the_contents(folder):
+    source = sources.open_source(str(folder), held_out=0.0)
+    before = source.fingerprint()
+    assert sources.open_source(str(folder), held_out=0.0).fingerprint() == before
+    file = folder / "good1.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:-20] + bytes(20))  # the same size and name
+    assert source.fingerprint() != before
+    file.write_bytes(data)
+    (folder / "good1.txt").write_text("image 9\nanother caption\n")
+    assert source.fingerprint() != before
+    scenes_of = lambda text: sources.open_source(text).fingerprint()
+    assert scenes_of("scenes:count=7") == scenes_of("scenes:count=7") != scenes_of("scenes:count=8")

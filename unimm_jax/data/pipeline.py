@@ -5,6 +5,7 @@ The order of the data is a function of (seed, step). The state of a Grain iterat
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from unimm_jax.data import transforms
 from unimm_jax.data.packing import PackingConfig, RowSource
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import ImageDataset, open_source
-from unimm_jax.errors import ConfigError, DataError
+from unimm_jax.errors import ConfigError, DataError, EmptySplitError
 from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
@@ -43,6 +44,14 @@ class Input:
     vocabulary: Vocabulary | None = None
     records: Records | None = None
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def batch(self, index: int, size: int, share: np.ndarray) -> Batch:
+        """One batch by its index, without prefetching.
+
+        Args:
+          index: of the batch. size: rows of a global batch. share: which of them this process reads.
+        """
+        return _Share(self.rows, size, share)[index]
 
     def iterate(self, batch: int, share: np.ndarray | None = None) -> Any:
         """A new Grain iterator over batches, which prefetches `THREADS` + 2 batches.
@@ -121,7 +130,19 @@ def open_images(data: ImageDataConfig, split: str = "train") -> list[ImageDatase
     descriptions = [s.strip() for s in data.sources.split(";") if s.strip()]
     if not descriptions:
         raise ConfigError("config.data.sources is empty; give 'scenes', a directory of images or a TFDS directory")
-    return [ImageDataset(open_source(d, split, data.held_out), data.image_size) for d in descriptions]
+    found = []
+    for description in descriptions:
+        try:
+            source = open_source(description, split, data.held_out)
+        except EmptySplitError as error:
+            if split == "train":
+                raise
+            logging.warning("%s", error)  # the other sources still have held-out records
+            continue
+        found.append(ImageDataset(source, data.image_size))
+    if not found:
+        raise EmptySplitError(f"no source of {data.sources!r} has records in its {split} split")
+    return found
 
 
 def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[ImageDataset]) -> TextTokenizer:

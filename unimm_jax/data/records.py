@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import threading
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,12 +70,12 @@ class RecordWriter:
         kept: list[int] = []
         captions: list[list[int]] = []
         questions: list[list[int]] = []
-        partial = self._file(block, f"array_record.{os.getpid()}")
+        partial = self._file(block, f"array_record.{uuid.uuid4().hex}")
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for item, keep, codes in items:
             image = item["image_data"]
             data = {
-                "key": item["key"],
+                "key": os.fsencode(item["key"]).decode("utf-8", "backslashreplace"),
                 "image_data": image if isinstance(image, bytes) else transforms.encode_png(image),
                 "keep": np.packbits(keep).tobytes(),
                 "codes": codes[keep].astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes(),
@@ -135,7 +136,7 @@ def _lengths(lists: list[list[int]]) -> np.ndarray:
 
 def _write_whole(file: pathlib.Path, data: bytes) -> None:
     """Writes a file atomically."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     partial.write_bytes(data)
     partial.rename(file)
 

@@ -59,11 +59,13 @@ class HeldOutLoss(Evaluator):
         try:
             data = type(context.objective).open_input(config, context.text_tokenizer, "test")
         except DataError as error:
+            if jax.process_count() > 1:
+                raise  # the other processes would wait for this one
             print(f"{config.name}: no held-out loss ({error})", flush=True)
             self._batches = []
             return
-        rows = data.iterate(size, sharding.local_rows(context.mesh, size))
-        self._batches = [next(rows) for _ in range(self.settings.batches)]
+        rows = sharding.local_rows(context.mesh, size)
+        self._batches = [data.batch(index, size, rows) for index in range(self.settings.batches)]
         objective = context.objective
 
         def loss(params: Tree, batch: Any, index: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from unimm_jax import evals, resolve
-from unimm_jax.checkpoint import read_meta
 from unimm_jax.data.transforms import encode_png
 from unimm_jax.errors import ConfigError
 from unimm_jax.evals.base import Context, Result
@@ -43,8 +42,8 @@ def evaluate(
     model = load_model(checkpoint, tensor)
     names = list(dict.fromkeys(names)) or evals.default_evals(model.header)
     entries = entries_of(names, options or {}, model)
-    context = context_of(model, checkpoint)
-    folder = pathlib.Path(output).expanduser()
+    context = context_of(model)
+    folder = resolve.local_path(output)
     folder.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Any] = {}
     for name in names:
@@ -83,14 +82,14 @@ def entries_of(names: Sequence[str], options: Mapping[str, Any], model: Model) -
     return entries
 
 
-def context_of(model: Model, checkpoint: str) -> Context:
+def context_of(model: Model) -> Context:
     """A model as the evaluators get it."""
     records = str(resolve.at_workdir(model.config.data.records, model.workdir))
     return Context(
         config=dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, records=records)),
         objective=model.objective,
         params=model.params,
-        step=int(read_meta(checkpoint)["step"]),
+        step=model.step,
         mesh=model.mesh,
         workdir=model.workdir,
         header=model.header,

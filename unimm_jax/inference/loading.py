@@ -12,14 +12,11 @@ from flax import nnx
 
 from unimm_jax import legacy, objectives, resolve, sharding
 from unimm_jax.checkpoint import find, read_meta, read_params
-from unimm_jax.config import Config
+from unimm_jax.config import DECODERS, Config
 from unimm_jax.data import pipeline, transforms
 from unimm_jax.errors import CheckpointError, ConfigError
 from unimm_jax.models.tokenizer import ImageTokenizer
 from unimm_jax.text_tokenizer import TextTokenizer
-
-# companions that turn codes into pixels; the first one present is the default
-DECODERS = ("pixel_decoder", "unet_decoder", "unet_decoder_high")
 
 
 @dataclasses.dataclass
@@ -29,7 +26,7 @@ class Model:
     Attributes:
       config: of the stage. objective: its objective. params: nested dict on `mesh`.
       header: header of the records that it was trained on. text_tokenizer: of the stage.
-      workdir: paths of the config's companions are relative to it.
+      workdir: paths of the config's companions are relative to it. step: of the checkpoint.
     """
 
     config: Config
@@ -39,6 +36,7 @@ class Model:
     header: dict[str, Any]
     text_tokenizer: TextTokenizer
     workdir: pathlib.Path
+    step: int = 0
 
 
 @dataclasses.dataclass
@@ -88,7 +86,7 @@ def load_model(checkpoint: str | pathlib.Path, tensor: int = 1) -> Model:
     mesh = sharding.make_mesh((1, 1, tensor), jax.local_devices()[:tensor])
     shardings = sharding.param_shardings(objective.abstract, mesh)
     params = read_params(step, dict(sharding.flatten(shardings)))
-    return Model(config, objective, params, mesh, header, text_tokenizer, workdir_of(step))
+    return Model(config, objective, params, mesh, header, text_tokenizer, workdir_of(step), int(meta.get("step", 0)))
 
 
 def stage_config(meta: dict[str, Any], where: str | pathlib.Path) -> Config:

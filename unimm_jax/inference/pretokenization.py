@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 from unimm_jax import resolve, sharding, text_tokenizer
 from unimm_jax.checkpoint import read_meta
 from unimm_jax.data import pipeline
-from unimm_jax.data.records import RecordWriter
+from unimm_jax.data.records import Records, RecordWriter
 from unimm_jax.data.sources import ImageDataset
-from unimm_jax.errors import DataError
+from unimm_jax.errors import DataError, EmptySplitError
 from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
 from unimm_jax.text_tokenizer import TextTokenizer
 
@@ -45,20 +45,21 @@ def pretokenize(
     folder = resolve.local_path(output)
     data = tokenizer.config.data
     sources = sources or data.sources
+    datasets = _open(sources, data, "train")
     if (folder / "header.json").exists():
-        header = json.loads((folder / "header.json").read_text())
-        if (header["fingerprint"], header["sources"]) != (tokenizer.fingerprint, sources):
+        header = Records(folder).header
+        now = dict(fingerprint=tokenizer.fingerprint, sources=sources, source_fingerprints=_fingerprints(datasets))
+        if any(header.get(key, value) != value for key, value in now.items()):
             raise DataError(
                 f"{output} holds records of another tokenizer or of other data; remove it or give another --output"
             )
         print(f"records: {header['records']} are already in {output}")
         return
-    datasets = _open(sources, data, "train")
     words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
     encoder = Encoder(tokenizer, batch)
     try:
         held_out = _open(sources, data, "test")
-    except DataError as error:
+    except EmptySplitError as error:
         print(f"records: no held-out split ({error})", flush=True)
     else:
         write_split(encoder, held_out, folder / "test", words, sources, HELD_OUT_RECORDS)
@@ -73,7 +74,12 @@ def _open(sources: str, data: Any, split: str) -> list[ImageDataset]:
     return pipeline.open_images(dataclasses.replace(data, sources=sources), split)
 
 
+def _fingerprints(datasets: list[ImageDataset]) -> list[str]:
+    return [dataset.source.fingerprint() for dataset in datasets]
+
+
 def _text_tokenizer(path: str, vocab_size: int, datasets: list[ImageDataset]) -> TextTokenizer:
+    path = str(resolve.local_path(path)) if path else ""
     if path and (pathlib.Path(path) / "checkpoints").exists():
         return text_tokenizer_of(read_meta(path), path)
     if path:
@@ -122,9 +128,8 @@ def write_split(
       limit: maximum number of records per data set; 0 is all.
     """
     items = [(d, i) for d in datasets for i in range(min(len(d), limit) if limit else len(d))]
-    fingerprints = [d.source.fingerprint() for d in datasets]
     identity = dict(fingerprint=encoder.tokenizer.fingerprint, sources=sources, places=len(items), block=BLOCK)
-    writer = RecordWriter(folder, words, identity | {"source_fingerprints": fingerprints})
+    writer = RecordWriter(folder, words, identity | {"source_fingerprints": _fingerprints(datasets)})
     blocks = range(-(-len(items) // BLOCK))
     mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
     progress = Progress(sum(len(items[b * BLOCK : (b + 1) * BLOCK]) for b in mine))

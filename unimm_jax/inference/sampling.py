@@ -95,7 +95,7 @@ class Decoding:
 
     @property
     def image_steps(self) -> int:
-        """TokenizedExample that an image takes at most, its end included."""
+        """Tokens that an image takes at most, its end included."""
         return self.max_codes * (2 if self.vocabulary.num_position_ids else 1) + 1
 
     def text_ids(self) -> jax.Array:

@@ -34,7 +34,7 @@ class DenoisingLossConfig:
     context_dropout: float = ranged(0.1, low=0, high=1)
     guidance: float = ranged(1.5, low=0)
     sampling_steps: int = ranged(20, low=1, high=1000)
-    remat: str = "none"
+    remat: str = one_of("none", "none", "full", "dots", "attention")
 
 
 class Denoising(ImageDecoding):

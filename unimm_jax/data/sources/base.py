@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import logging
+import os
 import pathlib
 import threading
 import zlib
@@ -12,7 +13,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 
 from unimm_jax.data import transforms
-from unimm_jax.errors import DataError, InvalidRecordError
+from unimm_jax.errors import DataError, EmptySplitError, InvalidRecordError
 
 CACHE_BYTES = 2_000_000_000  # decoded images of a source are cached in memory if all of them fit
 HASHED_BYTES = 256_000_000  # sources up to this size are fingerprinted by all of their contents
@@ -75,7 +76,7 @@ class HeldOut:
       share: share of the records in the test split, from 0 to 1.
 
     Raises (constructor):
-      DataError: the split is empty.
+      EmptySplitError: the split is empty.
     """
 
     splits: tuple[str, ...] = SPLITS
@@ -83,10 +84,10 @@ class HeldOut:
     def __init__(self, source: Source, split: str, share: float):
         self.source, self.name = source, f"{source.name} ({split})"
         limit = round(share * 2**32)
-        held = np.array([zlib.crc32(source.key(i).encode()) < limit for i in range(len(source))], bool)
+        held = np.array([zlib.crc32(os.fsencode(source.key(i))) < limit for i in range(len(source))], bool)
         self.index = np.flatnonzero(held if split == "test" else ~held)
         if not len(self.index):
-            raise DataError(
+            raise EmptySplitError(
                 f"{source.name} has {len(source)} records, none of them in its {split} split (config.data.held_out is "
                 f"{share}); {'raise' if split == 'test' else 'lower'} config.data.held_out or add records"
             )
@@ -109,7 +110,7 @@ class HeldOut:
 def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
     """A digest of names, sizes and contents of files: 16 hexadecimal digits.
 
-    If all files together exceed `HASHED_BYTES`, only the contents of about `HASHED_FILES` evenly spaced files count.
+    If all files together exceed `HASHED_BYTES`, only the contents of at most `HASHED_FILES` evenly spaced files count.
 
     Args:
       root: directory that the names are relative to.
@@ -117,18 +118,24 @@ def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
     """
     digest, found = hashlib.sha256(), []
     for file in files:
-        size = file.stat().st_size if file.exists() else -1
-        digest.update(f"{file.relative_to(root)} {size}\n".encode())
+        try:
+            size = file.stat().st_size
+        except OSError:
+            size = -1
+        digest.update(os.fsencode(file.relative_to(root)) + f" {size}\n".encode())
         if size >= 0:
             found.append((file, size))
     if sum(size for _, size in found) > HASHED_BYTES:
-        found = found[:: max(len(found) // HASHED_FILES, 1)]
+        found = found[:: -(-len(found) // HASHED_FILES)]
     for file, size in found:
-        with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
-            if size > 2**20:  # head and tail of large files
-                stream.seek(max(size - 2**20, 2**20))
-                digest.update(stream.read())
+        try:
+            with file.open("rb") as stream:
+                digest.update(stream.read(2**20))
+                if size > 2**20:  # head and tail of large files
+                    stream.seek(max(size - 2**20, 2**20))
+                    digest.update(stream.read())
+        except OSError as error:
+            digest.update(str(error.errno).encode())
     return digest.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ class FolderSource:
 
     def __init__(self, path: str):
         self.name, self.root = path, pathlib.Path(path).expanduser()
-        self.files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
         if not self.files:
             raise DataError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
 

@@ -70,7 +70,7 @@ class TfdsSource:
 
     def key(self, index: int) -> str:
         """See `Source.key`."""
-        return f"{self.name}/{index}"
+        return f"tfds/{index}"  # without the path, so that a moved data set keeps its held-out split
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""

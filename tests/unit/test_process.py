@@ -1,0 +1,54 @@
+"""Settings of a process and how errors are reported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from unimm_jax import process
+from unimm_jax.errors import ConfigError
+
+
+def test_without_an_accelerator_the_platform_is_cpu_before_jax_is_imported(monkeypatch):
+    """An installed libtpu would otherwise print errors while it looks for a TPU."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(process, "has_accelerator", lambda: False)
+    process.prepare(keep_memory=False)
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(process, "has_accelerator", lambda: True)
+    process.prepare(keep_memory=False)
+    assert "JAX_PLATFORMS" not in os.environ
+
+
+def test_importing_process_imports_no_jax():
+    script = "import sys, unimm_jax.process; assert 'jax' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_user_errors_are_one_line_and_others_keep_their_traceback(monkeypatch, capsys):
+    monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
+
+    def mistake():
+        raise ConfigError("config.train.steps is 0; it must be at least 1")
+
+    with pytest.raises(SystemExit) as error:
+        process.run(mistake)
+    assert error.value.code == "error: config.train.steps is 0; it must be at least 1"
+
+    with pytest.raises(SystemExit) as error:
+        process.run(lambda: 1 / 0)
+    assert "this is a bug in unimm_jax" in error.value.code
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setenv("UNIMM_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        process.run(mistake)
+
+
+def test_the_version_is_printed(capsys):
+    process.app(lambda: 1 / 0, argv=["x", "--version"])
+    from unimm_jax import __version__
+
+    assert capsys.readouterr().out == f"unimm_jax {__version__}\n"
