@@ -54,7 +54,10 @@ print(mesh.shape)
 """
 
 
-@pytest.mark.parametrize("mesh, shape", [((), "'fsdp': 8"), ((2, 2, 2), "'tensor': 2")])
+SLOW = pytest.param((), "'fsdp': 8", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mesh, shape", [((2, 2, 2), "'tensor': 2"), SLOW])
 def test_aot_compiles_the_step_that_main_runs(run, tmp_path, mesh, shape):
     link(run, tmp_path, "records")
     env = os.environ | {"XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(ROOT)}
