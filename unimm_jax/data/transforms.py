@@ -42,7 +42,7 @@ def decode_image(data: bytes) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image, np.float64)
-            top = 65535.0 if values.max() > 255 else 255.0
+            top = 65535.0 if np.max(values) > 255 else 255.0
             image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")

@@ -81,7 +81,7 @@ class ViT(nnx.Module):
         self.blocks = stack(make, c.depth, rngs)
         self.norm = LayerNorm(c.width, eps=c.eps, affine=c.output_norm == "affine")
 
-    def normalize(self, images_uint8: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def normalize(self, images_uint8: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """uint8 RGB [..., 3] → [..., 3] in `dtype`, normalized with the config's mean and standard deviation."""
         x = images_uint8.astype(jnp.float32) / 255
         mean, std = jnp.asarray(self.config.pixel_mean), jnp.asarray(self.config.pixel_std)
