@@ -1,7 +1,6 @@
 """The interface of objectives, used by `train.py`, `compile/fit.py` and the evaluators."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -178,11 +177,6 @@ class Objective:
             return objective.loss(optim.join(trained, frozen), batch, jax.random.key(0), jnp.asarray(0))[0]
 
         return count_flops(jax.make_jaxpr(jax.grad(loss))(trained, frozen, batch).jaxpr)
-
-    @functools.cached_property
-    def parameter_count(self) -> int:
-        """Number of parameters."""
-        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(self.abstract, nnx.Param)))
 
 
 def _without_remat(section: Any) -> Any:
