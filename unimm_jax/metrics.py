@@ -152,6 +152,15 @@ class WindowMean:
         self._sums: dict[str, jax.Array] = {}
         self._steps = 0
 
+    def save(self) -> dict[str, Any]:
+        """The current window, for a checkpoint inside it: float32 sums and the number of steps."""
+        return {"sums": {name: float(np.asarray(value)) for name, value in self._sums.items()}, "steps": self._steps}
+
+    def restore(self, saved: dict[str, Any], where: jax.sharding.Sharding) -> None:
+        """Continues a window that `save` returned; its sums are placed with the sharding `where`."""
+        sums = {name: np.float32(value) for name, value in saved["sums"].items()}
+        self._sums, self._steps = jax.device_put(sums, where), saved["steps"]
+
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds the metrics of a step, without waiting for them."""
         self._sums = _add(self._sums, metrics) if self._steps else metrics

@@ -142,12 +142,13 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
     state: dict[str, Any]
     with jax.set_mesh(mesh):
         open_batches = lambda: data.iterate(size, sharding.local_rows(mesh, size))
-        batches, seconds_before = open_batches(), 0.0
+        batches, seconds_before, window = open_batches(), 0.0, WindowMean()
         if newest is not None:
             state, meta = checkpoints.restore(newest, stage.state)
             _check_same_data(meta["data"], data.header, workdir, newest)
             batches.set_state(json.loads(meta["iterator"]))
             seconds_before = meta["seconds"]
+            window.restore(meta.get("window", {"sums": {}, "steps": 0}), shardings["step"])
             if jax.process_index() == 0:
                 print(f"{config.name}: resumes from step {newest}", flush=True)
         else:
@@ -169,7 +170,6 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         of_peak = hardware.share_of_peak(objective, objective_class.batch_spec(config), jax.devices())
         last: dict[str, float] = {}
         metrics: dict[str, jax.Array] = {}
-        window = WindowMean()
         traced = config.train.profile if jax.process_index() == 0 else 0
         profiler = Profiler(workdir / "profile", start, config.train.profile_start, traced)
 
@@ -208,6 +208,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                 "iterator": json.dumps(batches.get_state()),
                 "text_tokenizer": json.dumps(data.text_tokenizer.payload if data.text_tokenizer else None),
                 "step": step,
+                "window": window.save(),
                 "seconds": seconds_before + time.perf_counter() - began,
             }
             checkpoints.save(step, state, meta)

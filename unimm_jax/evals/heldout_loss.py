@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from unimm_jax import sharding
-from unimm_jax.config import ranged
+from unimm_jax.config import Config, ranged
 from unimm_jax.errors import DataError
 from unimm_jax.evals.base import Context, Evaluator, Options, Result
 from unimm_jax.objectives.base import Aux, Tree
@@ -18,11 +18,13 @@ class HeldOutLossOptions(Options):
     """Options.
 
     Attributes:
-      batches: number of batches of the stage's batch size.
+      batches: number of batches.
+      batch_size: rows (or images) of a batch; 0 is the batch size of training.
     """
 
     every: int = ranged(1000, low=0)
     batches: int = ranged(4, low=1)
+    batch_size: int = ranged(0, low=0)
 
 
 class HeldOutLoss(Evaluator):
@@ -45,17 +47,19 @@ class HeldOutLoss(Evaluator):
             self._open(context)
         assert self._batches is not None
         found: dict[str, list[float]] = {}
-        steps = context.config.train.steps
-        size, step = context.config.train.batch_size, jax.numpy.asarray(steps, jax.numpy.int32)
+        step = jax.numpy.asarray(context.config.train.steps, jax.numpy.int32)
         for index, rows in enumerate(self._batches):
-            batch = sharding.put_batch(rows, context.mesh, size)
+            batch = sharding.put_batch(rows, context.mesh, self._size(context.config))
             loss, metrics = self._loss(context.params, batch, index, step)
             for name, value in ({"loss": loss} | metrics).items():
                 found.setdefault(name, []).append(float(value))
         return Result({name: float(np.mean(values)) for name, values in found.items()})
 
+    def _size(self, config: Config) -> int:
+        return self.settings.batch_size or config.train.batch_size
+
     def _open(self, context: Context) -> None:
-        config, size = context.config, context.config.train.batch_size
+        config, size = context.config, self._size(context.config)
         try:
             data = type(context.objective).open_input(config, context.text_tokenizer, "test")
         except DataError as error:
