@@ -16,7 +16,7 @@ if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
   "$PYTHON_FOR_VENV" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }
   echo "installing requirements into .venv"
   [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
   touch .venv/installed
 fi
 
