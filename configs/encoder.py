@@ -4,7 +4,7 @@ This stage is for the small sizes. The published recipes use EVA-CLIP (LaVIT) or
 encoder.
 
 Command: python -m unimm_jax.main --config=configs/encoder.py:laptop --workdir=runs/encoder
-At laptop: 82 s on two CPU cores; accuracy of retrieval among 64 images about 0.86.
+At laptop: 107 s on two cores of an AMD EPYC of family 25; held-out accuracy of retrieval among 64 images 0.91.
 At published sizes: planned for a TPU slice; not trained here.
 """
 

@@ -9,8 +9,9 @@ Small sizes train on pixels, unshuffled 4 × 4, from random values. By default, 
 because at laptop it does not learn objects.
 
 Command: python -m unimm_jax.main --config=configs/unet_decoder.py:laptop --workdir=runs/unet_decoder
-At laptop: 92 s on two CPU cores; loss about 0.03, and no objects yet (docs/results.md). The pixel decoder generates the
-images at this size. At published sizes: 20,000 steps, planned for a TPU slice; not trained here.
+At laptop: 92 s on two CPU cores (processor B of docs/results.md); loss about 0.03, and no objects yet. The pixel
+decoder generates the images at this size.
+At published sizes: 20,000 steps, planned for a TPU slice; not trained here.
 """
 
 from ml_collections import ConfigDict
