@@ -8,7 +8,6 @@ captions of 20 tokens, in rows of 2,048. The number of kept tokens per image has
 """
 
 import dataclasses
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,9 @@ from benchmarks import timing
 from unimm_jax import resolve, sharding, train
 from unimm_jax.config import Config
 from unimm_jax.data import packing, pipeline
+from unimm_jax.data.documents import Layout
+from unimm_jax.data.outlines import Outline
+from unimm_jax.data.records import StoredRecord
 from unimm_jax.vocabulary import Vocabulary
 
 PATCHES, CAPTION, RECORDS, LENGTH, MAX_TOKENS = 256, 20, 4096, 2048, 192
@@ -39,20 +41,23 @@ class Pairs:
     """What packing needs of records, without files: lengths, images of noise, random codes."""
 
     def __init__(self, kept: np.ndarray):
-        self.kept, self.text_tokenizer = kept, FixedTextTokenizer()
-        self.captions = [np.array([CAPTION])] * len(kept)
-        self.questions = types.SimpleNamespace(ends=np.zeros(len(kept) + 1, int))  # none
+        self.kept, self.texts = kept[:, None], np.full((len(kept), 1), CAPTION)
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def outline(self, index: int) -> Outline:
+        """One image with one caption."""
+        return Outline(images=1, captions=(0,))
+
+    def __getitem__(self, index: int) -> StoredRecord:
         rng = np.random.default_rng(index)
         keep = np.zeros(PATCHES, bool)
-        keep[rng.choice(PATCHES, self.kept[index], replace=False)] = True
-        return {"keep": keep, "codes": rng.integers(0, VOCABULARY.codes, PATCHES), "captions": ["words"]}
+        keep[rng.choice(PATCHES, self.kept[index, 0], replace=False)] = True
+        codes = rng.integers(0, VOCABULARY.codes, PATCHES)
+        return StoredRecord(str(index), [], [keep], [codes], ["words"], [])
 
-    def image(self, index: int) -> np.ndarray:
+    def image(self, index: int, number: int = 0) -> np.ndarray:
         """Noise."""
         return np.random.default_rng(index).integers(0, 256, (224, 224, 3)).astype(np.uint8)
 
@@ -126,12 +131,14 @@ def case(kept: np.ndarray, max_image_tokens: int, images_per_row: int, size: Siz
     config, pairs = config_of(max_image_tokens, images_per_row, size), Pairs(kept)
     settings: Any = pipeline.packing_config(config)
     records: Any = pairs
-    packed = packing.Plan(records, settings, VOCABULARY, seed=0).pack(0)[:-1]  # the last row is not full
-    lengths = [sum(packing.example_length(records, e, settings, VOCABULARY, 1) for e in row) for row in packed]
+    text_tokenizer: Any = FixedTextTokenizer()
+    layout = Layout(VOCABULARY, text_tokenizer, max_image_tokens)
+    packed = packing.Plan(records, settings, layout, seed=0).pack(0)[:-1]  # the last row is not full
+    lengths = [sum(packing.example_size(records, e, settings, layout)[0] for e in row) for row in packed]
     fill, examples = np.sum(lengths) / (LENGTH * len(packed)), np.mean([len(row) for row in packed])
     rows = []
     for row in packed[: size.rows]:
-        built = [packing.build_example(records, example, settings, VOCABULARY) for example in row]
+        built = [packing.build_example(records, example, settings, layout) for example in row]
         rows.append(packing.build_row(built, settings, 224, PATCHES))
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     step, flops = _train_step(config, arrays)

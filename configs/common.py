@@ -87,6 +87,11 @@ TOKENIZER_RULES = {
 }
 
 
+# Shares of tasks for records of other kinds than captions. A record gets one of the tasks that apply to it, and to
+# these records one applies, so the value does not matter.
+OTHER_TASKS = dict(conversation=1.0, edit=1.0, interleaved=1.0)
+
+
 def check_size(size: str | None) -> str:
     """The given size, or "7b" if it is None or empty.
 
@@ -149,7 +154,7 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     c.data.seq_len = 64 if small else 2048
     c.data.images_per_row = 3 if small else 8
     c.data.image_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0
-    c.data.text_targets = 0.1 if small else 1.0
+    c.data.text_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0  # ILLUME: assistant tokens only
     if not small:
         c.optimizer.warmup = 0.03
     if stage == "text":

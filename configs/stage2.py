@@ -21,7 +21,7 @@ def get_config(size=None):
     """Config of stage 2."""
     c = common.language_stage("stage2", size)
     c.train.update(common.of_size(c.size, SIZES))
-    c.data.tasks = dict(caption=0.35, text_to_image=0.55, text=0.1)
+    c.data.tasks = dict(caption=0.35, text_to_image=0.55, text=0.1, **common.OTHER_TASKS)
     c.optimizer.learning_rate = common.of_size(c.size, {"7b": 5e-5, "one_gpu": 1e-3, "laptop": 4e-3})
     c.optimizer.muon_learning_rate = 8e-3
     if common.from_nothing(c.size):

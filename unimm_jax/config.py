@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from unimm_jax import legacy
+from unimm_jax.data import tasks
 
-TASKS = ("text", "caption", "reconstruct", "text_to_image", "question")
+TASKS = tuple(tasks.REGISTRY)
 
 
 def ranged(default: Any, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Any:
@@ -136,11 +137,12 @@ class PackedDataConfig:
       image_size: side of the images in pixels.
       seq_len: tokens per row T. images_per_row: images per row R whose features the model computes.
       max_questions: questions per `question` example.
-      prompt_dropout: share of text-to-image examples without their text, for guidance (0.1 in ILLUME+'s code).
+      prompt_dropout: share of text-to-image and edit examples without their text, for guidance (0.1 in ILLUME+'s code).
       image_targets: loss weight of code targets at positions of input images (LaVIT's [image, text]; 0 in ILLUME).
       text_targets: loss weight of the prompt's own tokens in text-to-image.
       code_targets: loss weight of the codes of generated images.
-      tasks: share of the examples per task.
+      template: layout of conversations, questions and edits, a name of `unimm_jax.data.tasks.TEMPLATES`.
+      tasks: share of the examples per task. A record has one of the tasks that apply to it, in proportion to them.
       tasks_end: shares reached, linearly, after `tasks_epochs` passes over the records; all 0 keeps `tasks`.
     """
 
@@ -153,6 +155,7 @@ class PackedDataConfig:
     image_targets: float = ranged(1.0, low=0)
     text_targets: float = ranged(1.0, low=0)
     code_targets: float = ranged(1.0, low=0)
+    template: str = one_of("plain", *tasks.TEMPLATES)
     tasks: dict[str, float] = shares()
     tasks_end: dict[str, float] = shares()
     tasks_epochs: int = ranged(1, low=1)

@@ -1,4 +1,4 @@
-"""Generates images from a prompt, or answers a question about an image.
+"""Generates images from a prompt, or answers a question about one or several images.
 
 python -m unimm_jax.generate --checkpoint=runs/stage3 --prompt="two red circles" --output=out
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --prompt="how many circles are there?"
@@ -16,7 +16,7 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("checkpoint", None, "Workdir of a language stage.", required=True)
     flags.DEFINE_string("prompt", "", "What to generate, or the question about --image (empty: describe it).")
-    flags.DEFINE_string("image", "", "An image to answer about.")
+    flags.DEFINE_multi_string("image", [], "An image to answer about; several flags give several images, in order.")
     flags.DEFINE_string("output", "samples", "Directory for the images.")
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "Number of images.", lower_bound=1)
@@ -24,6 +24,9 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
     flags.DEFINE_integer("top_k", 0, "Number of tokens to choose from; 0 is all.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus to choose from; 1 is all.")
+    flags.DEFINE_integer(
+        "prompt_length", 1024, "Maximum number of tokens of the prompt, its images included.", lower_bound=1
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_enum("decoder", "", DECODERS, "Decoder from codes to pixels; the first one present if empty.")
     flags.DEFINE_integer("height", 0, "Height of the images, with a U-Net decoder; 0 is its own size.")
@@ -32,23 +35,28 @@ def define_flags() -> None:
 
 def command() -> None:
     """Generates as the flags say."""
+    import numpy as np
+
     from unimm_jax import resolve
-    from unimm_jax.data import transforms
+    from unimm_jax.data import tasks, transforms
     from unimm_jax.errors import UserError
-    from unimm_jax.inference.generator import Generator
+    from unimm_jax.inference.generator import Generator, Prompt
     from unimm_jax.inference.loading import load_model
     from unimm_jax.inference.sampling import Sampling
 
     f = FLAGS
     if not f.image and not f.prompt:
         raise UserError("give --prompt to generate images, or --image to describe an image")
-    generator = Generator(load_model(f.checkpoint, f.tensor), batch=max(1, min(f.samples, 32)))
+    generator = Generator(load_model(f.checkpoint, f.tensor), max(1, min(f.samples, 32)), f.prompt_length)
     if f.image:
-        file = resolve.local_path(f.image)
-        if not file.is_file():
-            raise UserError(f"there is no image file {file}")
-        pixels = transforms.to_pixels(file.read_bytes(), generator.config.data.image_size)
-        print(generator.generate_text(pixels[None], [f.prompt])[0])
+        files = [resolve.local_path(name) for name in f.image]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise UserError(f"there is no image file {' or '.join(missing)}")
+        size = generator.config.data.image_size
+        pixels = np.stack([transforms.to_pixels(file.read_bytes(), size) for file in files])
+        is_caption = len(files) == 1 and not f.prompt
+        asked = tasks.question_prompt(f.prompt, generator.task_settings, len(files))
+        print(generator.continue_with_text([Prompt(tasks.caption_prompt() if is_caption else asked, pixels)])[0])
         return
     sampling = Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
     codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampling, f.seed))

@@ -9,6 +9,10 @@ import json
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from unimm_jax.data.outlines import ALTERNATIVE, CAPTION, PROMPT, QUESTION
+
 FORMAT = 2  # of what this version writes
 
 # Format 1: dotted old key → dotted new key, in saved configs
@@ -220,8 +224,44 @@ def header(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(found: dict[str, Any]) -> dict[str, Any]:
-    """A record under today's names."""
-    return _renamed(found, RECORD_KEYS_1)
+    """A stored record under today's names. Format 1 had one image per record."""
+    if "texts" in found:
+        return found
+    found = _renamed(found, RECORD_KEYS_1)
+    return {
+        "key": found["key"],
+        "images": [found["image_data"]],
+        "keep": [found["keep"]],
+        "codes": [found["codes"]],
+        "texts": [*found["captions"], *(text for question in found["questions"] for text in question[:2])],
+        "kinds": [kind for _, _, kind in found["questions"]],
+    }
+
+
+def record_index(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The index of records of format 1 as today's arrays.
+
+    The first caption was the caption, the others were prompts; the second question was an alternative to the first.
+    Format 1 stored one count for question, answer and </s>: it is given to the question.
+    """
+    captions, questions = found["caption_counts"], found["question_counts"]
+    caption_ends, question_ends = np.cumsum(captions), np.cumsum(questions)
+    texts: list[np.ndarray] = []
+    outlines: list[bytes] = []
+    for i, (n, q) in enumerate(zip(captions, questions, strict=True)):
+        asked = found["questions"][question_ends[i] - q : question_ends[i]].astype(np.uint32)
+        texts += [found["captions"][caption_ends[i] - n : caption_ends[i]].astype(np.uint32)]
+        texts += [np.stack([asked - 1, np.zeros_like(asked)], 1).reshape(-1)]
+        outlines.append(bytes([CAPTION, *[PROMPT] * (n - 1), *[QUESTION, ALTERNATIVE, *[QUESTION] * q][:q]]))
+    return {
+        "source": np.zeros(len(captions), np.uint16),
+        "kept": found["kept"],
+        "kept_ends": np.arange(len(captions) + 1),
+        "texts": np.concatenate(texts) if texts else np.zeros(0, np.uint32),
+        "texts_ends": np.concatenate([[0], np.cumsum(captions + 2 * questions)]),
+        "outlines": np.frombuffer(b"".join(outlines), np.uint8),
+        "outlines_ends": np.concatenate([[0], np.cumsum([len(codes) for codes in outlines])]),
+    }
 
 
 def meta(found: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         table = parameter_table(stage.state["params"], stage.multipliers)
         (workdir / "parameters.txt").write_text(table + "\n")
         print(f"{config.name}: {table.splitlines()[-1]}, mesh {dict(mesh.shape)}", flush=True)
+        for note in data.notes():
+            print(f"{config.name}: {note}", flush=True)
 
     # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
     state: dict[str, Any]

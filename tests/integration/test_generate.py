@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from unimm_jax import vocabulary as vocab
+from unimm_jax.data import tasks
 from unimm_jax.errors import CheckpointError, UserError
-from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.generator import Generator, Prompt
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
 from unimm_jax.vocabulary import Vocabulary
@@ -112,8 +113,8 @@ def test_answers_are_text_and_images_are_images(generator):
         codes, keep = generator.tokenize(images)
         drawn = generator.decode(codes, keep, name)
         assert drawn.shape == (3, 64, 64, 3) and drawn.dtype == np.uint8
-    with pytest.raises(UserError, match="the limit is 64"):
-        generator.generate_image_tokens(["word " * 200])
+    with pytest.raises(UserError, match="the limit is 1024; shorten the prompt or raise --prompt_length"):
+        generator.generate_image_tokens(["word " * 2000])
 
 
 def test_wrong_checkpoints_are_refused(run, tmp_path):
@@ -126,3 +127,31 @@ def test_wrong_checkpoints_are_refused(run, tmp_path):
     with pytest.raises(CheckpointError, match="no unet_decoder_high beside"):
         model = load_model(run / "stage3")
         Generator(model).decode(np.zeros((1, 16), np.int32), np.ones((1, 16), bool), "unet_decoder_high")
+
+
+def test_prompts_with_several_images_and_none_in_one_batch(generator):
+    """Each reply depends on its own images only, however many the others have."""
+    images = np.random.default_rng(1).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    settings = generator.task_settings
+    prompts = [
+        Prompt(tasks.question_prompt("is there a cross?", settings, count), images[:count] if count else None)
+        for count in (2, 0, 1, 3)
+    ]
+    together = generator.continue_with_text(prompts)
+    assert together == [generator.continue_with_text([prompt])[0] for prompt in prompts]
+    assert together[2] == generator.generate_text(images[:1], ["is there a cross?"])[0]
+    drawn = generator.continue_with_image(prompts, Sampling(temperature=0))
+    assert all(
+        (generator.continue_with_image([p], Sampling(temperature=0))[0] == d).all()
+        for p, d in zip(prompts, drawn, strict=True)
+    )
+    with pytest.raises(UserError, match="has 1 images and reads 2"):
+        generator.continue_with_text([Prompt(tasks.question_prompt("q", settings, 2), images[:1])])
+
+
+def test_a_long_prompt_gives_what_a_short_padding_does(generator):
+    """Prompts are padded on the left, so the padding changes nothing."""
+    short, long = "a red circle", "a red circle and " * 12 + "a red circle"
+    first = generator.generate_image_tokens([short], Sampling(temperature=0))
+    both = generator.generate_image_tokens([short, long], Sampling(temperature=0))
+    assert (first[0] == both[0]).all()

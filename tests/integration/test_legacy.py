@@ -40,9 +40,18 @@ def test_an_old_model_generates_what_it_did(old):
 
 def test_old_records_read_under_todays_names(old):
     records = Records(old / "records")
-    item = records[3]
-    assert records.header["num_patches"] == 16 and item["keep"].sum() == records.kept[3]
-    assert isinstance(item["image_data"], bytes) and records.image(3).shape == (64, 64, 3)
+    item, outline = records[3], records.outline(3)
+    assert records.header["num_patches"] == 16 and item.keep[0].sum() == records.kept[3][0]
+    assert isinstance(item.images[0], bytes) and records.image(3).shape == (64, 64, 3)
+    assert len(outline.captions) == 1 and outline.questions[1][2] and item.kinds[:2] == ["existence", "existence"]
+    index = range(1 + max(answer for _, answer, _ in outline.questions))
+    assert len(item.texts) == len(records.texts[3]) == len(index)
+    counted = [len(records.text_tokenizer.encode(text)) for text in item.texts]
+    for question, answer, _ in outline.questions:  # format 1 counted both together
+        assert records.texts[3][[question, answer]].sum() == counted[question] + counted[answer]
+    assert [records.texts[3][i] for i in outline.captions + outline.prompts] == [
+        counted[i] for i in outline.captions + outline.prompts
+    ]
 
 
 def test_an_old_run_resumes_as_it_did(old):

@@ -162,7 +162,7 @@ def scored(sources, held_out=0.2, header_sources=None, **options):
 
 def test_captions_are_scored_on_the_held_out_split(folder, capsys):
     held_out = [d for d in captions.open_images(ImageDataConfig(str(folder), 8, 0.2), "test")][0]
-    truths = [held_out[i]["captions"][0] for i in range(len(held_out))]
+    truths = [held_out[i].record.captions[0] for i in range(len(held_out))]
     result, _ = scored(str(folder))
     scores = result.scores
     assert scores["split"] == "test" and scores["images"] == len(held_out) < 60

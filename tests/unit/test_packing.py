@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from helpers import opened, with_records
 
-from unimm_jax.config import TASKS
 from unimm_jax.data import packing, pipeline
-from unimm_jax.data.packing import Example, PackingConfig, Plan, RowSource, example_length
+from unimm_jax.data.documents import Layout
+from unimm_jax.data.packing import Example, PackingConfig, Plan, RowSource, example_size
 from unimm_jax.data.records import Records
 from unimm_jax.errors import DataError, UserError
 from unimm_jax.vocabulary import Vocabulary
 
 EVERYTHING = (("caption", 0.3), ("question", 0.2), ("reconstruct", 0.1), ("text", 0.1), ("text_to_image", 0.3))
+SCENE_TASKS = {name for name, _ in EVERYTHING}
 
 
 @pytest.fixture(scope="module")
@@ -26,57 +27,57 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def vocabulary(records):
-    return pipeline.vocabulary_of(records.header, records.text_tokenizer)
+def layout(records):
+    return Layout(pipeline.vocabulary_of(records.header, records.text_tokenizer), records.text_tokenizer, 16)
 
 
-def test_planned_lengths_are_the_built_lengths(records, config, vocabulary):
-    source = RowSource(records, config, vocabulary, 0, 100)
+def test_planned_lengths_are_the_built_lengths(records, config, layout):
+    source = RowSource(records, config, layout, 0, 100)
     tasks = set()
     for row in source.plan.pack(0):
         built = [source.build(e) for e in row]
         for example, tokens in zip(row, built, strict=True):
-            assert len(tokens.ids) == packing.example_length(records, example, config, vocabulary, 1)
+            assert len(tokens.tokens.ids) == packing.example_size(records, example, config, layout)[0]
             tasks.add(example.task)
-        assert sum(len(t.ids) for t in built) <= config.seq_len
-        assert sum(t.image is not None for t in built) <= config.images_per_row
-    assert tasks == set(TASKS)
+        assert sum(len(t.tokens.ids) for t in built) <= config.seq_len
+        assert sum(len(t.images) for t in built) <= config.images_per_row
+    assert tasks == SCENE_TASKS
 
 
-def test_the_plan_is_a_function_of_seed_and_row(records, config, vocabulary):
-    a, b = (Plan(records, config, vocabulary, 3) for _ in range(2))
+def test_the_plan_is_a_function_of_seed_and_row(records, config, layout):
+    a, b = (Plan(records, config, layout, 3) for _ in range(2))
     assert [a[i] for i in range(80)] == [b[i] for i in reversed(range(80))][::-1]
-    assert [a[i] for i in range(10)] != [Plan(records, config, vocabulary, 4)[i] for i in range(10)]
+    assert [a[i] for i in range(10)] != [Plan(records, config, layout, 4)[i] for i in range(10)]
     rows = a.pack(0)
     assert sorted(e.record for row in rows for e in row) == list(range(len(records)))
     assert rows != a.pack(1)
 
 
-def test_the_mixture_moves_over_the_passes(records, vocabulary):
+def test_the_mixture_moves_over_the_passes(records, layout):
     config = PackingConfig(96, 4, 16, (("caption", 1.0),), weights_end=(("text_to_image", 1.0),), epochs=3)
-    plan = Plan(records, config, vocabulary, 0)
+    plan = Plan(records, config, layout, 0)
     shares = [np.mean([e.task == "caption" for e in plan.examples(epoch)]) for epoch in range(5)]
     assert shares[0] == 1 and 0.3 < shares[1] < 0.7 and shares[2:] == [0, 0, 0]
 
 
-def test_rows_are_well_filled(records, config, vocabulary):
-    source = RowSource(records, config, vocabulary, 0, 1000)
+def test_rows_are_well_filled(records, config, layout):
+    source = RowSource(records, config, layout, 0, 1000)
     count = len(source.plan.pack(0)) - 2  # the last rows of an epoch stay open
     fill = np.mean([(source[i]["segments"] > 0).mean() for i in range(count)])
     assert fill > 0.85
 
 
-def test_rows_say_what_they_hold(records, config, vocabulary):
-    source = RowSource(records, config, vocabulary, 0, 100)
+def test_rows_say_what_they_hold(records, config, layout):
+    source = RowSource(records, config, layout, 0, 100)
     for index in range(10):
         row, examples = source[index], source.plan[index]
         for segment, example in enumerate(examples, 1):
             inside = row["segments"] == segment
             assert (row["positions"][inside] == np.arange(inside.sum())).all()
             assert row["weights"][np.flatnonzero(inside)[-1]] == 0  # nothing predicts across examples
-            kept = min(int(records.kept[example.record]), config.max_image_tokens)
-            reads = packing.reads_image(example.task)
-            assert (row["feature_index"][inside] >= 0).sum() == (kept if reads else 0)
+            kept = min(int(records.kept[example.record][0]), config.max_image_tokens)
+            reads = packing.example_size(records, example, config, layout)[1]
+            assert (row["feature_index"][inside] >= 0).sum() == kept * reads
         used = row["feature_index"][row["feature_index"] >= 0]
         assert len(set(used.tolist())) == len(used)
         for slot in set((used // config.max_image_tokens).tolist()):
@@ -85,11 +86,11 @@ def test_rows_say_what_they_hold(records, config, vocabulary):
             )
 
 
-def test_packing_changes_no_examples_loss(run, records, vocabulary):
+def test_packing_changes_no_examples_loss(run, records, layout):
     _, objective = opened(with_records("stage3", run, data__seq_len=96, data__images_per_row=4))
     params = objective.init(jax.random.key(0))
     config = PackingConfig(seq_len=96, images_per_row=4, max_image_tokens=16, weights=EVERYTHING)
-    source = RowSource(records, config, vocabulary, 0, 100)
+    source = RowSource(records, config, layout, 0, 100)
     measure = jax.jit(objective.cross_entropy)
     header = records.header
     seen = 0
@@ -102,7 +103,7 @@ def test_packing_changes_no_examples_loss(run, records, vocabulary):
             single = np.asarray(measure(params, {k: v[None] for k, v in alone.items()}))[0]
             weights = alone["weights"] > 0
             inside = np.flatnonzero(packed["segments"] == segment)
-            n = len(example.ids)
+            n = len(example.tokens.ids)
             assert np.abs(together[inside] - single[:n])[weights[:n]].max(initial=0) < 1e-5
             seen += 1
     assert seen > 12
@@ -112,23 +113,23 @@ def test_records_are_complete_or_refused(tmp_path, records):
     with pytest.raises(DataError, match="pretokenize"):
         Records(str(tmp_path))
     item = records[0]
-    assert item["keep"].sum() == records.kept[0]
-    assert records.image(0).shape == (64, 64, 3) and item["captions"]
+    assert item.keep[0].sum() == records.kept[0][0]
+    assert records.image(0).shape == (64, 64, 3) and item.texts
 
 
-def test_an_example_longer_than_a_row_is_cut_and_counted(records, vocabulary):
+def test_an_example_longer_than_a_row_is_cut_and_counted(records, layout):
     config = PackingConfig(seq_len=1000, images_per_row=4, max_image_tokens=16, weights=(("caption", 1.0),))
-    bos = int(records.text_tokenizer.bos is not None)
-    lengths = [example_length(records, Example(i, "caption", 0), config, vocabulary, bos) for i in range(len(records))]
+    lengths = [example_size(records, Example(i, "caption", 0), config, layout)[0] for i in range(len(records))]
     short = dataclasses.replace(config, seq_len=int(np.median(lengths)))
-    plan = Plan(records, short, vocabulary, 0)
+    plan = Plan(records, short, layout, 0)
     rows = plan.pack(0)
-    assert plan.num_dropped + sum(map(len, rows)) == len(records) and plan.num_dropped > 0
+    assert list(plan.dropped) == [f"longer than {short.seq_len} tokens"] and "are dropped" in plan.notes()[1]
+    assert sum(plan.dropped.values()) + sum(map(len, rows)) == len(records)
     with pytest.raises(UserError, match="no example fits"):
         Plan(
             records,
             PackingConfig(seq_len=3, images_per_row=4, max_image_tokens=16, weights=(("caption", 1.0),)),
-            vocabulary,
+            layout,
             0,
         ).pack(0)
 

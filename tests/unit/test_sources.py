@@ -111,18 +111,18 @@ def folder(tmp_path):
 
 
 def test_bad_records_are_named_once_counted_and_skipped(folder, caplog):
-    images = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    images = sources.DecodedDataset(sources.open_source(str(folder), held_out=0.0), 16)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             found = [images[i] for i in range(len(images))]
     assert len(images) == 8 and len(images.invalid) == 4
-    assert all(item["image"].shape == (16, 16, 3) and item["captions"] for item in found)
+    assert all(item.pixels[0].shape == (16, 16, 3) and item.record.captions for item in found)
     text = "\n".join(r.getMessage() for r in caplog.records)
     for name, reason in (("lonely", "no caption"), ("cut.jpg", "readable"), ("latin", "UTF-8"), ("blank", "empty")):
         assert sum(name in line and reason in line for line in text.splitlines()) == 1
         assert any(name in images.source.key(i) and reason in why for i, why in images.invalid.items())
-    again = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
-    assert [again[i]["key"] for i in range(8)] == [item["key"] for item in found]
+    again = sources.DecodedDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    assert [again[i].record.key for i in range(8)] == [item.record.key for item in found]
 
 
 def test_a_source_with_nothing_usable_stops_with_the_reasons(tmp_path):
@@ -132,7 +132,7 @@ def test_a_source_with_nothing_usable_stops_with_the_reasons(tmp_path):
     (tmp_path / "b.png").write_bytes(b"nothing")
     (tmp_path / "b.txt").write_text("b")
     with pytest.raises(DataError, match=r"no usable record among 2: .*1 × no caption file.*"):
-        sources.ImageDataset(sources.open_source(str(tmp_path)), 16)
+        sources.DecodedDataset(sources.open_source(str(tmp_path)), 16)
 
 
 def test_sources_are_checked_when_opened(tmp_path):
@@ -159,14 +159,14 @@ def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_pat
 
         def _generate_examples(self):
             for i, record in enumerate(good):
-                yield i, {"image": io.BytesIO(record["image_data"]), "caption": record["captions"][0]}
+                yield i, {"image": io.BytesIO(record.images[0]), "caption": record.captions[0]}
 
     builder = Made(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
     builder.download_and_prepare()
     source = sources.open_source(str(builder.data_path), held_out=0.0)
-    images = sources.ImageDataset(source, 16)
-    found = {images[i]["captions"][0]: images[i]["image"] for i in range(4)}
-    expected = {r["captions"][0]: transforms.to_pixels(r["image_data"], 16) for r in good}
+    images = sources.DecodedDataset(source, 16)
+    found = {images[i].record.captions[0]: images[i].pixels[0] for i in range(4)}
+    expected = {r.captions[0]: transforms.to_pixels(r.images[0], 16) for r in good}
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[k], expected[k]) for k in found)
     half = [sources.open_source(str(builder.data_path), split, held_out=0.5) for split in ("train", "test")]
@@ -175,17 +175,18 @@ def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_pat
 
 def test_scenes_are_a_source():
     source = SceneSource("test", count=5)
-    images = sources.ImageDataset(source, 64)
+    images = sources.DecodedDataset(source, 64)
     scene = scenes.draw_scene(0, "test", 3)
-    assert np.array_equal(images[3]["image"], scenes.render(scene))
-    assert images[3]["captions"] == scenes.captions(scene)
+    assert np.array_equal(images[3].pixels[0], scenes.render(scene))
+    record = images[3].record
+    assert [*record.captions, *record.prompts] == scenes.captions(scene) and len(record.captions) == 1
 
 
 def test_a_dangling_link_is_named_and_skipped(folder, caplog):
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "gone.txt").write_text("gone")
-    images = sources.ImageDataset(sources.open_source(str(folder), held_out=0.0), 16)
-    found = [images[i]["key"] for i in range(len(images))]
+    images = sources.DecodedDataset(sources.open_source(str(folder), held_out=0.0), 16)
+    found = [images[i].record.key for i in range(len(images))]
     assert len(found) == 9 and "gone.png" not in found
     assert sum("gone.png: it is a symbolic link to a missing file" in r.getMessage() for r in caplog.records) == 1
 

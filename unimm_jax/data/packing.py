@@ -8,52 +8,42 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 
-from unimm_jax.config import TASKS
+from unimm_jax.data.documents import IGNORED, Document, Layout, Tokens, input_images, length, render
+from unimm_jax.data.outlines import Outline
 from unimm_jax.data.records import Records
+from unimm_jax.data.tasks import REGISTRY, TaskSettings, get
 from unimm_jax.errors import DataError
-from unimm_jax.vocabulary import Vocabulary
-
-IGNORED = -1  # feature index of a position without an image feature
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingConfig:
-    """How examples are built and packed into rows.
+    """How examples are drawn and packed into rows.
 
     Attributes:
       seq_len: tokens per row T.
       images_per_row: input images per row R, for which the model computes features.
       max_image_tokens: maximum number of features per image S.
       weights: task → share of the examples in the first pass over the records.
-      max_questions: maximum number of questions per `question` example.
-      prompt_dropout: share of text-to-image examples without their prompt, for guidance (0.1 in ILLUME+'s code).
-      image_targets: loss weight of the code targets at positions of input images (LaVIT's [image, text]; 0 in ILLUME).
-      text_targets: loss weight of the prompt in text-to-image examples.
-      code_targets: loss weight of the codes of generated images.
       weights_end, epochs: shares in the last of `epochs` passes, interpolated linearly between; () keeps `weights`.
+      tasks: settings of the tasks.
     """
 
     seq_len: int
     images_per_row: int
     max_image_tokens: int
     weights: tuple[tuple[str, float], ...]
-    max_questions: int = 3
-    prompt_dropout: float = 0.1
-    image_targets: float = 1.0
-    text_targets: float = 1.0
-    code_targets: float = 1.0
     weights_end: tuple[tuple[str, float], ...] = ()
     epochs: int = 1
+    tasks: TaskSettings = TaskSettings()
 
     def shares(self, epoch: int) -> dict[str, float]:
         """task → share of the examples in pass `epoch` over the records (from 0); tasks with share 0 are left out."""
         start, end = dict(self.weights), dict(self.weights_end or self.weights)
         done = min(epoch / max(self.epochs - 1, 1), 1.0)
-        mixed = {t: (1 - done) * start.get(t, 0.0) + done * end.get(t, 0.0) for t in TASKS}
+        mixed = {t: (1 - done) * start.get(t, 0.0) + done * end.get(t, 0.0) for t in REGISTRY}
         return {task: share for task, share in mixed.items() if share > 0}
 
 
@@ -63,7 +53,7 @@ class Example:
 
     Attributes:
       record: index of the record.
-      task: a name of `config.TASKS`.
+      task: a name of `tasks.REGISTRY`.
       variant: seed of the example's random choices (caption, prompt dropout, questions).
     """
 
@@ -72,164 +62,51 @@ class Example:
     variant: int
 
 
-def example_length(records: Records, example: Example, packing: PackingConfig, vocabulary: Vocabulary, bos: int) -> int:
-    """Number of tokens of an example, from the stored lengths; equals the length of `build_example`'s arrays.
-
-    Args:
-      bos: 1 if the text tokenizer has a beginning-of-text token, else 0.
-    """
-    kept = int(min(records.kept[example.record], packing.max_image_tokens))
-    image = 2 + kept * (2 if vocabulary.num_position_ids else 1)
-    captions = records.captions[example.record]
-    if example.task == "text":
-        return bos + int(captions[example.variant % len(captions)]) + 1
-    if example.task == "caption":
-        return image + int(captions[0]) + 1
-    if example.task == "reconstruct":
-        return 2 * image
-    if example.task == "text_to_image":
-        dropped = _dropped(example, packing)
-        return (0 if dropped else bos + int(captions[example.variant % len(captions)])) + image
-    chosen = chosen_questions(len(records.questions[example.record]), example, packing)
-    return image + int(sum(records.questions[example.record][i] for i in chosen))
-
-
-def _dropped(example: Example, packing: PackingConfig) -> bool:
-    """Whether a text-to-image example loses its prompt."""
-    return (example.variant >> 8) % 1000 < packing.prompt_dropout * 1000
-
-
-def chosen_questions(count: int, example: Example, packing: PackingConfig) -> list[int]:
-    """Indices of the questions that an example asks, in order.
-
-    At most one of the first two is chosen (in the scenes, existence questions with the answers yes and no).
-
-    Args:
-      count: number of questions of the record.
-    """
-    rng = np.random.default_rng(example.variant)
-    order = [int(i) for i in rng.permutation(count)]
-    pair = next((i for i in order if i < 2), None)
-    return [i for i in order if i >= 2 or i == pair][: packing.max_questions]
-
-
 @dataclasses.dataclass
-class TokenizedExample:
-    """An example in tokens. `ids`, `targets`, `weights` and `feature` are [T], T being the example's length.
+class BuiltExample:
+    """An example in tokens, with its input images uint8 [H, W, 3] and their keep masks boolean [P]."""
 
-    Attributes:
-      ids: token ids, int32.
-      targets: target of predicting each position, int32: its id, or its code where the input is an image feature.
-      weights: loss weight of predicting each position, float32.
-      feature: index into the image's features, or IGNORED, int32.
-      image: the input image, uint8 [H, W, 3], or None.
-      keep: its keep mask, boolean [P], or None.
-    """
-
-    ids: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    feature: np.ndarray
-    image: np.ndarray | None
-    keep: np.ndarray | None
+    tokens: Tokens
+    images: list[np.ndarray]
+    keep: list[np.ndarray]
 
 
-def build_example(
-    records: Records, example: Example, packing: PackingConfig, vocabulary: Vocabulary
-) -> TokenizedExample:
-    """Builds the tokens of an example.
-
-    Features and codes are in raster order; with position ids, each follows the id of its patch position. Per task:
-
-      text: <s> text </s>
-      caption: [IMG] features [/IMG] text </s>
-      reconstruct: [IMG] features [/IMG] [IMG] codes [/IMG]
-      text_to_image: <s> text [IMG] codes [/IMG]; without `<s> text` if the prompt is dropped
-      question: [IMG] features [/IMG], then `question answer </s>` per question; questions have loss weight 0
-    """
-    item, tokenizer = records[example.record], records.text_tokenizer
-    ids: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    feature: list[int] = []
-
-    def put(tokens: Sequence[int], weight: float) -> None:
-        ids.extend(tokens)
-        targets.extend(tokens)
-        weights.extend([weight] * len(tokens))
-        feature.extend([IGNORED] * len(tokens))
-
-    patches = np.flatnonzero(item["keep"])[: packing.max_image_tokens]
-    codes = item["codes"][patches]
-
-    def put_input_image() -> None:
-        put([vocabulary.start], 0.0)
-        slots, rows = vocabulary.place_features(patches)
-        ids.extend(slots.tolist())
-        targets.extend(vocabulary.write_image(patches, codes).tolist())
-        weights.extend([packing.image_targets] * len(slots))
-        feature.extend(rows.tolist())
-        put([vocabulary.end], packing.image_targets)
-
-    def put_output_image(first_weight: float) -> None:
-        put([vocabulary.start], first_weight)
-        put(vocabulary.write_image(patches, codes).tolist(), packing.code_targets)
-        put([vocabulary.end], packing.code_targets)
-
-    captions = item["captions"]
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    if example.task == "text":
-        put([*bos, *tokenizer.encode(captions[example.variant % len(captions)]), tokenizer.eos], 1.0)
-    elif example.task == "caption":
-        put_input_image()
-        put([*tokenizer.encode(captions[0]), tokenizer.eos], 1.0)
-    elif example.task == "reconstruct":
-        put_input_image()
-        put_output_image(0.0)
-    elif example.task == "text_to_image":
-        if _dropped(example, packing):
-            put_output_image(0.0)
-        else:
-            put([*bos, *tokenizer.encode(captions[example.variant % len(captions)])], packing.text_targets)
-            put_output_image(packing.text_targets)
-    else:
-        put_input_image()
-        for index in chosen_questions(len(item["questions"]), example, packing):
-            question, answer, _ = item["questions"][index]
-            put(tokenizer.encode(question), 0.0)
-            put([*tokenizer.encode(answer), tokenizer.eos], 1.0)
-    reads = example.task in ("caption", "reconstruct", "question")
-    return TokenizedExample(
-        np.array(ids, np.int32),
-        np.array(targets, np.int32),
-        np.array(weights, np.float32),
-        np.array(feature, np.int32),
-        records.image(example.record) if reads else None,
-        item["keep"] if reads else None,
-    )
+def document_of(records: Records, example: Example, packing: PackingConfig) -> Document:
+    """The document of an example."""
+    return get(example.task).build(records.outline(example.record), example.variant, packing.tasks)
 
 
-def reads_image(task: str) -> bool:
-    """Whether the examples of a task have an input image."""
-    return task in ("caption", "reconstruct", "question")
+def example_size(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> tuple[int, int]:
+    """Number of tokens and of input images of an example, from the index alone."""
+    document = document_of(records, example, packing)
+    tokens = length(document, records.texts[example.record], records.kept[example.record], layout)
+    return tokens, len(input_images(document))
+
+
+def build_example(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> BuiltExample:
+    """Reads the record of an example and renders its document."""
+    item = records[example.record]
+    tokens = render(document_of(records, example, packing), item.texts, item.keep, item.codes, layout)
+    images = [records.image(example.record, i) for i in tokens.inputs]
+    return BuiltExample(tokens, images, [item.keep[i] for i in tokens.inputs])
 
 
 class Plan:
     """Assigns examples to an endless sequence of rows. Row r is a function of (records, packing, seed, r).
 
     Each epoch is a permutation of the records with one task per record, packed first-fit into rows of `packing.seq_len`
-    tokens and `packing.images_per_row` images. Examples that do not fit an empty row are dropped.
+    tokens and `packing.images_per_row` images. Records to which no task applies, and examples that do not fit an empty
+    row, are dropped.
 
     Attributes:
-      num_dropped: number of examples that the last packed epoch dropped.
+      dropped: reason → number of records that the last packed epoch dropped.
     """
 
     OPEN = 64  # maximum number of rows kept open while packing
 
-    def __init__(self, records: Records, packing: PackingConfig, vocabulary: Vocabulary, seed: int):
-        self.records, self.packing, self.vocabulary, self.seed = records, packing, vocabulary, seed
-        self.bos = int(records.text_tokenizer.bos is not None)
-        self.num_dropped = 0
+    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int):
+        self.records, self.packing, self.layout, self.seed = records, packing, layout, seed
+        self.dropped: dict[str, int] = {}
         self._starts = [0]
         self._lock = threading.Lock()
         self._epochs: dict[int, list[list[Example]]] = {}
@@ -251,22 +128,38 @@ class Plan:
             self._epochs[epoch] = self.pack(epoch)
         return self._epochs[epoch]
 
+    def notes(self) -> list[str]:
+        """What a user should know about the first epoch: the shares of the tasks, and records that are dropped."""
+        self[0]  # packs the first epoch
+        tasks = collections.Counter(example.task for row in self._rows(0) for example in row)
+        total = sum(tasks.values())
+        shares = ", ".join(f"{name} {count / total:.1%}" for name, count in tasks.most_common())
+        found = [f"{total} examples in the first epoch: {shares}"]
+        return found + [f"{n} of {len(self.records)} records are dropped: {why}" for why, n in self.dropped.items()]
+
     def examples(self, epoch: int) -> list[Example]:
-        """The examples of an epoch in order, before packing. Records without questions get `caption` for `question`."""
+        """The examples of an epoch in order, before packing.
+
+        The task of a record is drawn from those that apply to it, in proportion to their shares.
+        """
         rng = np.random.default_rng([self.seed, epoch])
         count = len(self.records)
-        names = list(mixture := self.packing.shares(epoch))
-        shares = np.array([mixture[name] for name in names])
-        tasks = rng.choice(len(names), count, p=shares / shares.sum())
+        shares = self.packing.shares(epoch)
+        draws = rng.random(count)
         variants = rng.integers(2**31, size=count)
-        order = rng.permutation(count)
-        asked = np.diff(self.records.questions.ends) > 0
+
+        @functools.cache
+        def choices(outline: Outline) -> tuple[list[str], np.ndarray]:
+            names = [name for name in shares if get(name).applies(outline)]
+            ends = np.cumsum(np.array([shares[name] for name in names]) / sum(shares[name] for name in names))
+            return names, ends / ends[-1:]
+
         found = []
-        for record in order:
-            task = names[tasks[record]]
-            if task == "question" and not asked[record]:
-                task = "caption"
-            found.append(Example(int(record), task, int(variants[record])))
+        for record in rng.permutation(count).tolist():
+            names, ends = choices(self.records.outline(record))
+            if names:
+                task = names[int(ends.searchsorted(draws[record], side="right"))]
+                found.append(Example(record, task, int(variants[record])))
         return found
 
     def pack(self, epoch: int) -> list[list[Example]]:
@@ -278,14 +171,15 @@ class Plan:
         packing = self.packing
         rows: list[list[Example]] = []
         room: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
-        num_dropped = 0
-        for example in self.examples(epoch):
-            length = example_length(self.records, example, packing, self.vocabulary, self.bos)
-            slot = int(reads_image(example.task))
-            if length > packing.seq_len or slot > packing.images_per_row:
-                num_dropped += 1
+        examples = self.examples(epoch)
+        long, crowded = f"longer than {packing.seq_len} tokens", f"more than {packing.images_per_row} input images"
+        dropped = {"no task of config.data.tasks applies": len(self.records) - len(examples), long: 0, crowded: 0}
+        for example in examples:
+            tokens, images = example_size(self.records, example, packing, self.layout)
+            if tokens > packing.seq_len or images > packing.images_per_row:
+                dropped[long if tokens > packing.seq_len else crowded] += 1
                 continue
-            fits = (r for r, left in room.items() if left[0] >= length and left[1] >= slot)
+            fits = (r for r, left in room.items() if left[0] >= tokens and left[1] >= images)
             row = next(fits, len(rows))
             if row == len(rows):
                 rows.append([])
@@ -294,11 +188,11 @@ class Plan:
                     room.popitem(last=False)
             rows[row].append(example)
             left = room[row]
-            left[0] -= length
-            left[1] -= slot
+            left[0] -= tokens
+            left[1] -= images
             if left[0] < 4:
                 room.pop(row, None)
-        self.num_dropped = num_dropped
+        self.dropped = {reason: count for reason, count in dropped.items() if count}
         if not rows:
             raise DataError(
                 f"no example fits a row of {packing.seq_len} tokens and {packing.images_per_row} images; raise "
@@ -308,7 +202,7 @@ class Plan:
 
 
 def build_row(
-    examples: list[TokenizedExample], packing: PackingConfig, image_size: int, num_patches: int
+    examples: list[BuiltExample], packing: PackingConfig, image_size: int, num_patches: int
 ) -> dict[str, np.ndarray]:
     """Concatenates examples into one row and pads it.
 
@@ -335,17 +229,18 @@ def build_row(
     row["keep"][:, 0] = True  # unused image slots keep one patch, so that no mean over kept patches divides by zero
     at = slot = 0
     for segment, example in enumerate(examples, 1):
-        size = len(example.ids)
+        tokens = example.tokens
+        size = len(tokens.ids)
         span = slice(at, at + size)
-        row["tokens"][span] = example.ids
-        row["targets"][at : at + size - 1] = example.targets[1:]
-        row["weights"][at : at + size - 1] = example.weights[1:]
+        row["tokens"][span] = tokens.ids
+        row["targets"][at : at + size - 1] = tokens.targets[1:]
+        row["weights"][at : at + size - 1] = tokens.weights[1:]
         row["segments"][span] = segment
         row["positions"][span] = np.arange(size)
-        if example.image is not None:
-            shifted = np.where(example.feature >= 0, example.feature + slot * packing.max_image_tokens, IGNORED)
-            row["feature_index"][span] = shifted
-            row["images"][slot], row["keep"][slot] = example.image, example.keep
+        first = slot * packing.max_image_tokens
+        row["feature_index"][span] = np.where(tokens.feature >= 0, tokens.feature + first, IGNORED)
+        for image, keep in zip(example.images, example.keep, strict=True):
+            row["images"][slot], row["keep"][slot] = image, keep
             slot += 1
         at += size
     return row
@@ -354,9 +249,9 @@ def build_row(
 class RowSource:
     """The first `rows` rows of a plan as a random-access source for Grain; see `build_row` for their arrays."""
 
-    def __init__(self, records: Records, packing: PackingConfig, vocabulary: Vocabulary, seed: int, rows: int):
-        self.plan, self.rows = Plan(records, packing, vocabulary, seed), rows
-        self.build = functools.partial(build_example, records, packing=packing, vocabulary=vocabulary)
+    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int, rows: int):
+        self.plan, self.rows = Plan(records, packing, layout, seed), rows
+        self.build = functools.partial(build_example, records, packing=packing, layout=layout)
 
     def __len__(self) -> int:
         return self.rows

@@ -16,9 +16,13 @@ import numpy as np
 from unimm_jax import text_tokenizer as text_tokenizer_lib
 from unimm_jax.config import Config, ImageDataConfig, TextTokenizerConfig
 from unimm_jax.data import transforms
+from unimm_jax.data.documents import Layout
+from unimm_jax.data.outlines import flatten
 from unimm_jax.data.packing import PackingConfig, RowSource
 from unimm_jax.data.records import Records
-from unimm_jax.data.sources import ImageDataset, open_source
+from unimm_jax.data.sources import DecodedDataset, open_source
+from unimm_jax.data.sources.base import Decoded
+from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import ConfigError, DataError, EmptySplitError
 from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
@@ -44,6 +48,10 @@ class Input:
     vocabulary: Vocabulary | None = None
     records: Records | None = None
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """Sentences about the data that a user should read, for example how many records are dropped."""
+        return self.rows.plan.notes() if isinstance(self.rows, RowSource) else []
 
     def batch(self, index: int, size: int, share: np.ndarray) -> Batch:
         """One batch by its index, without prefetching.
@@ -120,8 +128,13 @@ def _image_rows(config: Config, sources: list[Any], read: Callable[..., Batch]) 
 # ---- Images from sources ---------------------------------------------------------------------------------------------
 
 
-def open_images(data: ImageDataConfig, split: str = "train") -> list[ImageDataset]:
+def open_images(
+    data: ImageDataConfig, split: str = "train", needs: tuple[str, ...] = ("images",)
+) -> list[DecodedDataset]:
     """Opens one split of every source in `data.sources` (separated by ";").
+
+    Args:
+      needs: what a usable record has; see `DecodedDataset`.
 
     Raises:
       ConfigError: `data.sources` is empty.
@@ -139,13 +152,13 @@ def open_images(data: ImageDataConfig, split: str = "train") -> list[ImageDatase
                 raise
             logging.warning("%s", error)  # the other sources still have held-out records
             continue
-        found.append(ImageDataset(source, data.image_size))
+        found.append(DecodedDataset(source, data.image_size, needs))
     if not found:
         raise EmptySplitError(f"no source of {data.sources!r} has records in its {split} split")
     return found
 
 
-def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[ImageDataset]) -> TextTokenizer:
+def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[DecodedDataset]) -> TextTokenizer:
     """Loads the configured text tokenizer, or trains one on the texts of the first 4,000 records of each data set.
 
     Raises:
@@ -156,40 +169,38 @@ def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[ImageDataset
     return text_tokenizer_lib.train(sorted(set(all_texts(datasets))), config.vocab_size)
 
 
-def all_texts(datasets: list[ImageDataset], limit: int = 4_000) -> list[str]:
-    """Captions, questions and answers of the first `limit` records of each data set; unreadable records are skipped."""
+def all_texts(datasets: list[DecodedDataset], limit: int = 4_000) -> list[str]:
+    """The texts of the first `limit` records of each data set; unreadable records are skipped."""
     found: list[str] = []
     for dataset in datasets:
         for index in range(min(len(dataset), limit)):
             try:
-                record = dataset.source[index]
+                found += flatten(dataset.source[index])[0]
             except DataError:
                 continue
-            found += record["captions"]
-            for question, answer, _ in record["questions"]:
-                found += [question, answer]
     return found
 
 
 def image_input(
-    config: Config, datasets: list[ImageDataset], text_tokenizer: TextTokenizer | None = None, max_length: int = 0
+    config: Config, datasets: list[DecodedDataset], text_tokenizer: TextTokenizer | None = None, max_length: int = 0
 ) -> Input:
     """Input with batches {images uint8 [B, H, W, 3]} and, with a text tokenizer, {tokens int32, valid boolean [B, T]}.
 
-    Each read samples one of the record's captions.
+    Each read samples one of the record's captions and prompts, or, without a text tokenizer, one of its images.
 
     Args:
       max_length: tokens per caption T; longer captions are truncated.
     """
 
-    def read(item: dict[str, Any], generator: Callable[[], np.random.Generator]) -> Batch:
+    def read(item: Decoded, generator: Callable[[], np.random.Generator]) -> Batch:
         if text_tokenizer is None:
-            return {"images": item["image"]}
-        caption = item["captions"][generator().integers(len(item["captions"]))]
-        ids = text_tokenizer.encode(caption)[:max_length]
+            count = len(item.pixels)
+            return {"images": item.pixels[0 if count == 1 else generator().integers(count)]}
+        captions = (*item.record.captions, *item.record.prompts)
+        ids = text_tokenizer.encode(captions[generator().integers(len(captions))])[:max_length]
         tokens = np.zeros(max_length, np.int32)
         tokens[: len(ids)] = ids
-        return {"images": item["image"], "tokens": tokens, "valid": np.arange(max_length) < len(ids)}
+        return {"images": item.pixels[0], "tokens": tokens, "valid": np.arange(max_length) < len(ids)}
 
     header = {
         "sources": config.data.sources,
@@ -202,19 +213,20 @@ def image_input(
 # ---- Records ---------------------------------------------------------------------------------------------------------
 
 
-class _DecodedRecords:
-    """Records as arrays, with images of `size` pixels per side; 0 is the size that was tokenized."""
+class _RecordImages:
+    """The images of records as arrays, with `size` pixels per side; 0 is the size that was tokenized."""
 
     def __init__(self, records: Records, size: int):
         self.records, self.size = records, size
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self.records.num_images
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.records[index]
-        image = transforms.to_pixels(item["image_data"], self.size) if self.size else self.records.image(index)
-        return {"images": image, "codes": item["codes"], "keep": item["keep"]}
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        record, i = self.records.image_place(number)
+        item = self.records[record]
+        image = transforms.to_pixels(item.images[i], self.size) if self.size else self.records.image(record, i)
+        return {"images": image, "codes": item.codes[i], "keep": item.keep[i]}
 
 
 def record_input(config: Config, split: str = "train") -> Input:
@@ -224,7 +236,7 @@ def record_input(config: Config, split: str = "train") -> Input:
       DataError: the records are missing or damaged.
     """
     records = Records.open(config.data.records, split)
-    rows = _image_rows(config, [_DecodedRecords(records, config.data.pixel_size)], lambda item, _: item)
+    rows = _image_rows(config, [_RecordImages(records, config.data.pixel_size)], lambda item, _: item)
     return Input(rows, records.text_tokenizer, None, records, records.header)
 
 
@@ -235,10 +247,16 @@ def packed_input(config: Config, split: str = "train") -> Input:
       DataError: the records are missing or damaged.
     """
     records = Records.open(config.data.records, split)
-    vocabulary = vocabulary_of(records.header, records.text_tokenizer)
-    rows = (config.train.steps + 1) * config.train.batch_size
-    source = RowSource(records, packing_config(config), vocabulary, config.seed, rows)
-    return Input(source, records.text_tokenizer, vocabulary, records, records.header)
+    packing = packing_config(config)
+    layout = layout_of(records.header, records.text_tokenizer, config)
+    rows = RowSource(records, packing, layout, config.seed, (config.train.steps + 1) * config.train.batch_size)
+    return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header)
+
+
+def layout_of(header: dict[str, Any], text_tokenizer: TextTokenizer, config: Config) -> Layout:
+    """How documents become tokens, for a language stage and records with the given header."""
+    vocabulary = vocabulary_of(header, text_tokenizer)
+    return Layout(vocabulary, text_tokenizer, config.model["unified"].max_image_tokens)
 
 
 def vocabulary_of(header: dict[str, Any], text_tokenizer: TextTokenizer) -> Vocabulary:
@@ -255,11 +273,13 @@ def packing_config(config: Config) -> PackingConfig:
         images_per_row=data.images_per_row,
         max_image_tokens=config.model["unified"].max_image_tokens,
         weights=tuple(sorted(data.tasks.items())),
-        max_questions=data.max_questions,
-        prompt_dropout=data.prompt_dropout,
-        image_targets=data.image_targets,
-        text_targets=data.text_targets,
-        code_targets=data.code_targets,
         weights_end=tuple(sorted(data.tasks_end.items())) if any(data.tasks_end.values()) else (),
         epochs=data.tasks_epochs,
+        tasks=task_settings(config),
     )
+
+
+def task_settings(config: Config) -> TaskSettings:
+    """The settings of the tasks in the config of a language stage."""
+    data = config.data
+    return TaskSettings(**{field.name: getattr(data, field.name) for field in dataclasses.fields(TaskSettings)})

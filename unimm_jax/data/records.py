@@ -1,8 +1,9 @@
-"""Records: each image with its texts, and the keep mask and codes that the frozen image tokenizer computed for it.
+"""Records on disk: images and texts, and the keep masks and codes that the frozen image tokenizer computed.
 
 `unimm_jax.pretokenize` writes them; the language and decoder stages read them.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,16 +19,21 @@ import numpy as np
 
 from unimm_jax import legacy
 from unimm_jax.data import transforms
+from unimm_jax.data.outlines import Outline, Record, flatten, outline
 from unimm_jax.data.sources.base import CACHE_BYTES
 from unimm_jax.errors import DataError
 from unimm_jax.text_tokenizer import TextTokenizer
+
+FORMAT = 2  # of the records
+# lists of integers of each record in the index, in this order: kept patches per image, tokens per text, outline codes
+RAGGED = {"kept": np.uint16, "texts": np.uint32, "outlines": np.uint8}
 
 
 class RecordWriter:
     """Writes the records of one split to a directory in blocks.
 
     An interrupted run can resume, and several processes can write different blocks. Files per block:
-    `blocks/NNNNNN.array_record` and `blocks/NNNNNN.npz` (lengths and a digest); then `index.npz` and `header.json`. A
+    `blocks/NNNNNN.array_record` and `blocks/NNNNNN.npz` (lengths and a digest); then `index/*.npy` and `header.json`. A
     block is complete when its `.npz` exists, a directory when its `header.json` exists.
 
     Args (constructor):
@@ -58,53 +64,50 @@ class RecordWriter:
         """Whether a block is complete."""
         return self._file(block, "npz").exists()
 
-    def write(self, block: int, items: Iterable[tuple[dict, np.ndarray, np.ndarray]]) -> None:
+    def write(self, block: int, items: Iterable[tuple[int, Record, np.ndarray, np.ndarray]]) -> None:
         """Writes one block.
 
         Args:
           block: its number.
-          items: (source record, keep mask boolean [P], codes int [P]); codes are stored for kept patches only.
+          items: (number of the source, record, keep masks boolean [N, P], codes int [N, P]) with N the number of images
+            of the record; codes are stored for kept patches only.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        kept: list[int] = []
-        captions: list[list[int]] = []
-        questions: list[list[int]] = []
+        source_of: list[int] = []
+        kept: list[list[int]] = []
+        texts: list[list[int]] = []
+        outlines: list[list[int]] = []
         partial = self._file(block, f"array_record.{uuid.uuid4().hex}")
         writer = ArrayRecordWriter(str(partial), "group_size:1")
-        for item, keep, codes in items:
-            image = item["image_data"]
+        for source, record, keep_NP, codes_NP in items:
+            strings, outline = flatten(record)
             data = {
-                "key": os.fsencode(item["key"]).decode("utf-8", "backslashreplace"),
-                "image_data": image if isinstance(image, bytes) else transforms.encode_png(image),
-                "keep": np.packbits(keep).tobytes(),
-                "codes": codes[keep].astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes(),
-                "captions": item["captions"],
-                "questions": item["questions"],
+                "key": os.fsencode(record.key).decode("utf-8", "backslashreplace"),
+                "images": [x if isinstance(x, bytes) else transforms.encode_png(x) for x in record.images],
+                "keep": [np.packbits(keep).tobytes() for keep in keep_NP],
+                "codes": [_packed(codes[keep]) for codes, keep in zip(codes_NP, keep_NP, strict=True)],
+                "texts": strings,
+                "kinds": [question.kind for question in record.questions],
             }
             writer.write(msgpack.packb(data))
-            kept.append(int(keep.sum()))
-            captions.append([self._count(c) for c in item["captions"]])
-            questions.append([self._count(q) + self._count(a) + 1 for q, a, _ in item["questions"]])
+            source_of.append(source)
+            kept.append([int(keep.sum()) for keep in keep_NP])
+            texts.append([len(self.text_tokenizer.encode(text)) for text in strings])
+            outlines.append(list(outline))
         writer.close()
         partial.rename(self._file(block, "array_record"))
+        arrays: dict[str, Any] = {"source": np.array(source_of, np.uint16)}
+        for (name, dtype), lists in zip(RAGGED.items(), (kept, texts, outlines), strict=True):
+            arrays[name] = np.array([n for row in lists for n in row], dtype)
+            arrays[f"{name}_counts"] = np.array([len(row) for row in lists], np.int64)
+        digest = hashlib.sha256(self._file(block, "array_record").read_bytes()).hexdigest()
         buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            kept=np.array(kept, np.int32),
-            captions=_flat(captions),
-            caption_counts=_lengths(captions),
-            questions=_flat(questions),
-            question_counts=_lengths(questions),
-            digest=np.array([hashlib.sha256(self._file(block, "array_record").read_bytes()).hexdigest()]),
-        )
+        np.savez(buffer, digest=np.array([digest]), **arrays)
         _write_whole(self._file(block, "npz"), buffer.getvalue())
 
-    def _count(self, text: str) -> int:
-        return len(self.text_tokenizer.encode(text))
-
     def close(self, blocks: int, header: dict[str, Any]) -> dict[str, Any]:
-        """Writes `index.npz` and `header.json`, once all blocks are complete.
+        """Writes `index/` and `header.json`, once all blocks are complete.
 
         Args:
           blocks: number of blocks.
@@ -116,22 +119,29 @@ class RecordWriter:
         parts = [np.load(self._file(block, "npz")) for block in range(blocks)]
         joined: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
         contents = hashlib.sha256("".join(joined.pop("digest")).encode()).hexdigest()[:16]
-        buffer = io.BytesIO()
-        np.savez(buffer, **joined)
-        _write_whole(self.path / "index.npz", buffer.getvalue())
+        (self.path / "index").mkdir(exist_ok=True)
+        for name in RAGGED:
+            joined[f"{name}_ends"] = np.concatenate([[0], np.cumsum(joined.pop(f"{name}_counts"))])
+        for name, array in joined.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            _write_whole(self.path / "index" / f"{name}.npy", buffer.getvalue())
         kept = joined["kept"]
         header = self.identity | header
-        header |= dict(records=len(kept), blocks=blocks, tokens=round(float(kept.mean()), 4), contents=contents)
+        header |= dict(
+            records_format=FORMAT,
+            records=len(joined["source"]),
+            images=len(kept),
+            blocks=blocks,
+            tokens=round(float(kept.mean()), 4) if len(kept) else 0.0,
+            contents=contents,
+        )
         _write_whole(self.path / "header.json", json.dumps(header).encode())
         return header
 
 
-def _flat(lists: list[list[int]]) -> np.ndarray:
-    return np.array([n for row in lists for n in row], np.uint16)
-
-
-def _lengths(lists: list[list[int]]) -> np.ndarray:
-    return np.array([len(row) for row in lists], np.int32)
+def _packed(codes: np.ndarray) -> bytes:
+    return codes.astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes()
 
 
 def _write_whole(file: pathlib.Path, data: bytes) -> None:
@@ -141,14 +151,33 @@ def _write_whole(file: pathlib.Path, data: bytes) -> None:
     partial.rename(file)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredRecord:
+    """A record as stored; do not modify.
+
+    Attributes:
+      images: encoded bytes. keep: boolean [P] per image. codes: int32 [P] per image, 0 at dropped patches.
+      texts: as `outlines.flatten` orders them. kinds: kind of each question.
+    """
+
+    key: str
+    images: list[bytes]
+    keep: list[np.ndarray]
+    codes: list[np.ndarray]
+    texts: list[str]
+    kinds: list[str]
+
+
 class Records:
     """Random access to the records of one split, in a directory that `unimm_jax.pretokenize` wrote.
+
+    The index is mapped into memory, not read.
 
     Attributes:
       header: contents of `header.json`: fingerprints, shapes and counts.
       text_tokenizer: the tokenizer that counted the texts.
-      kept: number of kept patches per record, int32.
-      captions, questions: token counts of the captions and of the questions (with answer) of record i, by `[i]`.
+      source: number of the source of each record in `header["sources"]`.
+      kept, texts, outlines: of record i, by `[i]`: kept patches of each image, tokens of each text, outline codes.
 
     Raises (constructor):
       DataError: the directory holds no finished records, or their files are damaged or of another version.
@@ -161,24 +190,25 @@ class Records:
         try:
             self.header: dict[str, Any] = legacy.header(json.loads((self.path / "header.json").read_text()))
             self.text_tokenizer = TextTokenizer(self.header["text_tokenizer"])
-            index = np.load(self.path / "index.npz")
+            index = self._index()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the records in {path} are damaged ({error}); write them again with python -m unimm_jax.pretokenize"
             ) from None
-        if missing := {"kept", "captions", "caption_counts", "questions", "question_counts"} - set(index.files):
-            raise DataError(
-                f"{path}/index.npz lacks {', '.join(sorted(missing))}: another version of unimm_jax wrote these "
-                "records; write them again with python -m unimm_jax.pretokenize"
-            )
-        self.kept: np.ndarray = index["kept"]
-        self.captions = _Ragged(index["captions"], index["caption_counts"])
-        self.questions = _Ragged(index["questions"], index["question_counts"])
+        self.source: np.ndarray = index["source"]
+        self.kept, self.texts, self.outlines = (_Ragged(index[name], index[f"{name}_ends"]) for name in RAGGED)
         self._reader: Any = None
-        self._items: dict[int, dict] = {}
-        self._images: dict[int, np.ndarray] = {}
-        self._small = len(self) * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES  # if so, all of it is cached
+        self._items: dict[int, StoredRecord] = {}
+        self._images: dict[tuple[int, int], np.ndarray] = {}
+        # if so, all of it is cached
+        self._small = self.num_images * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES
         self._lock = threading.Lock()
+
+    def _index(self) -> dict[str, np.ndarray]:
+        if (self.path / "index.npz").exists():
+            return legacy.record_index(dict(np.load(self.path / "index.npz")))
+        names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
+        return {name: np.load(self.path / "index" / f"{name}.npy", mmap_mode="r") for name in names}
 
     @classmethod
     def open(cls, path: str | pathlib.Path, split: str = "train") -> "Records":
@@ -190,10 +220,23 @@ class Records:
         return cls(pathlib.Path(path) / "test" if split == "test" else path)
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{key, image_data (bytes), keep boolean [P], codes int32 [P], captions, questions}; cached, do not modify."""
+    @property
+    def num_images(self) -> int:
+        """Number of images of all records."""
+        return len(self.kept.values)
+
+    def image_place(self, number: int) -> tuple[int, int]:
+        """(record, index of the image in it) of image `number` of `num_images`."""
+        record = int(np.searchsorted(self.kept.ends, number, side="right")) - 1
+        return record, number - int(self.kept.ends[record])
+
+    def outline(self, index: int) -> Outline:
+        """The outline of a record, without reading the record."""
+        return outline(self.outlines[index].tobytes(), len(self.kept[index]))
+
+    def __getitem__(self, index: int) -> StoredRecord:
         if index in self._items:
             return self._items[index]
         with self._lock:
@@ -204,30 +247,34 @@ class Records:
                 self._reader = ArrayRecordDataSource([str(self.path / "blocks" / name) for name in files])
             item = legacy.record(msgpack.unpackb(self._reader[index]))
         num_patches = self.header["num_patches"]
-        item["keep"] = np.unpackbits(np.frombuffer(item["keep"], np.uint8), count=num_patches).astype(bool)
-        width = "<u2" if len(item["codes"]) == 2 * item["keep"].sum() else "<u4"
-        codes = np.zeros(num_patches, np.int32)
-        codes[item["keep"]] = np.frombuffer(item["codes"], width)
-        item["codes"] = codes
+        keeps, codes = [], []
+        for packed_keep, packed_codes in zip(item["keep"], item["codes"], strict=True):
+            keep = np.unpackbits(np.frombuffer(packed_keep, np.uint8), count=num_patches).astype(bool)
+            full = np.zeros(num_patches, np.int32)
+            full[keep] = np.frombuffer(packed_codes, "<u2" if len(packed_codes) == 2 * keep.sum() else "<u4")
+            keeps.append(keep)
+            codes.append(full)
+        record = StoredRecord(item["key"], item["images"], keeps, codes, item["texts"], item["kinds"])
         if self._small:
-            self._items[index] = item
-        return item
+            self._items[index] = record
+        return record
 
-    def image(self, index: int) -> np.ndarray:
-        """The decoded image of a record, uint8 [S, S, 3] with S = header["image_size"]; cached, do not modify."""
-        if index in self._images:
-            return self._images[index]
-        image = transforms.to_pixels(self[index]["image_data"], self.header["image_size"])
+    def image(self, index: int, number: int = 0) -> np.ndarray:
+        """A decoded image of a record, uint8 [S, S, 3] with S = header["image_size"]; cached, do not modify."""
+        place = (index, number)
+        if place in self._images:
+            return self._images[place]
+        image = transforms.to_pixels(self[index].images[number], self.header["image_size"])
         if self._small:
-            self._images[index] = image
+            self._images[place] = image
         return image
 
 
 class _Ragged:
-    """Lists of integers of different lengths, stored in one array."""
+    """Lists of integers of different lengths in one array; `ends` starts with 0."""
 
-    def __init__(self, values: np.ndarray, counts: np.ndarray):
-        self.values, self.ends = values.astype(np.int32), np.concatenate([[0], np.cumsum(counts)])
+    def __init__(self, values: np.ndarray, ends: np.ndarray):
+        self.values, self.ends = values, ends
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.values[self.ends[index] : self.ends[index + 1]]

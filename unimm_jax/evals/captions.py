@@ -8,7 +8,8 @@ import numpy as np
 
 from unimm_jax.config import one_of, ranged
 from unimm_jax.data.pipeline import open_images
-from unimm_jax.data.sources import ImageDataset
+from unimm_jax.data.sources import DecodedDataset
+from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.evals import is_scenes, split_sources
 from unimm_jax.evals.base import Context, Options, Result
@@ -60,7 +61,7 @@ class Captions(GeneratingEvaluator):
 
     def __init__(self, options: CaptionsOptions):
         super().__init__(options)
-        self._opened: tuple[list[ImageDataset], str] | None = None
+        self._opened: tuple[list[DecodedDataset], str] | None = None
 
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""
@@ -78,10 +79,10 @@ class Captions(GeneratingEvaluator):
             part = [(place, item) for place, item in loaded if item is not None]
             if not part:
                 continue
-            images = np.stack([item["image"] for _, item in part])
+            images = np.stack([item.pixels[0] for _, item in part])
             codes, keep = generator.tokenize(images)
             captions = [first_words(text) for text in generator.generate_text(images, [""] * len(images))]
-            truths = [first_words(item["captions"][0]) for _, item in part]
+            truths = [first_words(item.record.captions[0]) for _, item in part]
             exact += [a == b for a, b in zip(captions, truths, strict=True)]
             words += [word_overlap(a, b) for a, b in zip(captions, truths, strict=True)]
             tokens += keep.sum(-1).tolist()
@@ -101,7 +102,7 @@ class Captions(GeneratingEvaluator):
         self._show(generator, shown, result)
         return result
 
-    def _open(self, generator: Generator, context: Context) -> tuple[list[ImageDataset], str]:
+    def _open(self, generator: Generator, context: Context) -> tuple[list[DecodedDataset], str]:
         """The data sets and their split."""
         listed = split_sources(self.settings.sources or context.header.get("sources") or "")
         if not listed:
@@ -112,10 +113,10 @@ class Captions(GeneratingEvaluator):
             listed = [source for source in listed if not is_scenes(source)]
         data = generator.image_tokenizer.config.data
 
-        def opened(source: str, split: str) -> list[ImageDataset]:
-            return open_images(dataclasses.replace(data, sources=source), split)
+        def opened(source: str, split: str) -> list[DecodedDataset]:
+            return open_images(dataclasses.replace(data, sources=source), split, ("images", "captions"))
 
-        found: list[ImageDataset] = []
+        found: list[DecodedDataset] = []
         if self.settings.split == "test":
             for source in listed:
                 try:
@@ -155,7 +156,7 @@ def evenly(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(total, count)).astype(int).tolist()
 
 
-def load(datasets: list[ImageDataset], place: int) -> dict[str, Any] | None:
+def load(datasets: list[DecodedDataset], place: int) -> Decoded | None:
     """A record by its place in all data sets; None if it is unusable."""
     for dataset in datasets:
         if place < len(dataset):

@@ -1,5 +1,6 @@
 """Generates images from prompts and text about images."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unimm_jax.data import pipeline
+from unimm_jax.data import pipeline, tasks
+from unimm_jax.data.documents import Document, ImageStart, render
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Decoding, Sampling
+
+PROMPT_STEP = 64  # tokens; one compilation per multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A document to continue, whose texts are strings, and its images, uint8 [N, S, S, 3]."""
+
+    document: Document
+    images: np.ndarray | None = None
 
 
 class Generator:
@@ -19,7 +31,8 @@ class Generator:
     Args (constructor):
       model: from `loading.load_model`, or one in training.
       batch: images or questions at a time; part of the compiled shape.
-      prompt_length: maximum tokens per prompt, image features included; 0 is an image and 32 tokens, at least 64.
+      prompt_length: maximum tokens per prompt, image features included. Prompts are padded to a multiple of
+        `PROMPT_STEP`, so short ones do not cost what the maximum would.
       answer_length: maximum tokens per answer.
       companions: from `loading.load_companions`; loaded if None.
 
@@ -31,17 +44,18 @@ class Generator:
         self,
         model: Model,
         batch: int = 32,
-        prompt_length: int = 0,
+        prompt_length: int = 1024,
         answer_length: int = 40,
         companions: tuple[LoadedTokenizer, dict[str, tuple[Any, Any]]] | None = None,
     ):
         self.model, self.config, self.header = model, model.config, model.header
         self.objective, self.params, self.text_tokenizer = model.objective, model.params, model.text_tokenizer
-        self.vocabulary = pipeline.vocabulary_of(self.header, self.text_tokenizer)
-        self.max_image_tokens: int = self.config.model["unified"].max_image_tokens
+        self.layout = pipeline.layout_of(self.header, self.text_tokenizer, self.config)
+        self.vocabulary = self.layout.vocabulary
+        self.max_image_tokens = self.layout.max_image_tokens
+        self.task_settings = pipeline.task_settings(self.config)
         self.batch = batch
-        image_tokens = self.max_image_tokens * (2 if self.vocabulary.num_position_ids else 1)
-        self.prompt_length = prompt_length or max(64, image_tokens + 32)
+        self.prompt_length = prompt_length
         self.image_tokenizer, self.decoders = companions or load_companions(model)
         self._encode = jax.jit(self._encode_images)
         self._encode_kept = jax.jit(self._encode_with_mask)
@@ -71,9 +85,13 @@ class Generator:
         Raises:
           UserError: a prompt longer than `prompt_length`.
         """
-        bos = [] if self.text_tokenizer.bos is None else [self.text_tokenizer.bos]
-        rows = [[*bos, *self.text_tokenizer.encode(p), self.vocabulary.start] for p in prompts]
-        return self._batches(rows, None, None, None, True, sampling, seed)
+        found = [Prompt(tasks.text_to_image_prompt(prompt)) for prompt in prompts]
+        return self.continue_with_image(found, sampling, seed)
+
+    def continue_with_image(self, prompts: Sequence[Prompt], sampling: Sampling = SAMPLED, seed: int = 0) -> np.ndarray:
+        """Ids of the image that follows each prompt; see `generate_image_tokens`. Guidance drops the whole prompt."""
+        ended = [p if isinstance(p.document[-1], ImageStart) else _with_start(p) for p in prompts]
+        return self._continue(ended, True, sampling, seed)
 
     def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image token ids → (codes int32 [N, P], keep boolean [N, P])."""
@@ -151,47 +169,67 @@ class Generator:
         Raises:
           UserError: a prompt longer than `prompt_length`.
         """
-        _, keep = self.tokenize(images)
-        rows, features = [], []
-        for mask, question in zip(keep, questions, strict=True):
-            ids, feature_rows = self.vocabulary.place_features(np.flatnonzero(mask)[: self.max_image_tokens])
-            words = self.text_tokenizer.encode(question) if question else ()
-            rows.append([self.vocabulary.start, *ids, self.vocabulary.end, *words])
-            features.append([-1, *feature_rows, *[-1] * (1 + len(words))])
-        found = self._batches(rows, features, images, keep, False, sampling, 0)
+        documents = [
+            tasks.question_prompt(question, self.task_settings) if question else tasks.caption_prompt()
+            for question in questions
+        ]
+        prompts = [Prompt(d, image[None]) for d, image in zip(documents, images, strict=True)]
+        return self.continue_with_text(prompts, sampling)
+
+    def continue_with_text(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
+        """The text that follows each prompt, up to </s>. Greedy by default.
+
+        Raises:
+          UserError: a prompt longer than `prompt_length`.
+        """
+        found = self._continue(prompts, False, sampling, seed)
         return [self.text_tokenizer.decode(_until(row, self.text_tokenizer.eos)) for row in found]
 
-    def _batches(
-        self,
-        rows: list[list[int]],
-        features: list[list[int]] | None,
-        images: np.ndarray | None,
-        keep: np.ndarray | None,
-        drawing: bool,
-        sampling: Sampling,
-        seed: int,
-    ) -> np.ndarray:
-        longest = max(map(len, rows))
-        if longest > self.prompt_length:
-            raise UserError(f"a prompt has {longest} tokens, the limit is {self.prompt_length}; shorten the prompt")
-        tokens = np.zeros((len(rows), self.prompt_length), np.int32)
+    def _continue(self, prompts: Sequence[Prompt], drawing: bool, sampling: Sampling, seed: int) -> np.ndarray:
+        """Renders prompts and continues them: int32 [N, steps]. One compilation per maximum number of images."""
+        counts = [0 if p.images is None else len(p.images) for p in prompts]
+        slots, num_patches = max(counts), self.header["num_patches"]
+        size = self.config.data.image_size
+        images = np.zeros((len(prompts), slots, size, size, 3), np.uint8)
+        keep = np.zeros((len(prompts), slots, num_patches), bool)
+        keep[..., 0] = True  # unused slots
+        if slots:
+            _, found = self.tokenize(np.concatenate([p.images for p in prompts if p.images is not None]))
+            masks = np.split(found, np.cumsum(counts)[:-1])
+        rows = []
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            if count:
+                assert prompt.images is not None
+                images[i, :count], keep[i, :count] = prompt.images, masks[i]
+            no_codes = np.zeros((count, num_patches), np.int32)
+            rows.append(row := render(prompt.document, (), keep[i], no_codes, self.layout))
+            if len(row.ids) > self.prompt_length:
+                raise UserError(
+                    f"a prompt has {len(row.ids)} tokens, the limit is {self.prompt_length}; shorten the prompt or "
+                    "raise --prompt_length"
+                )
+            if list(row.inputs) != list(range(count)):
+                raise UserError(f"a prompt has {count} images and reads {len(row.inputs)}")
+        length = -(-max(len(row.ids) for row in rows) // PROMPT_STEP) * PROMPT_STEP
+        tokens = np.zeros((len(prompts), length), np.int32)
         valid = np.zeros(tokens.shape, bool)
         index = np.full(tokens.shape, -1, np.int32)
         for i, row in enumerate(rows):
-            tokens[i, -len(row) :], valid[i, -len(row) :] = row, True
-            if features is not None:
-                index[i, -len(row) :] = features[i]
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
-        images = np.zeros((len(rows), 0), np.uint8) if images is None else images
-        keep = np.zeros((len(rows), 0), bool) if keep is None else keep
-        found = []
-        for at in range(0, len(rows), self.batch):
+            n = len(row.ids)
+            tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
+        done = []
+        for at in range(0, len(prompts), self.batch):
             cut = slice(at, at + self.batch)
             arrays = [_pad(x[cut], self.batch) for x in (tokens, valid, index, images, keep)]
-            part = keys[np.minimum(np.arange(at, at + self.batch), len(rows) - 1)]
+            part = keys[np.minimum(np.arange(at, at + self.batch), len(prompts) - 1)]
             with jax.set_mesh(self.model.mesh):
-                found.append(np.asarray(self._run(self.params, *arrays, part, drawing=drawing, sampling=sampling)))
-        return np.concatenate(found)[: len(rows)]
+                done.append(np.asarray(self._run(self.params, *arrays, part, drawing=drawing, sampling=sampling)))
+        return np.concatenate(done)[: len(prompts)]
+
+
+def _with_start(prompt: Prompt) -> Prompt:
+    return dataclasses.replace(prompt, document=(*prompt.document, ImageStart()))
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

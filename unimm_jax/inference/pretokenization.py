@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from unimm_jax import resolve, sharding, text_tokenizer
 from unimm_jax.checkpoint import read_meta
 from unimm_jax.data import pipeline
+from unimm_jax.data.outlines import Record
 from unimm_jax.data.records import Records, RecordWriter
-from unimm_jax.data.sources import ImageDataset
+from unimm_jax.data.sources import DecodedDataset
 from unimm_jax.errors import DataError, EmptySplitError
 from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
 from unimm_jax.text_tokenizer import TextTokenizer
@@ -70,15 +71,15 @@ def pretokenize(
         print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
 
 
-def _open(sources: str, data: Any, split: str) -> list[ImageDataset]:
-    return pipeline.open_images(dataclasses.replace(data, sources=sources), split)
+def _open(sources: str, data: Any, split: str) -> list[DecodedDataset]:
+    return pipeline.open_images(dataclasses.replace(data, sources=sources), split, ())
 
 
-def _fingerprints(datasets: list[ImageDataset]) -> list[str]:
+def _fingerprints(datasets: list[DecodedDataset]) -> list[str]:
     return [dataset.source.fingerprint() for dataset in datasets]
 
 
-def _text_tokenizer(path: str, vocab_size: int, datasets: list[ImageDataset]) -> TextTokenizer:
+def _text_tokenizer(path: str, vocab_size: int, datasets: list[DecodedDataset]) -> TextTokenizer:
     path = str(resolve.local_path(path)) if path else ""
     if path and (pathlib.Path(path) / "checkpoints").exists():
         return text_tokenizer_of(read_meta(path), path)
@@ -116,7 +117,7 @@ class Encoder:
 
 def write_split(
     encoder: Encoder,
-    datasets: list[ImageDataset],
+    datasets: list[DecodedDataset],
     folder: pathlib.Path,
     words: TextTokenizer,
     sources: str,
@@ -127,14 +128,15 @@ def write_split(
     Args:
       limit: maximum number of records per data set; 0 is all.
     """
-    items = [(d, i) for d in datasets for i in range(min(len(d), limit) if limit else len(d))]
+    lengths = [min(len(d), limit) if limit else len(d) for d in datasets]
+    items = [(source, i) for source, length in enumerate(lengths) for i in range(length)]
     identity = dict(fingerprint=encoder.tokenizer.fingerprint, sources=sources, places=len(items), block=BLOCK)
     writer = RecordWriter(folder, words, identity | {"source_fingerprints": _fingerprints(datasets)})
     blocks = range(-(-len(items) // BLOCK))
     mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
     progress = Progress(sum(len(items[b * BLOCK : (b + 1) * BLOCK]) for b in mine))
     for block in mine:
-        writer.write(block, _encoded(encoder, items[block * BLOCK : (block + 1) * BLOCK], progress))
+        writer.write(block, _encoded(encoder, datasets, items[block * BLOCK : (block + 1) * BLOCK], progress))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"records {folder.name}")
     if jax.process_index():
@@ -162,12 +164,21 @@ class Progress:
 
 
 def _encoded(
-    encoder: Encoder, items: list[tuple[ImageDataset, int]], progress: Progress
-) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """(record, keep mask, codes) of every usable record."""
+    encoder: Encoder, datasets: list[DecodedDataset], items: list[tuple[int, int]], progress: Progress
+) -> Iterator[tuple[int, Record, np.ndarray, np.ndarray]]:
+    """(number of the source, record, keep masks [N, P], codes [N, P]) of every usable record."""
+    num_patches = encoder.tokenizer.config.model["encoder"].num_patches
     for at in range(0, len(items), encoder.batch):
-        found = [dataset.load(index) for dataset, index in items[at : at + encoder.batch]]
-        usable = [item for item in found if item is not None]
-        if usable:
-            yield from zip(usable, *encoder(np.stack([item["image"] for item in usable])), strict=True)
-        progress.add(len(found))
+        part = items[at : at + encoder.batch]
+        loaded = [(source, datasets[source].load(index)) for source, index in part]
+        usable = [(source, item) for source, item in loaded if item is not None]
+        pixels = [image for _, item in usable for image in item.pixels]
+        batches = [encoder(np.stack(pixels[i : i + encoder.batch])) for i in range(0, len(pixels), encoder.batch)]
+        none = np.zeros((0, num_patches))
+        keep = np.concatenate([none.astype(bool), *(keep for keep, _ in batches)])
+        codes = np.concatenate([none.astype(np.int32), *(codes for _, codes in batches)])
+        end = 0
+        for source, item in usable:
+            start, end = end, end + len(item.pixels)
+            yield source, item.record, keep[start:end], codes[start:end]
+        progress.add(len(part))

@@ -112,8 +112,8 @@ class Decoding:
         tokens_BT: jax.Array,
         valid_BT: jax.Array,
         feature_index_BT: jax.Array,
-        images: jax.Array,
-        keep_BP: jax.Array,
+        images_BRHWC: jax.Array,
+        keep_BRP: jax.Array,
         keys_B: jax.Array,
         drawing: bool,
         sampling: Sampling,
@@ -121,7 +121,7 @@ class Decoding:
         """Prefills the prompts (left-padded) and generates token by token: int32 [B, steps].
 
         Args:
-          images: uint8 [B, H, W, 3] that the prompts read; unused with `drawing`.
+          images_BRHWC: uint8, the images that the prompts read; R may be 0. keep_BRP: their keep masks.
           drawing: generate an image rather than text. With guidance, a second stream sees [IMG] alone.
         """
         v, model = self.vocabulary, self.objective.module(params)
@@ -129,11 +129,13 @@ class Decoding:
         guided = drawing and sampling.guidance != 1
         steps = self.image_steps if drawing else self.answer_length
         b, t = tokens_BT.shape
-        if drawing:
-            x_BTD = model.language.embed(tokens_BT, dtype)
+        r = images_BRHWC.shape[1]
+        if r:
+            pixels = model.encoder.normalize(images_BRHWC.reshape(b * r, *images_BRHWC.shape[2:]), dtype)
+            rows = model.features(pixels, keep_BRP.reshape(b * r, -1))
+            x_BTD = model.inputs(tokens_BT, feature_index_BT, rows.reshape(b, r, *rows.shape[1:]))
         else:
-            rows = model.features(model.encoder.normalize(images, dtype), keep_BP)
-            x_BTD = model.inputs(tokens_BT, feature_index_BT, rows[:, None])
+            x_BTD = model.language.embed(tokens_BT, dtype)
         if guided:
             x_BTD = jnp.concatenate([x_BTD, x_BTD])
             alone = jnp.zeros_like(valid_BT).at[:, -1].set(True)

@@ -45,7 +45,7 @@ class Contrastive(Objective):
         cls, config: Config, text_tokenizer: TextTokenizer | None = None, split: str = "train"
     ) -> pipeline.Input:
         """See `Objective.open_input`."""
-        datasets = pipeline.open_images(config.data, split)
+        datasets = pipeline.open_images(config.data, split, ("images", "captions"))
         if text_tokenizer is None:
             text_tokenizer = pipeline.make_text_tokenizer(config.text_tokenizer, datasets)
         return pipeline.image_input(config, datasets, text_tokenizer, config.model["text_tower"].max_length)

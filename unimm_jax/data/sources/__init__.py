@@ -8,7 +8,8 @@ import importlib
 import pathlib
 from typing import Any
 
-from unimm_jax.data.sources.base import SPLITS, HeldOut, ImageDataset, Record, Source
+from unimm_jax.data.outlines import Message, Question, Record
+from unimm_jax.data.sources.base import SPLITS, DecodedDataset, HeldOut, Source
 from unimm_jax.errors import DataError
 
 # prefix of a description → "module:class"; imported on first use
@@ -16,6 +17,14 @@ REGISTRY = {
     "scenes": "unimm_jax.data.sources.scenes:SceneSource",
     "folder": "unimm_jax.data.sources.folder:FolderSource",
     "tfds": "unimm_jax.data.sources.tfds:TfdsSource",
+    "llava": "unimm_jax.data.sources.llava:LlavaSource",
+    "chat": "unimm_jax.data.sources.chat:ChatSource",
+    "text": "unimm_jax.data.sources.text:TextSource",
+    "interleaved": "unimm_jax.data.sources.interleaved:InterleavedSource",
+    "coco": "unimm_jax.data.sources.coco:CocoSource",
+    "webdataset": "unimm_jax.data.sources.webdataset:WebdatasetSource",
+    "parquet": "unimm_jax.data.sources.parquet:ParquetSource",
+    "edit": "unimm_jax.data.sources.pairs:EditSource",
 }
 
 
@@ -23,8 +32,8 @@ def open_source(description: str, split: str = "train", held_out: float = 0.02) 
     """Opens one source.
 
     Args:
-      description: "scenes", "scenes:count=2000,seed=1", "folder:PATH", "tfds:PATH", or a PATH, whose format is
-        detected.
+      description: "scenes", "scenes:count=2000,seed=1", "FORMAT:PATH" with a format of `REGISTRY`, such as
+        "llava:PATH,images=DIRECTORY", or the PATH of a directory, whose format is detected.
       split: "train" or "test".
       held_out: share of the records in the test split of a source without a test split; chosen by the hash of the key.
 
@@ -58,9 +67,28 @@ def detect(path: str) -> str:
         )
     if directory.is_file():
         raise DataError(
-            f"data source {path!r} is a file; give the directory that holds the images or the TFDS data set"
+            f"data source {path!r} is a file; give its format, one of {', '.join(REGISTRY)} (FORMAT:PATH), or the "
+            "directory that holds the images or the TFDS data set"
         )
-    return "tfds" if (directory / "dataset_info.json").exists() else "folder"
+    if (directory / "dataset_info.json").exists():
+        return "tfds"
+    if any(directory.glob("*.tar")):
+        return "webdataset"
+    # beside a directory of the same name is what img2dataset notes about the images in that directory
+    if any(not file.with_suffix("").is_dir() for file in directory.glob("*.parquet")):
+        return "parquet"
+    return "edit" if (directory / "edits.jsonl").exists() else "folder"
 
 
-__all__ = ["REGISTRY", "HeldOut", "ImageDataset", "Record", "Source", "detect", "get", "open_source"]
+__all__ = [
+    "REGISTRY",
+    "DecodedDataset",
+    "HeldOut",
+    "Message",
+    "Question",
+    "Record",
+    "Source",
+    "detect",
+    "get",
+    "open_source",
+]

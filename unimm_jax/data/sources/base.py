@@ -1,6 +1,7 @@
 """The interface of data sources, held-out splits, fingerprints, and decoding with error handling."""
 
 import collections
+import dataclasses
 import hashlib
 import logging
 import os
@@ -8,33 +9,18 @@ import pathlib
 import threading
 import zlib
 from collections.abc import Iterable
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 
 from unimm_jax.data import transforms
+from unimm_jax.data.outlines import Record, flatten
 from unimm_jax.errors import DataError, EmptySplitError, InvalidRecordError
 
 CACHE_BYTES = 2_000_000_000  # decoded images of a source are cached in memory if all of them fit
 HASHED_BYTES = 256_000_000  # sources up to this size are fingerprinted by all of their contents
 HASHED_FILES = 2_000  # larger sources by the contents of about this many files
 SPLITS = ("train", "test")
-
-
-class Record(TypedDict):
-    """One image with its texts.
-
-    Attributes:
-      key: unique name.
-      image_data: encoded bytes, or pixels uint8 [H, W, 3].
-      captions: texts that describe the image; at least one.
-      questions: (question, answer, kind).
-    """
-
-    key: str
-    image_data: bytes | np.ndarray
-    captions: list[str]
-    questions: list[tuple[str, str, str]]
 
 
 class Source(Protocol):
@@ -110,7 +96,8 @@ class HeldOut:
 def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
     """A digest of names, sizes and contents of files: 16 hexadecimal digits.
 
-    If all files together exceed `HASHED_BYTES`, only the contents of at most `HASHED_FILES` evenly spaced files count.
+    If all files together exceed `HASHED_BYTES`, only the contents of at most `HASHED_FILES` evenly spaced files count,
+    and of a file above 2 MiB only 64 evenly spaced blocks of 64 KiB.
 
     Args:
       root: directory that the names are relative to.
@@ -125,22 +112,34 @@ def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
         digest.update(os.fsencode(file.relative_to(root)) + f" {size}\n".encode())
         if size >= 0:
             found.append((file, size))
-    if sum(size for _, size in found) > HASHED_BYTES:
+    is_large = sum(size for _, size in found) > HASHED_BYTES
+    if is_large:
         found = found[:: -(-len(found) // HASHED_FILES)]
     for file, size in found:
         try:
             with file.open("rb") as stream:
-                digest.update(stream.read(2**20))
-                if size > 2**20:  # head and tail of large files
-                    stream.seek(max(size - 2**20, 2**20))
-                    digest.update(stream.read())
+                if is_large and size > 2**21:
+                    for start in np.linspace(0, size - 2**16, 64).astype(int).tolist():
+                        stream.seek(start)
+                        digest.update(stream.read(2**16))
+                else:
+                    while block := stream.read(2**20):
+                        digest.update(block)
         except OSError as error:
             digest.update(str(error.errno).encode())
     return digest.hexdigest()[:16]
 
 
-class ImageDataset:
-    """Decodes and resizes the records of a source: index → the record with `image`, uint8 [S, S, 3].
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A record with its images decoded and resized: `pixels` has one uint8 [S, S, 3] per image; do not modify."""
+
+    record: Record
+    pixels: tuple[np.ndarray, ...]
+
+
+class DecodedDataset:
+    """Decodes and resizes the records of a source by index.
 
     An unusable record is logged once and replaced by the next usable one, so the data order remains a function of the
     index.
@@ -151,15 +150,16 @@ class ImageDataset:
     Args (constructor):
       source: the source.
       size: side S of the images in pixels.
+      needs: fields of `Record` that a usable record has, for example ("images",).
 
     Raises (constructor):
       DataError: no record is usable; the message counts the reasons.
     """
 
-    def __init__(self, source: Source, size: int):
-        self.source, self.size = source, size
+    def __init__(self, source: Source, size: int, needs: tuple[str, ...] = ()):
+        self.source, self.size, self.needs = source, size, needs
         self.invalid: dict[int, str] = {}
-        self._cache: dict[int, dict] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
+        self._cache: dict[int, Decoded] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
         self._lock = threading.Lock()
         if not any(self.load(i) is not None for i in range(len(source))):
             reasons = collections.Counter(reason.split(":")[0] for reason in self.invalid.values())
@@ -169,7 +169,7 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> dict[str, Any] | None:
+    def load(self, index: int) -> Decoded | None:
         """The record at `index`, without replacement, or None if it is unusable."""
         if index in self.invalid:
             return None
@@ -177,7 +177,10 @@ class ImageDataset:
             return self._cache[index]
         try:
             record = self.source[index]
-            item = {**record, "image": transforms.to_pixels(record["image_data"], self.size)}
+            flatten(record)  # refuses records that are not of one kind
+            if missing := [name for name in self.needs if not getattr(record, name)]:
+                raise InvalidRecordError(f"it has no {' and no '.join(missing)}, which this stage needs")
+            item = Decoded(record, tuple(transforms.to_pixels(image, self.size) for image in record.images))
         except InvalidRecordError as error:
             with self._lock:
                 if index not in self.invalid:
@@ -188,7 +191,7 @@ class ImageDataset:
             self._cache[index] = item
         return item
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Decoded:
         for shift in range(len(self.source)):
             item = self.load((index + shift) % len(self.source))
             if item is not None:

@@ -2,7 +2,8 @@
 
 import pathlib
 
-from unimm_jax.data.sources.base import Record, fingerprint_files
+from unimm_jax.data.outlines import Record
+from unimm_jax.data.sources.base import fingerprint_files
 from unimm_jax.errors import DataError, InvalidRecordError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -59,7 +60,7 @@ class FolderSource:
             raise InvalidRecordError(what) from None
         except OSError as error:
             raise InvalidRecordError(f"it cannot be read ({error.strerror})") from error
-        return Record(key=self.key(index), image_data=data, captions=captions, questions=[])
+        return Record(self.key(index), (data,), captions=captions)
 
     def key(self, index: int) -> str:
         """See `Source.key`."""

@@ -3,7 +3,8 @@
 from typing import Any
 
 from unimm_jax.data import scenes
-from unimm_jax.data.sources.base import SPLITS, Record
+from unimm_jax.data.outlines import Question, Record
+from unimm_jax.data.sources.base import SPLITS
 from unimm_jax.errors import DataError
 
 VERSION = 1  # increment when the same arguments give other scenes, images or texts
@@ -50,12 +51,11 @@ class SceneSource:
 
     def __getitem__(self, index: int) -> Record:
         scene = scenes.draw_scene(self.seed, self.split, index, self.jitter)
-        return Record(
-            key=self.key(index),
-            image_data=scenes.render(scene, self.size),
-            captions=scenes.captions(scene),
-            questions=scenes.questions(scene),
-        )
+        captions = scenes.captions(scene)
+        # the first two questions are the two forms of the existence question
+        questions = [Question(*question, alternative=i == 1) for i, question in enumerate(scenes.questions(scene))]
+        image = scenes.render(scene, self.size)
+        return Record(self.key(index), (image,), captions=captions[:1], prompts=captions[1:], questions=questions)
 
     def key(self, index: int) -> str:
         """See `Source.key`."""

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from unimm_jax.data.sources.base import Record, fingerprint_files
+from unimm_jax.data.outlines import Record
+from unimm_jax.data.sources.base import fingerprint_files
 from unimm_jax.errors import DataError, InvalidRecordError
 
 TEXT_FEATURES = ("captions", "caption", "text")
@@ -66,7 +67,7 @@ class TfdsSource:
         captions = [c for c in captions if c]
         if not captions:
             raise InvalidRecordError("its caption is empty")
-        return Record(key=self.key(index), image_data=item["image"], captions=captions, questions=[])
+        return Record(self.key(index), (item["image"],), captions=captions)
 
     def key(self, index: int) -> str:
         """See `Source.key`."""

@@ -1,0 +1,210 @@
+"""Records, outlines, tasks and documents: one rendering, and a length that always equals it."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unimm_jax import text_tokenizer
+from unimm_jax.data import tasks
+from unimm_jax.data.documents import IGNORED, Layout, input_images, length, render
+from unimm_jax.data.outlines import Message, Question, Record, flatten, outline
+from unimm_jax.data.tasks import TaskSettings
+from unimm_jax.errors import InvalidRecordError
+from unimm_jax.vocabulary import Vocabulary
+
+PATCHES, CODES = 16, 64
+TOKENIZER = text_tokenizer.train(["a red circle and a blue square", "is there a cross?", "yes"], 300)
+PIXELS = np.zeros((8, 8, 3), np.uint8)
+
+text = st.text("abc é?", min_size=1, max_size=12).filter(str.strip)
+questions = st.lists(st.builds(Question, text, text, st.just(""), st.booleans()), max_size=5)
+
+
+@st.composite
+def conversations(draw):
+    count, messages = 0, []
+    for i in range(draw(st.integers(2, 6))):
+        parts = []
+        for _ in range(draw(st.integers(1, 3))):
+            if draw(st.booleans()):
+                parts.append(count)
+                count += 1
+            else:
+                parts.append(draw(text))
+        messages.append(Message("assistant" if i % 2 else "user", parts))
+    if draw(st.booleans()):
+        messages.insert(0, Message("system", [draw(text)]))
+    return Record("c", [PIXELS] * count, messages=messages)
+
+
+@st.composite
+def interleaved(draw):
+    count, content = 0, []
+    for is_image in draw(st.lists(st.booleans(), min_size=1, max_size=8)):
+        content.append(count if is_image else draw(text))
+        count += is_image
+    return Record("i", [PIXELS] * count, content=content)
+
+
+records = st.one_of(
+    st.builds(
+        lambda a, b, c: Record("k", [PIXELS], captions=a, prompts=b, questions=c),
+        st.lists(text, min_size=1, max_size=3),
+        st.lists(text, max_size=3),
+        questions,
+    ),
+    conversations(),
+    interleaved(),
+    st.builds(lambda a: Record("e", [PIXELS] * 2, instruction=a), text),
+    st.builds(lambda a: Record("t", text=a), text),
+)
+layouts = st.builds(
+    lambda grid, limit: Layout(Vocabulary(TOKENIZER.num_rows, CODES, PATCHES if grid else 0), TOKENIZER, limit),
+    st.booleans(),
+    st.sampled_from([3, PATCHES]),
+)
+task_settings = st.builds(
+    TaskSettings,
+    max_questions=st.integers(1, 3),
+    prompt_dropout=st.sampled_from([0.0, 0.5, 1.0]),
+    template=st.sampled_from(list(tasks.TEMPLATES)),
+)
+
+
+def contents(record, seed):
+    rng = np.random.default_rng(seed)
+    keep = rng.random((len(record.images), PATCHES)) < 0.4
+    keep[:, 0] = True
+    return keep, rng.integers(0, CODES, (len(record.images), PATCHES))
+
+
+@settings(max_examples=300, deadline=None)
+@given(records, layouts, task_settings, st.integers(0, 2**31 - 1))
+def test_the_length_of_every_document_is_that_of_its_rendering(record, layout, options, variant):
+    texts, codes = flatten(record)
+    found = outline(codes, len(record.images))
+    keep, image_codes = contents(record, variant)
+    counts = [len(TOKENIZER.encode(t)) for t in texts]
+    applied = 0
+    for name in tasks.REGISTRY:
+        task = tasks.get(name)
+        if not task.applies(found):
+            continue
+        applied += 1
+        document = task.build(found, variant, options)
+        row = render(document, texts, keep, image_codes, layout)
+        assert len(row.ids) == length(document, counts, keep.sum(-1), layout)
+        assert len(row.ids) == len(row.targets) == len(row.weights) == len(row.feature)
+        assert row.inputs == input_images(document)
+        for slot, image in enumerate(row.inputs):
+            mine = row.feature[row.feature // layout.max_image_tokens == slot]
+            mine = mine[mine >= 0]
+            assert len(mine) == min(keep[image].sum(), layout.max_image_tokens) == len(set(mine.tolist()))
+        assert row.ids.max() < layout.vocabulary.size and row.ids.min() >= 0
+        assert (row.ids == row.targets)[row.feature == IGNORED].all()
+    assert applied
+
+
+@settings(max_examples=200, deadline=None)
+@given(records)
+def test_outlines_keep_what_records_have(record):
+    texts, codes = flatten(record)
+    found = outline(codes, len(record.images))
+    assert [texts[i] for i in found.captions] == list(record.captions)
+    assert [texts[i] for i in found.prompts] == list(record.prompts)
+    assert [(texts[q], texts[a], alt) for q, a, alt in found.questions] == [
+        (q.question, q.answer, q.alternative) for q in record.questions
+    ]
+    spoken = [Message(t.role, [p.number if p.is_image else texts[p.number] for p in t.parts]) for t in found.turns]
+    assert spoken == [Message(m.role, list(m.content)) for m in record.messages]
+    assert [p.number if p.is_image else texts[p.number] for p in found.content] == list(record.content)
+    assert ("" if found.instruction is None else texts[found.instruction]) == record.instruction
+    assert ("" if found.text is None else texts[found.text]) == record.text
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (Record("k"), "no caption, messages"),
+        (Record("k", [PIXELS], captions=["a"], text="b"), "captions and text"),
+        (Record("k", captions=["a"]), "0 images and uses 1"),
+        (Record("k", [PIXELS], text="b"), "1 images and uses 0"),
+        (Record("k", [PIXELS], content=["a", 1]), "not used in order"),
+        (Record("k", [PIXELS], messages=[Message("robot", ["a"])]), "role 'robot'"),
+    ],
+)
+def test_records_of_no_kind_or_two_are_refused(record, reason):
+    with pytest.raises(InvalidRecordError, match=reason):
+        flatten(record)
+
+
+def document(record, task, variant=0, **options):
+    texts, codes = flatten(record)
+    return tasks.get(task).build(outline(codes, len(record.images)), variant, TaskSettings(**options)), texts
+
+
+def written(record, task, variant=0, **options):
+    """Readable form of a document: texts in the loss in capitals, [i] an image that is read, <i> one generated."""
+    segments, texts = document(record, task, variant, **options)
+    words = []
+    for s in segments:
+        kind = type(s).__name__
+        if kind == "Text":
+            string = s.text if isinstance(s.text, str) else texts[s.text]
+            words.append(string.upper() if s.weight else string)
+        elif kind == "Special":
+            words.append(f"{s.name}{'+' if s.weight else ''}")
+        else:
+            words.append(f"[{s.image}]" if kind == "ImageIn" else f"<{s.image}>")
+    return "|".join(words)
+
+
+def test_conversations_by_template():
+    record = Record(
+        "k", [PIXELS] * 2, messages=[Message("user", [0, "q"]), Message("assistant", ["a", 1]), Message("user", ["r"]),
+                                     Message("assistant", ["b"]), Message("user", ["unanswered"])]
+    )  # fmt: skip
+    # the generated image is read again at the start of the next turn; the unanswered turn is left out
+    assert written(record, "conversation") == "[0]|q|A|<1>|eos+|[1]|r|B|eos+"
+    vicuna = written(record, "conversation", template="vicuna_v1")
+    assert vicuna.startswith("bos|A chat between") or vicuna.startswith("bos|a chat between")
+    assert vicuna.endswith("|USER:|[0]|q|ASSISTANT:|A|<1>|eos+|USER:|[1]|r|ASSISTANT:|B|eos+")
+    chatml = written(record, "conversation", template="chatml")
+    assert chatml.endswith("<|im_start|>user\n|[1]|r|<|im_end|>\n|<|im_start|>assistant\n|B|eos+|\n")
+    own = Record("k", messages=[Message("system", ["s"]), Message("user", ["q"]), Message("assistant", ["a"])])
+    assert written(own, "conversation", template="vicuna_v1") == "bos|s|USER:|q|ASSISTANT:|A|eos+"
+
+
+def test_a_prompt_is_its_conversation_up_to_the_answer():
+    record = Record("k", [PIXELS], captions=["c"], questions=[Question("q", "a")])
+    for template in tasks.TEMPLATES:
+        whole, texts = document(record, "question", template=template)
+        prompt = tasks.question_prompt("q", TaskSettings(template=template))
+        layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES)
+        keep, codes = contents(record, 0)
+        start = render(prompt, (), keep, codes, layout).ids
+        assert render(whole, texts, keep, codes, layout).ids[: len(start)].tolist() == start.tolist()
+    caption, _ = document(record, "caption")
+    assert [s.image for s in tasks.caption_prompt()] == [caption[0].image]
+
+
+def test_edits_and_their_dropped_form():
+    record = Record("k", [PIXELS] * 2, instruction="make it red")
+    assert written(record, "edit", prompt_dropout=0.0) == "[0]|make it red|<1>|eos+"
+    assert written(record, "edit", prompt_dropout=1.0) == "[0]|reconstruct|<0>|eos+"
+
+
+def test_interleaved_documents_read_images_or_end_with_one():
+    record = Record("k", [PIXELS] * 3, content=[0, "a", 1, "b", 2, "c"])
+    assert written(record, "interleaved", 0) == "bos+|[0]|A|[1]|B|[2]|C|eos+"
+    assert written(record, "interleaved", 1) == "bos+|[0]|A|[1]|B|<2>"
+
+
+def test_every_caption_is_trained_and_every_question_asked():
+    record = Record("k", [PIXELS], captions=list("abcde"), questions=[Question("q", "a"), Question("r", "b")])
+    assert {written(record, "caption", variant) for variant in range(10)} == {f"[0]|{c}|eos+" for c in "ABCDE"}
+    both = {written(record, "question", variant) for variant in range(20)}
+    assert both == {"[0]|q|A|eos+|r|B|eos+", "[0]|r|B|eos+|q|A|eos+"}
+    either = Record("k", [PIXELS], captions=["c"], questions=[Question("q", "yes"), Question("r", "no", "", True)])
+    assert {written(either, "question", variant) for variant in range(20)} == {"[0]|q|YES|eos+", "[0]|r|NO|eos+"}

@@ -1,0 +1,300 @@
+"""Tasks: functions that turn the outline of a record into a document.
+
+To add a task, write a file with a `Task` and add its line to `REGISTRY`. Its name is then a setting of
+`config.data.tasks`.
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unimm_jax.data.documents import Document, ImageIn, ImageOut, ImageStart, Segment, Special, Text
+from unimm_jax.data.outlines import Outline, Part, Turn
+
+# name → "module:Task"; imported on first use
+REGISTRY = {
+    "text": "unimm_jax.data.tasks:TEXT",
+    "caption": "unimm_jax.data.tasks:CAPTION",
+    "reconstruct": "unimm_jax.data.tasks:RECONSTRUCT",
+    "text_to_image": "unimm_jax.data.tasks:TEXT_TO_IMAGE",
+    "question": "unimm_jax.data.tasks:QUESTION",
+    "conversation": "unimm_jax.data.tasks:CONVERSATION",
+    "edit": "unimm_jax.data.tasks:EDIT",
+    "interleaved": "unimm_jax.data.tasks:INTERLEAVED",
+}
+RECONSTRUCT_INSTRUCTION = "reconstruct"  # instruction of an edit example whose own instruction is dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """Settings of the tasks.
+
+    Attributes:
+      max_questions: maximum number of questions per `question` example.
+      prompt_dropout: share of text-to-image and edit examples without their text, for guidance (0.1 in ILLUME+'s code).
+      image_targets: loss weight of the code targets at positions of input images (LaVIT's [image, text]; 0 in ILLUME).
+      text_targets: loss weight of the prompt in text-to-image examples.
+      code_targets: loss weight of the codes of generated images.
+      template: how conversations are laid out, a name of `TEMPLATES`.
+    """
+
+    max_questions: int = 3
+    prompt_dropout: float = 0.1
+    image_targets: float = 1.0
+    text_targets: float = 1.0
+    code_targets: float = 1.0
+    template: str = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One way to make a document of a record.
+
+    Attributes:
+      applies: whether a record with this outline can be an example of the task.
+      build: (outline, variant, settings) → document. All random choices come from the integer `variant`.
+    """
+
+    applies: Callable[[Outline], bool]
+    build: Callable[[Outline, int, TaskSettings], Document]
+
+
+@functools.cache
+def get(name: str) -> Task:
+    """A task by its name, a key of `REGISTRY`."""
+    module, _, attribute = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+# ---- Pretraining orders: documents without roles ---------------------------------------------------------------------
+
+
+def _any_text(outline: Outline) -> tuple[int, ...]:
+    return outline.captions + outline.prompts
+
+
+def _text(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """<s> text </s>."""
+    texts = _any_text(outline)
+    text = texts[variant % len(texts)] if texts else outline.text
+    assert text is not None
+    return (Special("bos", 1.0), Text(text, 1.0), Special("eos", 1.0))
+
+
+def _caption(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """[IMG] features [/IMG] caption </s>. Every caption of an image is used, by `variant`."""
+    text = outline.captions[variant % len(outline.captions)]
+    return (ImageIn(0, settings.image_targets), Text(text, 1.0), Special("eos", 1.0))
+
+
+def _reconstruct(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """[IMG] features [/IMG] [IMG] codes [/IMG] of one image."""
+    image = variant % outline.images
+    return (ImageIn(image, settings.image_targets), ImageOut(image, settings.code_targets))
+
+
+def _text_to_image(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """<s> text [IMG] codes [/IMG]; without `<s> text` if the prompt is dropped."""
+    if is_dropped(variant, settings):
+        return (ImageOut(0, settings.code_targets),)
+    texts, weight = _any_text(outline), settings.text_targets
+    image = ImageOut(0, settings.code_targets, weight)
+    return (Special("bos", weight), Text(texts[variant % len(texts)], weight), image)
+
+
+def _interleaved(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """<s>, then texts and images in order, then </s>.
+
+    Images are read. In half of the examples, the last image that follows a text is generated instead and ends the
+    document, so that the model learns to continue a document with an image.
+    """
+    parts = outline.content
+    follows = [i for i in range(1, len(parts)) if parts[i].is_image and not parts[i - 1].is_image]
+    last = follows[-1] if follows and variant & 1 else None
+    segments: list[Segment] = [Special("bos", 1.0)]
+    for part in parts[:last]:
+        segments.append(ImageIn(part.number, settings.image_targets) if part.is_image else Text(part.number, 1.0))
+    if last is None:
+        return (*segments, Special("eos", 1.0))
+    return (*segments, ImageOut(parts[last].number, settings.code_targets, 1.0))
+
+
+def is_dropped(variant: int, settings: TaskSettings) -> bool:
+    """Whether an example loses its prompt."""
+    return (variant >> 8) % 1000 < settings.prompt_dropout * 1000
+
+
+# ---- Conversations ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """Texts around the turns of a conversation. Each text is tokenized on its own.
+
+    Attributes:
+      bos: whether the conversation starts with the beginning-of-text token.
+      system: default system message; empty for none.
+      before: role → text before a turn of the role. after: role → text after it; an assistant turn first ends with the
+        end-of-text token.
+    """
+
+    bos: bool
+    system: str
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+_CHATML = {role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")}
+TEMPLATES = {
+    "plain": Template(False, "", {}, {}),
+    "vicuna_v1": Template(  # LLaVA and Vicuna 1.1
+        True,
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        {"user": "USER:", "assistant": "ASSISTANT:"},
+        {},
+    ),
+    "chatml": Template(  # Qwen; the end-of-text token of its chat models is <|im_end|>
+        False,
+        "You are a helpful assistant.",
+        _CHATML,
+        {"system": "<|im_end|>\n", "user": "<|im_end|>\n", "assistant": "\n"},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """A turn ready to be laid out: texts (their index, or the text itself) and images (`Part`) in order."""
+
+    role: str
+    parts: Sequence[Part | str]
+
+
+def converse(turns: Sequence[Spoken], settings: TaskSettings, image_targets: float = 0.0) -> Document:
+    """Lays a conversation out. What the assistant says is in the loss; what system and user say is read only.
+
+    An image that the assistant generated is read again, as features, at the start of the next turn (as ILLUME does).
+    A conversation that ends with a user turn is a prompt: it ends with the text before the assistant's turn.
+
+    Args:
+      image_targets: loss weight of the code targets at positions of input images.
+    """
+    template = TEMPLATES[settings.template]
+    segments: list[Segment] = [Special("bos")] if template.bos else []
+    if template.system and turns[0].role != "system":
+        turns = [Spoken("system", (template.system,)), *turns]
+    generated: list[int] = []
+    for turn in turns:
+        segments += _literal(template.before.get(turn.role))
+        segments += [ImageIn(image) for image in generated]
+        generated = []
+        speaks = turn.role == "assistant"
+        for part in turn.parts:
+            if isinstance(part, str) or not part.is_image:
+                segments.append(Text(part if isinstance(part, str) else part.number, float(speaks)))
+            elif speaks:
+                segments.append(ImageOut(part.number, settings.code_targets, 1.0))
+                generated.append(part.number)
+            else:
+                segments.append(ImageIn(part.number, image_targets))
+        if speaks:
+            segments.append(Special("eos", 1.0))
+        segments += _literal(template.after.get(turn.role))
+    if turns[-1].role == "user":
+        segments += _literal(template.before.get("assistant"))
+    return tuple(segments)
+
+
+def _literal(text: str | None) -> list[Segment]:
+    return [Text(text)] if text else []
+
+
+def _question(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """A conversation of some questions about the image and their answers; the image is in the first turn."""
+    turns: list[Spoken] = []
+    for i in chosen_questions(outline, variant, settings.max_questions):
+        question, answer, _ = outline.questions[i]
+        image = () if turns else (Part(True, 0),)
+        turns += [Spoken("user", (*image, Part(False, question))), Spoken("assistant", (Part(False, answer),))]
+    return converse(turns, settings, settings.image_targets)
+
+
+def chosen_questions(outline: Outline, variant: int, limit: int) -> list[int]:
+    """Indices of the questions that an example asks, in order; of alternatives, at most one."""
+    groups = np.cumsum([not alternative for _, _, alternative in outline.questions])
+    order = np.random.default_rng(variant).permutation(len(groups)).tolist()
+    seen: set[int] = set()
+    found = []
+    for i in order:
+        if groups[i] not in seen:
+            seen.add(groups[i])
+            found.append(i)
+    return found[:limit]
+
+
+def _conversation(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """The conversation of the record, up to its last assistant turn.
+
+    One user turn that is answered by one image is text-to-image or an edit: a share of these lose their prompt.
+    """
+    turns = _answered(outline.turns)
+    asks_for_image = [turn.role for turn in turns] == ["user", "assistant"] and len(turns[1].parts) == 1
+    if asks_for_image and turns[1].parts[0].is_image and is_dropped(variant, settings):
+        source = next((part for part in turns[0].parts if part.is_image), None)
+        if source is None:
+            return (ImageOut(turns[1].parts[0].number, settings.code_targets),)
+        return converse([Spoken("user", (source, RECONSTRUCT_INSTRUCTION)), Spoken("assistant", (source,))], settings)
+    return converse([Spoken(*turn) for turn in turns], settings)
+
+
+def _answered(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns up to the last one of the assistant."""
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    return turns[: last + 1]
+
+
+def _edit(outline: Outline, variant: int, settings: TaskSettings) -> Document:
+    """A turn with the source image and the instruction, and a turn with the target image.
+
+    If the instruction is dropped, the source image is to be reconstructed (as in ILLUME+'s code).
+    """
+    assert outline.instruction is not None
+    dropped = is_dropped(variant, settings)
+    instruction = RECONSTRUCT_INSTRUCTION if dropped else Part(False, outline.instruction)
+    user = Spoken("user", (Part(True, 0), instruction))
+    return converse([user, Spoken("assistant", (Part(True, 0 if dropped else 1),))], settings)
+
+
+# ---- Prompts: the documents above up to what the model writes --------------------------------------------------------
+
+
+def text_to_image_prompt(prompt: str) -> Document:
+    """<s> text [IMG]."""
+    return (Special("bos"), Text(prompt), ImageStart())
+
+
+def caption_prompt() -> Document:
+    """[IMG] features [/IMG] of image 0."""
+    return (ImageIn(0),)
+
+
+def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> Document:
+    """The user turn of a question about images."""
+    parts: list[Part | str] = [Part(True, i) for i in range(images)]
+    if question:
+        parts.append(question)
+    return converse([Spoken("user", parts)], settings)
+
+
+TEXT = Task(lambda o: bool(_any_text(o)) or o.text is not None, _text)
+CAPTION = Task(lambda o: bool(o.captions), _caption)
+RECONSTRUCT = Task(lambda o: o.images > 0, _reconstruct)
+TEXT_TO_IMAGE = Task(lambda o: bool(_any_text(o)), _text_to_image)
+QUESTION = Task(lambda o: bool(o.questions), _question)
+CONVERSATION = Task(lambda o: bool(_answered(o.turns)), _conversation)
+EDIT = Task(lambda o: o.instruction is not None, _edit)
+INTERLEAVED = Task(lambda o: bool(o.content), _interleaved)
