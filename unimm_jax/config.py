@@ -41,6 +41,7 @@ class TrainConfig:
     Attributes:
       steps: number of optimizer steps.
       batch_size: rows of a global batch.
+      micro_batches: parts of a batch whose gradients are accumulated one after the other, to save memory.
       log_every, checkpoint_every, image_every: intervals in steps. Logged values are means over the interval.
       keep: number of newest checkpoints to keep.
       use_previous_checkpoint: restore the previous complete checkpoint if the newest is corrupt.
@@ -51,6 +52,7 @@ class TrainConfig:
 
     steps: int = ranged(0, low=1)
     batch_size: int = ranged(0, low=1)
+    micro_batches: int = ranged(1, low=1)
     log_every: int = ranged(50, low=1)
     checkpoint_every: int = ranged(1000, low=1)
     image_every: int = ranged(1_000_000, low=1)

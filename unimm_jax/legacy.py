@@ -41,7 +41,7 @@ CONFIG_KEYS_1 = {
     "companions.unet_high": "companions.unet_decoder_high",
 }
 # Format 1: settings that came later, at the values that mean what it did
-ADDED_1 = {"train.profile": 0, "train.profile_start": 10}
+ADDED_1 = {"train.micro_batches": 1, "train.profile": 0, "train.profile_start": 10}
 ADDED_IMAGES_1 = {"data.held_out": 0.0}  # stages that read images from sources trained on all of them
 # Format 1: a setting that these objectives carried without reading it
 UNUSED_1 = {name: "data.sources" for name in ("language_modeling", "denoising", "pixel_decoding")}

@@ -187,10 +187,23 @@ def parse(given: Mapping[str, Any]) -> Config:
     config = Config(**(found | typed | {"model": models}))
     wrong = _values(config)
     wrong = wrong or _structure(config)
-    wrong = wrong or _conflicts(config) + objective.check(config)
+    wrong = wrong or _conflicts(config) + _micro_batches(config, objective) + objective.check(config)
     if wrong:
         raise ConfigError("\n".join(f"- {sentence}" for sentence in wrong))
     return config
+
+
+def _micro_batches(config: Config, objective: Any) -> list[str]:
+    """A sentence if the batch cannot be accumulated as the config says."""
+    rows, parts = config.train.batch_size, config.train.micro_batches
+    if parts > 1 and not objective.accumulates:
+        return [
+            f"config.train.micro_batches is {parts}; the loss of {config.objective} needs the whole batch, so "
+            "config.train.micro_batches must be 1"
+        ]
+    if rows % parts:
+        return [f"a batch of {rows} rows does not divide into {parts} micro-batches; change config.train.micro_batches"]
+    return []
 
 
 def _plain(value: Any) -> Any:

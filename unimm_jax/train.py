@@ -29,6 +29,7 @@ from unimm_jax.errors import CheckpointError, NonFiniteLossError, OutOfMemoryErr
 from unimm_jax.evals.base import Context
 from unimm_jax.interop import importer
 from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table, read
+from unimm_jax.objectives.accumulation import value_and_grad
 from unimm_jax.text_tokenizer import TextTokenizer
 
 GIB = 2**30
@@ -88,10 +89,10 @@ def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
         trained, frozen, _ = optim.split(state["params"], rules)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
-        def loss_of(trained: Any) -> Any:
-            return objective.loss(optim.join(trained, frozen), batch, key, state["step"])
+        def loss_of(trained: Any, rows: Any) -> Any:
+            return objective.loss(optim.join(trained, frozen), rows, key, state["step"])
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        (loss, aux), grads = value_and_grad(loss_of, trained, batch, config.train.micro_batches)
         updates, opt = tx.update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
         flat = dict(sharding.flatten(optim.join(trained, frozen))) | aux.updates
@@ -124,7 +125,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
     mesh = sharding.make_mesh(config.mesh)
     size = config.train.batch_size
-    sharding.local_rows(mesh, size)  # refuses a batch that does not divide
+    sharding.local_rows(mesh, size // config.train.micro_batches)  # refuses a batch that does not divide
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.use_previous_checkpoint)
     newest = checkpoints.newest()

@@ -27,6 +27,8 @@ for stage, mesh, workdir, steps in json.loads(sys.argv[1]):
     changes = dict(model__language__width=64, model__language__heads=4, model__language__kv_heads=2)
     if stage == "tokenizer":
         changes = dict(loss__restart_below=0.0)
+    if stage == "stage2" and mesh == "2x2x2":
+        changes |= dict(train__micro_batches=2)
     config = tiny(stage, mesh=tuple(map(int, mesh.split("x"))), train__steps=steps, train__checkpoint_every=5,
                   model__encoder__width=64, init_from=(), evals={}, **changes)
     train(config, workdir)

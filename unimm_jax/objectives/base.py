@@ -28,13 +28,16 @@ class Aux:
     Attributes:
       metrics: name → scalar.
       updates: path → new value of a parameter in `Objective.non_gradient_params`.
+      weight: of this loss in the mean over micro-batches. metric_weights: the same for metrics where it differs.
     """
 
     metrics: dict[str, jax.Array]
     updates: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    weight: Any = 1.0
+    metric_weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-jax.tree_util.register_dataclass(Aux, ["metrics", "updates"], [])
+jax.tree_util.register_dataclass(Aux, ["metrics", "updates", "weight", "metric_weights"], [])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Objective:
       optional_sections: model sections that a config may have.
       data_config, loss_config: dataclasses of the config's data and loss sections.
       non_gradient_params: paths of parameters that the loss updates (`Aux.updates`) instead of the optimizer.
+      accumulates: whether the loss is a weighted mean over the rows of a batch, so that gradients can be accumulated
+        over micro-batches (`accumulation.py`).
       dtype: dtype of activations.
       abstract: the model with abstract parameters.
 
@@ -64,6 +69,7 @@ class Objective:
     data_config: ClassVar[type]
     loss_config: ClassVar[type] = NoLossConfig
     non_gradient_params: ClassVar[frozenset[str]] = frozenset()
+    accumulates: ClassVar[bool] = False
 
     def __init__(self, config: Config, data: Input, make: Callable[[nnx.Rngs], nnx.Module]):
         self.config, self.data = config, data

@@ -84,6 +84,7 @@ class LanguageModeling(Objective):
     }
     data_config = PackedDataConfig
     loss_config = LanguageModelingLossConfig
+    accumulates = True
 
     def __init__(self, config: Config, data: pipeline.Input):
         m = config.model
@@ -219,9 +220,8 @@ class LanguageModeling(Objective):
         def mean(w: jax.Array) -> jax.Array:
             return (ce_BT * w).sum() / jnp.maximum(w.sum(), 1e-6)
 
-        metrics = {
-            "text_ce": mean(weights * ~visual),
-            "code_ce": mean(weights * visual),
-            "fill": (batch["segments"] > 0).mean(),
-        }
-        return mean(weights), Aux(metrics)
+        masks = {"text_ce": weights * ~visual, "code_ce": weights * visual}
+        metrics = {name: mean(mask) for name, mask in masks.items()}
+        metrics["fill"] = (batch["segments"] > 0).mean()
+        metric_weights = {name: mask.sum() for name, mask in masks.items()} | {"fill": jnp.ones(())}
+        return mean(weights), Aux(metrics, weight=weights.sum(), metric_weights=metric_weights)

@@ -1,0 +1,57 @@
+"""Gradient accumulation: the loss and gradient of a batch, computed over micro-batches one after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unimm_jax.models.partitioning import constrain
+from unimm_jax.objectives.base import Aux
+
+Tree = Any
+
+
+def value_and_grad(loss: Callable[[Tree, dict[str, jax.Array]], Any], params: Tree, batch: Any, parts: int) -> Any:
+    """`jax.value_and_grad(loss, has_aux=True)(params, batch)`, with the activations of one micro-batch in memory.
+
+    The loss of the batch must be the mean of the losses of its micro-batches, weighted by `Aux.weight`; a metric is the
+    mean weighted by its entry in `Aux.metric_weights`, or by `Aux.weight`. Sums are float32.
+
+    Args:
+      loss: (params, batch) → (loss, `Aux` without updates).
+      batch: arrays with the same leading size, a multiple of `parts` times the devices of the batch axis.
+      parts: number of micro-batches. A micro-batch takes every `parts`-th row, so no row moves between devices.
+
+    Returns:
+      ((loss, aux), gradient).
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(rows, None, "batch", *[None] * (x.ndim - 1))
+
+    def one(micro: dict[str, jax.Array]) -> tuple[Tree, tuple[jax.Array, jax.Array], dict[str, Any]]:
+        """The gradient times the weight, then the loss and each metric times its weight, with the weight."""
+        (value, aux), grads = gradient(params, micro)
+        weights = {name: aux.metric_weights.get(name, aux.weight) for name in aux.metrics}
+        metrics = {name: (x * weights[name], weights[name]) for name, x in aux.metrics.items()}
+        scaled = jax.tree.map(lambda g: g.astype(jnp.float32) * aux.weight, grads)
+        return scaled, (value * aux.weight, aux.weight), metrics
+
+    def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+        return total / jnp.maximum(weight, 1e-6)
+
+    micro_batches = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first))
+
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(micro)), None
+
+    (grads, (total, weight), metrics), _ = jax.lax.scan(add, zero, micro_batches)
+    grads = jax.tree.map(lambda g, p: mean(g, weight).astype(p.dtype), grads, params)
+    return (mean(total, weight), Aux({name: mean(*pair) for name, pair in metrics.items()}, weight=weight)), grads
