@@ -145,6 +145,9 @@ class PackedDataConfig:
       code_targets: loss weight of the codes of generated images.
       template: layout of conversations, questions and edits, a name of `unimm_jax.data.tasks.TEMPLATES`.
       tasks: share of the examples per task. A record has one of the tasks that apply to it, in proportion to them.
+      mixture: sources with weights: dicts with `source` (as `pretokenize` got it), `weight` (relative share of the
+        examples, default 1) and `tasks` (shares for this source, default those below). () reads every record once per
+        pass.
       tasks_end: shares reached, linearly, after `tasks_epochs` passes over the records; all 0 keeps `tasks`.
     """
 
@@ -158,6 +161,7 @@ class PackedDataConfig:
     text_targets: float = ranged(1.0, low=0)
     code_targets: float = ranged(1.0, low=0)
     template: str = one_of("plain", *tasks.TEMPLATES)
+    mixture: tuple[dict[str, Any], ...] = ()
     tasks: dict[str, float] = shares()
     tasks_end: dict[str, float] = shares()
     tasks_epochs: int = ranged(1, low=1)

@@ -7,9 +7,10 @@ from helpers import opened, with_records
 
 from unimm_jax.data import packing, pipeline
 from unimm_jax.data.documents import Layout
-from unimm_jax.data.packing import Example, PackingConfig, Plan, RowSource, example_size
+from unimm_jax.data.outlines import Outline
+from unimm_jax.data.packing import Example, PackingConfig, Plan, RowSource, SourceShare, example_size
 from unimm_jax.data.records import Records
-from unimm_jax.errors import DataError, UserError
+from unimm_jax.errors import ConfigError, DataError, UserError
 from unimm_jax.vocabulary import Vocabulary
 
 EVERYTHING = (("caption", 0.3), ("question", 0.2), ("reconstruct", 0.1), ("text", 0.1), ("text_to_image", 0.3))
@@ -158,3 +159,47 @@ def test_vocabulary_writes_and_reads_images():
         else:
             assert np.array_equal(found[: keep.sum()], codes[keep]) and kept.sum() == keep.sum()
     assert (Vocabulary(32000, 16384).start, Vocabulary(32000, 16384).first_code) == (32000, 32002)
+
+
+class Mixed:
+    """Records of three sources, with captions only."""
+
+    def __init__(self, sizes):
+        self.source = np.repeat(np.arange(len(sizes)), sizes)
+
+    def __len__(self):
+        return len(self.source)
+
+    def outline(self, index):
+        return Outline(images=1, captions=(0,))
+
+
+def test_a_mixture_has_the_shares_of_its_weights():
+    records = Mixed((3000, 6000, 1000))
+    tasks = (("caption", 0.5), ("text_to_image", 0.5))
+    sources = (SourceShare(0, 3.0), SourceShare(1, 1.0, (("text", 0.2), ("caption", 0.8))), SourceShare(2, 1.0))
+    plan = Plan(records, PackingConfig(96, 4, 16, tasks, sources=sources), None, 0)
+    drawn = [example for epoch in range(2) for example in plan.examples(epoch)]
+    assert len(drawn) == 20_000
+    source = records.source[[example.record for example in drawn]]
+    for number, share in enumerate((0.6, 0.2, 0.2)):
+        assert abs((source == number).mean() - share) < 0.001
+    task = np.array([example.task for example in drawn])
+    for number, name, share in ((0, "caption", 0.5), (1, "text", 0.2), (1, "text_to_image", 0.0), (2, "caption", 0.5)):
+        assert abs((task[source == number] == name).mean() - share) < 0.02
+    # source 2 is read twice per pass: every record equally often; source 1 a third of it, without repeats
+    visits = np.bincount([example.record for example in drawn], minlength=len(records))
+    assert (visits[9000:] == 4).all() and visits[3000:9000].max() == 1 and (visits[:3000] == 4).all()
+    assert drawn[:50] != plan.examples(1)[:50] and drawn[:10_000] == plan.examples(0)
+
+
+def test_a_mixture_names_sources_of_the_records(run):
+    with pytest.raises(ConfigError, match="names the source 'folder:/x'; the records .* come from scenes:count=96"):
+        pipeline.packed_input(with_records("stage2", run, data__mixture=(dict(source="folder:/x"),)))
+    with pytest.raises(ConfigError, match=r"mixture\[0\] has no setting 'wieght'; did you mean 'weight'"):
+        with_records("stage2", run, data__mixture=(dict(source="scenes", wieght=2.0),))
+    with pytest.raises(ConfigError, match=r"mixture\[0\].weight is 0.0; it must be a positive number"):
+        with_records("stage2", run, data__mixture=(dict(source="scenes", weight=0.0),))
+    only = (dict(source="scenes:count=96", tasks=dict(text=1.0)),)
+    plan = pipeline.packed_input(with_records("stage2", run, data__mixture=only)).rows.plan
+    assert {example.task for example in plan.examples(0)} == {"text"}

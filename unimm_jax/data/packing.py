@@ -19,6 +19,20 @@ from unimm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceShare:
+    """A source of the records in a mixture.
+
+    Attributes:
+      number: its number in `Records.source`. weight: its share of the examples, relative to the other weights.
+      tasks: task → share of its examples; () uses those of the packing config.
+    """
+
+    number: int
+    weight: float
+    tasks: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class PackingConfig:
     """How examples are drawn and packed into rows.
 
@@ -29,6 +43,7 @@ class PackingConfig:
       weights: task → share of the examples in the first pass over the records.
       weights_end, epochs: shares in the last of `epochs` passes, interpolated linearly between; () keeps `weights`.
       tasks: settings of the tasks.
+      sources: the mixture; () reads every record once per pass.
     """
 
     seq_len: int
@@ -38,6 +53,7 @@ class PackingConfig:
     weights_end: tuple[tuple[str, float], ...] = ()
     epochs: int = 1
     tasks: TaskSettings = TaskSettings()
+    sources: tuple[SourceShare, ...] = ()
 
     def shares(self, epoch: int) -> dict[str, float]:
         """task → share of the examples in pass `epoch` over the records (from 0); tasks with share 0 are left out."""
@@ -144,23 +160,47 @@ class Plan:
         """
         rng = np.random.default_rng([self.seed, epoch])
         count = len(self.records)
-        shares = self.packing.shares(epoch)
+        shares = [self.packing.shares(epoch)]
         draws = rng.random(count)
         variants = rng.integers(2**31, size=count)
+        order = visits = rng.permutation(count)
+        sources = np.zeros(count, int)
+        if self.packing.sources:
+            shares = [dict(source.tasks) or shares[0] for source in self.packing.sources]
+            visits, sources = self._visits(epoch)
 
         @functools.cache
-        def choices(outline: Outline) -> tuple[list[str], np.ndarray]:
-            names = [name for name in shares if get(name).applies(outline)]
-            ends = np.cumsum(np.array([shares[name] for name in names]) / sum(shares[name] for name in names))
-            return names, ends / ends[-1:]
+        def choices(outline: Outline, source: int) -> tuple[list[str], np.ndarray]:
+            found = {name: share for name, share in shares[source].items() if share and get(name).applies(outline)}
+            ends = np.cumsum(np.array(list(found.values())) / sum(found.values()))
+            return list(found), ends / ends[-1:]
 
         found = []
-        for record in rng.permutation(count).tolist():
-            names, ends = choices(self.records.outline(record))
+        for place in order.tolist():
+            record = int(visits[place]) if self.packing.sources else place
+            names, ends = choices(self.records.outline(record), int(sources[place]))
             if names:
-                task = names[int(ends.searchsorted(draws[record], side="right"))]
-                found.append(Example(record, task, int(variants[record])))
+                task = names[int(ends.searchsorted(draws[place], side="right"))]
+                found.append(Example(record, task, int(variants[place])))
         return found
+
+    def _visits(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(record, index of its source in the mixture) of every example of an epoch; as many as there are records.
+
+        Every source is read in an endless sequence of permutations of its records, at its own speed, so that no record
+        is read a second time before all others of the source were.
+        """
+        weights = np.array([source.weight for source in self.packing.sources])
+        ends = np.round(np.cumsum(weights / weights.sum()) * len(self.records)).astype(int)
+        records, numbers = [], []
+        for i, (source, count) in enumerate(zip(self.packing.sources, np.diff(ends, prepend=0), strict=True)):
+            mine = np.flatnonzero(self.records.source == source.number)
+            passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(mine))
+            for number in np.unique(passes):
+                order = np.random.default_rng([self.seed, number, source.number, 7]).permutation(mine)
+                records.append(order[places[passes == number]])
+            numbers.append(np.full(count, i))
+        return np.concatenate(records), np.concatenate(numbers)
 
     def pack(self, epoch: int) -> list[list[Example]]:
         """Packs an epoch first-fit: the examples of each row, rows in the order in which they were opened.

@@ -18,7 +18,7 @@ from unimm_jax.config import Config, ImageDataConfig, TextTokenizerConfig
 from unimm_jax.data import transforms
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import flatten
-from unimm_jax.data.packing import PackingConfig, RowSource
+from unimm_jax.data.packing import PackingConfig, RowSource, SourceShare
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import DecodedDataset, open_source
 from unimm_jax.data.sources.base import Decoded
@@ -247,10 +247,31 @@ def packed_input(config: Config, split: str = "train") -> Input:
       DataError: the records are missing or damaged.
     """
     records = Records.open(config.data.records, split)
-    packing = packing_config(config)
+    packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records))
     layout = layout_of(records.header, records.text_tokenizer, config)
     rows = RowSource(records, packing, layout, config.seed, (config.train.steps + 1) * config.train.batch_size)
     return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header)
+
+
+def _mixture(config: Config, records: Records) -> tuple[SourceShare, ...]:
+    """The mixture of a language stage, with the sources by their number in the records.
+
+    Raises:
+      ConfigError: a source that the records do not have.
+    """
+    listed = [source.strip() for source in str(records.header.get("sources", "")).split(";")]
+    found = []
+    for entry in config.data.mixture:
+        if entry["source"] not in listed:
+            raise ConfigError(
+                f"config.data.mixture names the source {entry['source']!r}; the records in {records.path} come from "
+                f"{', '.join(listed)}"
+            )
+        number, tasks = listed.index(entry["source"]), entry.get("tasks", {})
+        if not (records.source == number).any():
+            raise DataError(f"the records in {records.path} have no usable record of the source {entry['source']!r}")
+        found.append(SourceShare(number, float(entry.get("weight", 1.0)), tuple(tasks.items())))
+    return tuple(found)
 
 
 def layout_of(header: dict[str, Any], text_tokenizer: TextTokenizer, config: Config) -> Layout:

@@ -1,6 +1,7 @@
 """The language stages: next-token prediction over packed rows of text, image features and codes (LaVIT Eq. 6)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax import text_tokenizer as text_tokenizer_lib
-from unimm_jax.config import Config, PackedDataConfig, ranged
+from unimm_jax.config import TASKS, Config, PackedDataConfig, ranged, unknown
 from unimm_jax.data import pipeline
 from unimm_jax.data.packing import build_row
 from unimm_jax.models.language import LanguageConfig
@@ -70,6 +71,22 @@ def chunked_cross_entropy(
     return jax.lax.scan(jax.checkpoint(step), None, (hidden, targets))[1].swapaxes(0, 1).reshape(b, -1)[:, :t]
 
 
+def _mixture_problems(mixture: tuple[dict[str, Any], ...]) -> list[str]:
+    """A sentence for every wrong entry of `config.data.mixture`."""
+    found = []
+    for i, entry in enumerate(mixture):
+        where = f"config.data.mixture[{i}]"
+        found += unknown(where, entry, ("source", "weight", "tasks"))
+        found += unknown(f"{where}.tasks", entry.get("tasks", {}), TASKS)
+        if not isinstance(entry.get("source"), str):
+            found.append(f"{where} has no source; give one of the sources that pretokenize read")
+        numbers = {"weight": entry.get("weight", 1.0), **{f"tasks.{k}": v for k, v in entry.get("tasks", {}).items()}}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf or (name == "weight" and not value):
+                found.append(f"{where}.{name} is {value!r}; it must be a positive number")
+    return found
+
+
 class LanguageModeling(Objective):
     """Next-token prediction. Batch: packed rows (`unimm_jax.data.packing.build_row`), each array with a leading [B].
 
@@ -115,6 +132,7 @@ class LanguageModeling(Objective):
             found.append(f"config.model.language.head_width is {lm.head_width}; it must be even (rotary embeddings)")
         if not any(config.data.tasks.values()):
             found.append("config.data.tasks gives every task the weight 0; raise at least one")
+        found += _mixture_problems(config.data.mixture)
         if config.model["unified"].connector not in CONNECTORS:
             found.append(
                 f"config.model.unified.connector is {config.model['unified'].connector!r}; it is one of "
