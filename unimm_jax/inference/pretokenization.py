@@ -1,5 +1,7 @@
 """Pretokenization: keep masks and codes of every image by the frozen image tokenizer, written as records."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -17,6 +19,7 @@ from unimm_jax.data import pipeline
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.records import Records, RecordWriter
 from unimm_jax.data.sources import DecodedDataset
+from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import DataError, EmptySplitError
 from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
 from unimm_jax.text_tokenizer import TextTokenizer
@@ -107,12 +110,10 @@ class Encoder:
         module = self.tokenizer.module(params)
         return module.encode(module.encoder.normalize(images))
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """At most `batch` images → (keep boolean [N, P], codes int32 [N, P])."""
-        missing = self.batch - len(images)
-        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        keep, codes = self._encode(self._params, jax.device_put(padded, self._split))
-        return np.asarray(keep)[: len(images)], np.asarray(codes)[: len(images)]
+    def start(self, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """At most `batch` images → (keep boolean, codes int32), both [batch, P]; does not wait for the devices."""
+        padded = np.pad(images, ((0, self.batch - len(images)), (0, 0), (0, 0), (0, 0)))
+        return self._encode(self._params, jax.device_put(padded, self._split))
 
 
 def write_split(
@@ -163,22 +164,45 @@ class Progress:
             print(f"records  {self.done}/{self.total}  {speed:.0f}/s  ETA {left:.0f} s", flush=True)
 
 
+def _loaded(
+    datasets: list[DecodedDataset], items: list[tuple[int, int]], batch: int
+) -> Iterator[list[tuple[int, Decoded | None]]]:
+    """The records of each batch of items with the number of their source; threads decode up to two batches ahead."""
+    parts = [items[at : at + batch] for at in range(0, len(items), batch)]
+    with concurrent.futures.ThreadPoolExecutor(pipeline.THREADS) as pool:
+        ahead: collections.deque = collections.deque()
+        for number, part in enumerate(parts):
+            for following in parts[number + len(ahead) : number + 3]:
+                ahead.append([pool.submit(datasets[source].load, index) for source, index in following])
+            loads = ahead.popleft()
+            yield [(source, load.result()) for (source, _), load in zip(part, loads, strict=True)]
+
+
 def _encoded(
     encoder: Encoder, datasets: list[DecodedDataset], items: list[tuple[int, int]], progress: Progress
 ) -> Iterator[tuple[int, Record, np.ndarray, np.ndarray]]:
-    """(number of the source, record, keep masks [N, P], codes [N, P]) of every usable record."""
+    """(number of the source, record, keep masks [N, P], codes [N, P]) of every usable record.
+
+    A batch is written while the devices work on the next one.
+    """
     num_patches = encoder.tokenizer.config.model["encoder"].num_patches
-    for at in range(0, len(items), encoder.batch):
-        part = items[at : at + encoder.batch]
-        loaded = [(source, datasets[source].load(index)) for source, index in part]
-        usable = [(source, item) for source, item in loaded if item is not None]
-        pixels = [image for _, item in usable for image in item.pixels]
-        batches = [encoder(np.stack(pixels[i : i + encoder.batch])) for i in range(0, len(pixels), encoder.batch)]
-        none = np.zeros((0, num_patches))
-        keep = np.concatenate([none.astype(bool), *(keep for keep, _ in batches)])
-        codes = np.concatenate([none.astype(np.int32), *(codes for _, codes in batches)])
+    running: tuple[list[tuple[int, Decoded]], list[Any]] = ([], [])
+
+    def finish() -> Iterator[tuple[int, Record, np.ndarray, np.ndarray]]:
+        usable, results = running
+        keep = np.concatenate([np.zeros((0, num_patches), bool), *(np.asarray(keep) for keep, _ in results)])
+        codes = np.concatenate([np.zeros((0, num_patches), np.int32), *(np.asarray(codes) for _, codes in results)])
         end = 0
         for source, item in usable:
             start, end = end, end + len(item.pixels)
             yield source, item.record, keep[start:end], codes[start:end]
-        progress.add(len(part))
+
+    for loaded in _loaded(datasets, items, encoder.batch):
+        usable = [(source, item) for source, item in loaded if item is not None]
+        pixels = [image for _, item in usable for image in item.pixels]
+        cuts = range(0, len(pixels), encoder.batch)
+        results = [encoder.start(np.stack(pixels[at : at + encoder.batch])) for at in cuts]
+        yield from finish()
+        running = (usable, results)
+        progress.add(len(loaded))
+    yield from finish()
