@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, render
+from unimm_jax.data.documents import Document, ImageStart, input_images, render
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Decoding, Sampling
@@ -198,6 +198,9 @@ class Generator:
             masks = np.split(found, np.cumsum(counts)[:-1])
         rows = []
         for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            reads = input_images(prompt.document)
+            if reads != tuple(range(count)):
+                raise UserError(f"a prompt has {count} images and reads {len(reads)}")
             if count:
                 assert prompt.images is not None
                 images[i, :count], keep[i, :count] = prompt.images, masks[i]
@@ -208,8 +211,6 @@ class Generator:
                     f"a prompt has {len(row.ids)} tokens, the limit is {self.prompt_length}; shorten the prompt or "
                     "raise --prompt_length"
                 )
-            if list(row.inputs) != list(range(count)):
-                raise UserError(f"a prompt has {count} images and reads {len(row.inputs)}")
         length = -(-max(len(row.ids) for row in rows) // PROMPT_STEP) * PROMPT_STEP
         tokens = np.zeros((len(prompts), length), np.int32)
         valid = np.zeros(tokens.shape, bool)
