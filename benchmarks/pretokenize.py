@@ -70,7 +70,7 @@ def main() -> None:
                 forward.append(time.perf_counter() - began)
                 fresh = DecodedDataset(open_source(f"folder:{root}", held_out=0.0), side)  # nothing is cached
                 began = time.perf_counter()
-                write_split(encoder, [fresh], root / f"records{number}", words, "benchmark")
+                write_split(encoder, {0: fresh}, root / f"records{number}", words, "benchmark")
                 whole.append(time.perf_counter() - began)
         alone, full = (count / statistics.median(times) for times in (forward, whole))
         print(f"{name}: pretokenize {full:.0f} images/s, forward pass {alone:.0f} images/s, ratio {full / alone:.2f}")

@@ -87,8 +87,8 @@ TOKENIZER_RULES = {
 }
 
 
-# Shares of tasks for records of other kinds than captions. A record gets one of the tasks that apply to it, and to
-# these records one applies, so the value does not matter.
+# Shares of tasks for records of other kinds than captions. A record gets one of the tasks that apply to it. In stages 2
+# and 3, one applies to each of these records, so the value does not matter.
 OTHER_TASKS = dict(conversation=1.0, edit=1.0, interleaved=1.0)
 
 

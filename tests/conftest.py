@@ -20,6 +20,12 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="Rewrite golden files with what the code gives now.")
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that no worker waits for another at the end."""
+    first = ("test_sharding.py", "test_distributed.py", "test_train.py", "test_export.py")
+    items.sort(key=lambda item: item.path.name not in first)
+
+
 @pytest.fixture
 def update_golden(request):
     return request.config.getoption("--update-golden")

@@ -90,7 +90,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizerConfig:
-    """The text tokenizer: a file, or a BPE trained on the captions.
+    """The text tokenizer: a file, or a BPE trained on the texts of the data.
 
     Attributes:
       path: tokenizer.json, sentencepiece .model or a directory with one; empty trains one with `vocab_size` ids.

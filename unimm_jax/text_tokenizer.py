@@ -1,4 +1,4 @@
-"""Text tokenizers with one interface: a `tokenizer.json`, a sentencepiece model, or a BPE trained on the captions."""
+"""Text tokenizers with one interface: a `tokenizer.json`, a sentencepiece model, or a BPE trained on given texts."""
 
 import base64
 import functools

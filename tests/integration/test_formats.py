@@ -132,7 +132,7 @@ def _check(run, root, count, steps):
             dataset = DecodedDataset(open_source(description, held_out=0.0), 64)
             assert len(dataset) == count // (1 if kind in ("captions", "conversations") else 2), description
             records = root / f"{kind}_{i}"
-            write_split(encoder, [dataset], records, words, description)
+            write_split(encoder, {0: dataset}, records, words, description)
             assert not dataset.invalid
             shares = {
                 f"data__tasks__{name}": tasks.get(name, 0.0) for name in ("caption", "text_to_image", "text", *tasks)
@@ -180,7 +180,7 @@ def test_rows_hold_images_that_are_read_and_written(run, tmp_path):
     dataset = DecodedDataset(open_source(_edits(tmp_path, items)[0], held_out=0.0), 64)
     words = text_tokenizer.train([item[2] for item in items], TEXT_VOCAB)
     encoder = Encoder(load_image_tokenizer(run / "tokenizer"), 8)
-    write_split(encoder, [dataset], tmp_path / "records", words, "edits")
+    write_split(encoder, {0: dataset}, tmp_path / "records", words, "edits")
     config = tiny(
         "stage2", data__records=str(tmp_path / "records"), data__seq_len=96, data__prompt_dropout=0.0,
         data__tasks__edit=1.0, data__tasks__caption=0.0, data__tasks__text_to_image=0.0, data__tasks__text=0.0,

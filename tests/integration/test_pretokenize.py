@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, TEXT_VOCAB, command, free_port, xla_flags
+from helpers import ROOT, TEXT_VOCAB, command, free_port, tiny, xla_flags
 
+from unimm_jax.data import pipeline
 from unimm_jax.data.records import RAGGED, Records
 from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.inference import pretokenization
@@ -129,3 +130,23 @@ def test_finished_records_of_images_that_changed_are_refused(run, tmp_path):
     (folder / "3.txt").write_text("image number 4")
     with pytest.raises(DataError, match="another tokenizer or of other data"):
         pretokenization.pretokenize(*arguments)
+
+
+def test_sources_keep_their_numbers_where_one_has_no_held_out_records(run, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "few").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(tmp_path / "few" / f"{i}.png")
+        (tmp_path / "few" / f"{i}.txt").write_text("a dark image")
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "sentence {i}"}}\n' for i in range(3)))
+    sources = f"{tmp_path / 'few'};scenes:count=6;text:{tmp_path / 'texts.jsonl'}"
+    pretokenization.pretokenize(str(run / "tokenizer"), str(tmp_path / "records"), sources, *ARGUMENTS[1:])
+    records, held_out = Records(tmp_path / "records"), Records(tmp_path / "records" / "test")
+    assert np.bincount(records.source).tolist() == [2, 6, 3] and records.num_images == 8
+    assert set(held_out.source) == {1}
+    mixture = (dict(source="scenes:count=6"), dict(source=f"text:{tmp_path / 'texts.jsonl'}", tasks=dict(text=1.0)))
+    config = tiny("stage2", data__records=str(tmp_path / "records"), data__mixture=mixture)
+    for split, expected in (("train", {1, 2}), ("test", {1})):
+        plan = pipeline.packed_input(config, split).rows.plan
+        assert set(plan.records.source[[e.record for e in plan.examples(0)]]) == expected

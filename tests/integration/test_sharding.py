@@ -50,7 +50,7 @@ def _losses(runs, devices):
     return [np.array(row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-FEW = {"tokenizer": ("8x1x1", "2x2x2"), "stage2": ("1x8x1", "2x2x2")}, {"tokenizer": ["1x1x1"], "stage2": ["1x4x1"]}
+FEW = {"tokenizer": ("2x2x2",), "stage2": ("2x2x2",)}, {"tokenizer": [], "stage2": ["1x4x1"]}
 ALL = (
     dict.fromkeys(("tokenizer", "stage2"), ("8x1x1", "1x8x1", "2x2x2")),
     dict.fromkeys(("tokenizer", "stage2"), ["1x4x1", "1x1x1"]),
@@ -76,6 +76,8 @@ def test_sharding_changes_nothing_and_checkpoints_move(run, tmp_path, meshes, re
     # Saved on 8 (2x2x2), restored on 4 and on 1, continued as one device would.
     for mesh, devices in (("1x4x1", 4), ("1x1x1", 1)):
         moved = [(s, mesh, place(s, f"moved_{devices}"), 8) for s in stages if mesh in restored[s]]
+        if not moved:
+            continue
         for stage, _, copy, _ in moved:
             subprocess.run(["cp", "-r", place(stage, "2x2x2"), copy], check=True)
         for (stage, *_), losses in zip(moved, _losses(moved, devices), strict=True):

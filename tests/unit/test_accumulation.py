@@ -44,7 +44,7 @@ def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch(run):
 
 
 def test_objectives_whose_loss_needs_the_whole_batch_refuse(run):
-    with pytest.raises(ConfigError, match="loss of contrastive needs the whole batch"):
+    with pytest.raises(ConfigError, match="contrastive does not accumulate gradients"):
         tiny("encoder", train__micro_batches=2)
     with pytest.raises(ConfigError, match="8 rows does not divide into 3 micro-batches"):
         tiny("stage2", train__micro_batches=3)

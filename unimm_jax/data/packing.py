@@ -151,7 +151,7 @@ class Plan:
         total = sum(tasks.values())
         shares = ", ".join(f"{name} {count / total:.1%}" for name, count in tasks.most_common())
         found = [f"{total} examples in the first epoch: {shares}"]
-        return found + [f"{n} of {len(self.records)} records are dropped: {why}" for why, n in self.dropped.items()]
+        return found + [f"{n} of {len(self.records)} examples are dropped: {why}" for why, n in self.dropped.items()]
 
     def examples(self, epoch: int) -> list[Example]:
         """The examples of an epoch in order, before packing.
@@ -234,9 +234,10 @@ class Plan:
                 room.pop(row, None)
         self.dropped = {reason: count for reason, count in dropped.items() if count}
         if not rows:
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in self.dropped.items())
             raise DataError(
-                f"no example fits a row of {packing.seq_len} tokens and {packing.images_per_row} images; raise "
-                "config.data.seq_len or config.data.images_per_row"
+                f"no example fits a row of {packing.seq_len} tokens and {packing.images_per_row} images ({reasons}); "
+                "raise config.data.seq_len or images_per_row, or choose other tasks in config.data.tasks"
             )
         return rows
 

@@ -247,17 +247,19 @@ def packed_input(config: Config, split: str = "train") -> Input:
       DataError: the records are missing or damaged.
     """
     records = Records.open(config.data.records, split)
-    packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records))
+    packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)
     rows = RowSource(records, packing, layout, config.seed, (config.train.steps + 1) * config.train.batch_size)
     return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header)
 
 
-def _mixture(config: Config, records: Records) -> tuple[SourceShare, ...]:
+def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare, ...]:
     """The mixture of a language stage, with the sources by their number in the records.
 
+    Sources without a held-out record are left out of split "test".
+
     Raises:
-      ConfigError: a source that the records do not have.
+      ConfigError: a source that the records do not have. DataError: a source without records.
     """
     listed = [source.strip() for source in str(records.header.get("sources", "")).split(";")]
     found = []
@@ -269,8 +271,12 @@ def _mixture(config: Config, records: Records) -> tuple[SourceShare, ...]:
             )
         number, tasks = listed.index(entry["source"]), entry.get("tasks", {})
         if not (records.source == number).any():
+            if split == "test":
+                continue
             raise DataError(f"the records in {records.path} have no usable record of the source {entry['source']!r}")
         found.append(SourceShare(number, float(entry.get("weight", 1.0)), tuple(tasks.items())))
+    if config.data.mixture and not found:
+        raise EmptySplitError(f"no source of config.data.mixture has records in {records.path}")
     return tuple(found)
 
 

@@ -65,7 +65,7 @@ def options_of(entry: Mapping[str, Any]) -> Any:
 def default_evals(header: Mapping[str, Any]) -> list[str]:
     """The evaluators of a language stage, by the sources in its header.
 
-    Scenes get "scenes", all other sources "captions", a mixture both.
+    Scenes get "scenes", other sources with captions "captions", a mixture both. Without captions it is "loss".
 
     Raises:
       CheckpointError: the model was not trained on sources (imported weights).
@@ -75,13 +75,19 @@ def default_evals(header: Mapping[str, Any]) -> list[str]:
             "the checkpoint names no data sources (imported weights have none), so no evaluator is chosen; give "
             "--evals=scenes"
         )
-    are_scenes = [is_scenes(source) for source in split_sources(header["sources"])]
-    return ["scenes"] * any(are_scenes) + ["captions"] * (not all(are_scenes))
+    sources = split_sources(header["sources"])
+    others = [source for source in sources if not is_scenes(source) and has_captions(source)]
+    return ["scenes"] * any(map(is_scenes, sources)) + ["captions"] * bool(others) or ["loss"]
 
 
 def split_sources(sources: str) -> list[str]:
     """The single sources of a setting `sources`."""
     return [source.strip() for source in sources.split(";") if source.strip()]
+
+
+def has_captions(source: str) -> bool:
+    """Whether the records of a source can have captions, by its format."""
+    return source.partition(":")[0] not in ("llava", "chat", "interleaved", "edit", "text")
 
 
 def is_scenes(source: str) -> bool:

@@ -74,21 +74,37 @@ def pretokenize(
         print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
 
 
-def _open(sources: str, data: Any, split: str) -> list[DecodedDataset]:
-    return pipeline.open_images(dataclasses.replace(data, sources=sources), split, ())
+def _open(sources: str, data: Any, split: str) -> dict[int, DecodedDataset]:
+    """The data sets by the number of their source; of split "test" those that are not empty.
+
+    Raises:
+      ConfigError: no source is named. DataError: a source is unusable. EmptySplitError: nothing is left.
+    """
+    found = {}
+    for number, source in enumerate(part.strip() for part in sources.split(";")):
+        if not source:
+            continue
+        try:
+            (found[number],) = pipeline.open_images(dataclasses.replace(data, sources=source), split, ())
+        except EmptySplitError:
+            if split == "train":
+                raise
+    if not found:
+        raise EmptySplitError(f"no source of {sources!r} has records in its {split} split")
+    return found
 
 
-def _fingerprints(datasets: list[DecodedDataset]) -> list[str]:
-    return [dataset.source.fingerprint() for dataset in datasets]
+def _fingerprints(datasets: dict[int, DecodedDataset]) -> list[str]:
+    return [dataset.source.fingerprint() for dataset in datasets.values()]
 
 
-def _text_tokenizer(path: str, vocab_size: int, datasets: list[DecodedDataset]) -> TextTokenizer:
+def _text_tokenizer(path: str, vocab_size: int, datasets: dict[int, DecodedDataset]) -> TextTokenizer:
     path = str(resolve.local_path(path)) if path else ""
     if path and (pathlib.Path(path) / "checkpoints").exists():
         return text_tokenizer_of(read_meta(path), path)
     if path:
         return text_tokenizer.load(path)
-    return text_tokenizer.train(sorted(set(pipeline.all_texts(datasets))), vocab_size)
+    return text_tokenizer.train(sorted(set(pipeline.all_texts(list(datasets.values())))), vocab_size)
 
 
 class Encoder:
@@ -118,7 +134,7 @@ class Encoder:
 
 def write_split(
     encoder: Encoder,
-    datasets: list[DecodedDataset],
+    datasets: dict[int, DecodedDataset],
     folder: pathlib.Path,
     words: TextTokenizer,
     sources: str,
@@ -127,10 +143,10 @@ def write_split(
     """Writes the records of one split: (records, unusable records, mean tokens per image).
 
     Args:
-      limit: maximum number of records per data set; 0 is all.
+      datasets: by the number of their source. limit: maximum number of records per data set; 0 is all.
     """
-    lengths = [min(len(d), limit) if limit else len(d) for d in datasets]
-    items = [(source, i) for source, length in enumerate(lengths) for i in range(length)]
+    lengths = {source: min(len(d), limit) if limit else len(d) for source, d in datasets.items()}
+    items = [(source, i) for source, length in lengths.items() for i in range(length)]
     identity = dict(fingerprint=encoder.tokenizer.fingerprint, sources=sources, places=len(items), block=BLOCK)
     writer = RecordWriter(folder, words, identity | {"source_fingerprints": _fingerprints(datasets)})
     blocks = range(-(-len(items) // BLOCK))
@@ -165,7 +181,7 @@ class Progress:
 
 
 def _loaded(
-    datasets: list[DecodedDataset], items: list[tuple[int, int]], batch: int
+    datasets: dict[int, DecodedDataset], items: list[tuple[int, int]], batch: int
 ) -> Iterator[list[tuple[int, Decoded | None]]]:
     """The records of each batch of items with the number of their source; threads decode up to two batches ahead."""
     parts = [items[at : at + batch] for at in range(0, len(items), batch)]
@@ -179,7 +195,7 @@ def _loaded(
 
 
 def _encoded(
-    encoder: Encoder, datasets: list[DecodedDataset], items: list[tuple[int, int]], progress: Progress
+    encoder: Encoder, datasets: dict[int, DecodedDataset], items: list[tuple[int, int]], progress: Progress
 ) -> Iterator[tuple[int, Record, np.ndarray, np.ndarray]]:
     """(number of the source, record, keep masks [N, P], codes [N, P]) of every usable record.
 
