@@ -21,9 +21,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first, so that no worker waits for another at the end."""
+    """Long tests first, so that no worker waits for another at the end; then those that need trained stages.
+
+    The second worker starts in the middle, with tests that do not wait for the stages which the first one trains.
+    """
     first = ("test_sharding.py", "test_distributed.py", "test_train.py", "test_export.py")
-    items.sort(key=lambda item: item.path.name not in first)
+    items.sort(key=lambda item: 0 if item.path.name in first else 1 if "run" in item.fixturenames else 2)
 
 
 @pytest.fixture

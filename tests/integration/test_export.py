@@ -180,7 +180,7 @@ def test_other_images_are_one_clear_type_error(images, kind):
         modeling_unimm.as_images([], 16)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_an_imported_language_model_comes_back(kind, tmp_path):
     peer = peers.language(kind, scaling=peers.SCALING, words=90)
     peer.save_pretrained(tmp_path / "peer")

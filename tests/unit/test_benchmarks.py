@@ -44,6 +44,7 @@ def test_the_language_models_do_the_same_work(capsys):
     assert counter.get_total_flops() == CASE.flops + whole / 2
 
 
+@pytest.mark.slow
 def test_a_stage_2_step_is_timed_against_pytorch(capsys):
     found = stage2_step.main(SIZES, peak=1e12, rounds=1)
     assert found["ours"] > 0 and found["PyTorch, compiled"] > 0
