@@ -1,4 +1,4 @@
-"""Draws which patches of photographs the selector keeps, for docs/photographs.png.
+"""Draws which patches of photographs the selector keeps. It does not learn to select yet (docs/experiments.md).
 
 python -m benchmarks.photographs --output=runs/photographs
 
