@@ -20,7 +20,7 @@ from unimm_jax.data.outlines import Outline
 from unimm_jax.data.packing import Example, Plan, RowSource, document_of, example_size
 from unimm_jax.data.pipeline import ImageRows, Input
 from unimm_jax.data.records import Records
-from unimm_jax.data.sources import DecodedDataset
+from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.tasks import get
 from unimm_jax.errors import ConfigError
 from unimm_jax.text_tokenizer import TextTokenizer
@@ -150,7 +150,7 @@ def describe_tokenizer(tokenizer: TextTokenizer) -> str:
 
 def listed_sources(header: Mapping[str, Any]) -> list[str]:
     """The sources of records or of a stage, in the order of their numbers."""
-    return [source.strip() for source in str(header.get("sources", "")).split(";") if source.strip()]
+    return split_sources(header.get("sources", ""))
 
 
 # ---- Language stages -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import flatten
 from unimm_jax.data.packing import PackingConfig, RowSource, SourceShare
 from unimm_jax.data.records import Records
-from unimm_jax.data.sources import DecodedDataset, open_source
+from unimm_jax.data.sources import DecodedDataset, open_source, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import ConfigError, DataError, EmptySplitError
@@ -140,7 +140,7 @@ def open_images(
       ConfigError: `data.sources` is empty.
       DataError: a source is missing or unusable.
     """
-    descriptions = [s.strip() for s in data.sources.split(";") if s.strip()]
+    descriptions = split_sources(data.sources)
     if not descriptions:
         raise ConfigError("config.data.sources is empty; give 'scenes', a directory of images or a TFDS directory")
     found = []
@@ -261,7 +261,7 @@ def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare,
     Raises:
       ConfigError: a source that the records do not have. DataError: a source without records.
     """
-    listed = [source.strip() for source in str(records.header.get("sources", "")).split(";")]
+    listed = split_sources(records.header.get("sources", ""))
     found = []
     for entry in config.data.mixture:
         if entry["source"] not in listed:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimm_jax.config import Config, merged, problems_of, unknown
+from unimm_jax.data.sources import split_sources
 from unimm_jax.errors import CheckpointError, ConfigError
 
 # type → "module:class"; imported on first use
@@ -78,11 +79,6 @@ def default_evals(header: Mapping[str, Any]) -> list[str]:
     sources = split_sources(header["sources"])
     others = [source for source in sources if not is_scenes(source) and has_captions(source)]
     return ["scenes"] * any(map(is_scenes, sources)) + ["captions"] * bool(others) or ["loss"]
-
-
-def split_sources(sources: str) -> list[str]:
-    """The single sources of a setting `sources`."""
-    return [source.strip() for source in sources.split(";") if source.strip()]
 
 
 def has_captions(source: str) -> bool:

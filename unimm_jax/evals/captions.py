@@ -8,10 +8,10 @@ import numpy as np
 
 from unimm_jax.config import one_of, ranged
 from unimm_jax.data.pipeline import open_images
-from unimm_jax.data.sources import DecodedDataset
+from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import CheckpointError, DataError
-from unimm_jax.evals import has_captions, is_scenes, split_sources
+from unimm_jax.evals import has_captions, is_scenes
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.generation import BATCH, EVALUATION_SEED, GeneratingEvaluator
 from unimm_jax.inference.generator import Generator

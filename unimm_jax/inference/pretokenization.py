@@ -18,7 +18,7 @@ from unimm_jax.checkpoint import read_meta
 from unimm_jax.data import pipeline
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.records import Records, RecordWriter
-from unimm_jax.data.sources import DecodedDataset
+from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import DataError, EmptySplitError
 from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
@@ -81,9 +81,7 @@ def _open(sources: str, data: Any, split: str) -> dict[int, DecodedDataset]:
       ConfigError: no source is named. DataError: a source is unusable. EmptySplitError: nothing is left.
     """
     found = {}
-    for number, source in enumerate(part.strip() for part in sources.split(";")):
-        if not source:
-            continue
+    for number, source in enumerate(split_sources(sources)):
         try:
             (found[number],) = pipeline.open_images(dataclasses.replace(data, sources=source), split, ())
         except EmptySplitError:

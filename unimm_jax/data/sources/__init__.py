@@ -48,6 +48,11 @@ def open_source(description: str, split: str = "train", held_out: float = 0.02) 
     return source if set(SPLITS) <= set(source.splits) else HeldOut(source, split, held_out)
 
 
+def split_sources(sources: str) -> list[str]:
+    """The single sources of a setting `sources`. Their places are the numbers in `Records.source`."""
+    return [source.strip() for source in sources.split(";") if source.strip()]
+
+
 def get(name: str) -> Any:
     """The class of a format, a name of `REGISTRY`."""
     module, _, attribute = REGISTRY[name].partition(":")
@@ -91,4 +96,5 @@ __all__ = [
     "detect",
     "get",
     "open_source",
+    "split_sources",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unimm_jax.data.outlines import ROLES, Message
-from unimm_jax.data.sources.files import RowSource, as_text, show
+from unimm_jax.data.sources.files import RowSource, as_text, place_images, show
 from unimm_jax.errors import InvalidRecordError
 
 DATA_URL = ("data:image/", ";base64")  # start and end of what is before the comma
@@ -28,13 +28,7 @@ class ChatSource(RowSource):
         messages: list[Message] = []
         images: list[Any] = []
         for number, (role, parts) in enumerate(_messages(row), 1):
-            content: list[str | int] = []
-            for is_image, value in parts:
-                if is_image:
-                    content.append(len(images))
-                    images.append(value)
-                elif value.strip():
-                    content.append(value)
+            content = place_images(parts, images)
             if not content:
                 raise InvalidRecordError(f"message {number} is empty")
             messages.append(Message(role, content))

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -206,6 +206,23 @@ def text_of(row: dict[str, Any], names: Sequence[str]) -> str:
         if value is not None and (text := as_text(value, name).strip()):
             return text
     raise InvalidRecordError(f"it has no {' or '.join(names)}")
+
+
+def place_images(parts: Iterable[tuple[bool, Any]], images: list[Any]) -> list[str | int]:
+    """The content of a `Message` or a document: texts that are not blank, and the numbers of the images.
+
+    Args:
+      parts: whether a part is an image, and its text or image.
+      images: of the record so far; those of the parts are appended.
+    """
+    content: list[str | int] = []
+    for is_image, value in parts:
+        if is_image:
+            content.append(len(images))
+            images.append(value)
+        elif value.strip():
+            content.append(value)
+    return content
 
 
 class Rows(Protocol):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from unimm_jax.data.sources.files import RowSource, as_text, show
+from unimm_jax.data.sources.files import RowSource, as_text, place_images, show
 from unimm_jax.errors import InvalidRecordError
 
 
@@ -25,13 +25,7 @@ class InterleavedSource(RowSource):
         else:
             raise InvalidRecordError("it has neither text_list and image_info nor images and texts")
         images: list[Any] = []
-        content: list[str | int] = []
-        for is_image, value in parts:
-            if is_image:
-                content.append(len(images))
-                images.append(value)
-            elif value.strip():
-                content.append(value)
+        content = place_images(parts, images)
         if not content:
             raise InvalidRecordError("it has no text and no image")
         return images, {"content": content}
