@@ -208,7 +208,8 @@ class Records:
         if (self.path / "index.npz").exists():
             return legacy.record_index(dict(np.load(self.path / "index.npz")))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
-        return {name: np.load(self.path / "index" / f"{name}.npy", mmap_mode="r") for name in names}
+        # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
+        return {name: np.asarray(np.load(self.path / "index" / f"{name}.npy", mmap_mode="r")) for name in names}
 
     @classmethod
     def open(cls, path: str | pathlib.Path, split: str = "train") -> "Records":
