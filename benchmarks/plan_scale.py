@@ -2,8 +2,8 @@
 
 python -m benchmarks.plan_scale [--records=100_000_000] [--batch=1024] [--seq_len=2048]
 
-Writes the index of synthetic records (about 3 GB at 100 million) to a temporary directory: half of them captions of 5 to
-40 tokens, the rest texts, conversations and edits. Opens it as training does, in a new process, and prints the seconds
+Writes the index of synthetic records (about 4 GB at 100 million) to a temporary directory: half of them captions of 5
+to 40 tokens, the rest texts, conversations and edits. Opens it as training does, in a new process, and prints the seconds
 until the first row is known, its peak memory, and the time to plan the following steps. Then checks that 1 and 4
 processes read the same rows.
 """
@@ -25,7 +25,7 @@ from unimm_jax.config import Config
 from unimm_jax.data import outlines, pipeline
 from unimm_jax.data.packing import example_size
 from unimm_jax.data.plan import Plan
-from unimm_jax.data.records import FORMAT, Records
+from unimm_jax.data.records import FORMAT
 
 CHUNK = 10_000_000
 KINDS = (  # share, outline codes, images
@@ -138,8 +138,8 @@ def main() -> None:
             found = pool.submit(first_row, *arguments).result()
         print(
             f"first row after {found['seconds']:.1f} s, peak memory {found['peak_gib']:.2f} GiB "
-            f"({found['before_gib']:.2f} GiB before), then {found['step_ms']:.1f} ms per step of {given.batch} examples "
-            f"in {found['rows_per_step']:.0f} rows of {given.seq_len} tokens, {found['fill']:.1%} full",
+            f"({found['before_gib']:.2f} GiB before), then {found['step_ms']:.1f} ms per step of {given.batch} "
+            f"examples in {found['rows_per_step']:.0f} rows of {given.seq_len} tokens, {found['fill']:.1%} full",
             flush=True,
         )
         (whole,) = ([share(*arguments, 0, 1)],)

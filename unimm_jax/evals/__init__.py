@@ -17,6 +17,7 @@ REGISTRY = {
     "loss": "unimm_jax.evals.heldout_loss:HeldOutLoss",
     "scenes": "unimm_jax.evals.scenes:Scenes",
     "captions": "unimm_jax.evals.captions:Captions",
+    "answers": "unimm_jax.evals.answers:Answers",
 }
 
 

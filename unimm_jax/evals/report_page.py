@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unimm_jax.errors import DataError
-from unimm_jax.evals.score_table import DECODER_NAMES, SPLIT_NAMES
+from unimm_jax.evals.score_table import DECODER_NAMES, SPLIT_NAMES, answer_scores, answers_of
 from unimm_jax.metrics import read
 
 STAGES = (
@@ -55,6 +55,11 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
+    if (folder / "answers" / "examples.json").exists():
+        parts += [
+            f"<h1>Answers, {SPLIT_NAMES[scores['answers']['split']]}</h1>",
+            *evaluation_images(folder / "answers"),
+        ]
     parts += [*curves(run), *time_table(scores["seconds"]), versions(), commands(run)]
     page = run / "report.html"
     page.write_text("\n".join(parts))
@@ -98,6 +103,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
         )
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
+    if found := answers_of(scores):
+        rows = "".join(row(name, f"{value:.3f}") for name, value in answer_scores(found))
+        parts.append(f"<h3>Answers</h3><table>{head('answers', 'correct')}{rows}</table>")
     if "loss" in scores.get("held_out", {}):
         parts.append(f"<p>Held-out loss of the last stage: {scores['held_out']['loss']:.3f}</p>")
     return parts
@@ -157,7 +165,9 @@ def image(file: pathlib.Path) -> str:
 
 
 def evaluation_images(folder: pathlib.Path) -> list[str]:
-    """Sheets and examples that an evaluation wrote."""
+    """Sheets and examples that an evaluation wrote; none if its directory has only those of its evaluators."""
+    if not (folder / "examples.json").exists():
+        return []
     examples = json.loads((folder / "examples.json").read_text())
     parts = []
     if (folder / "kept.png").exists():

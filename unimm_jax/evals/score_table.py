@@ -2,7 +2,7 @@
 
 from typing import Any
 
-SPLIT_NAMES = {"test": "held-out images", "train": "training images"}
+SPLIT_NAMES = {"test": "held-out images", "train": "training images", "all": "all images"}
 DECODER_NAMES = {
     "pixel_decoder": "pixel decoder",
     "unet_decoder": "U-Net decoder",
@@ -19,10 +19,25 @@ def table(scores: dict[str, Any]) -> str:
         rows += _captions(scores)
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
+    if found := answers_of(scores):
+        rows += [f"{name:34s} {value:7.3f}" for name, value in answer_scores(found)]
     held_out = scores.get("held_out") or (scores if "loss" in scores else {})
     if "loss" in held_out:
         rows.append(f"{'held-out loss':34s} {held_out['loss']:7.3f}")
     return "\n".join(rows)
+
+
+def answers_of(scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the evaluator `answers`, alone or beside others; empty if it did not run."""
+    found = scores.get("answers", {})
+    return found if "split" in found else scores if found else {}
+
+
+def answer_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of `answers_of`."""
+    found, which = scores["answers"], SPLIT_NAMES[scores["split"]]
+    turns = [(f"  turn {name[5:]}", value) for name, value in found.items() if name.startswith("turn_")]
+    return [(f"{found['number']} answers, {which}", found["exact"]), *(turns if len(turns) > 1 else [])]
 
 
 def _scenes(scores: dict[str, Any]) -> list[str]:
