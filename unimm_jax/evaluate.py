@@ -14,15 +14,11 @@ def define_flags() -> None:
     """Defines the command's flags. Options that are not given are the evaluators' own."""
     flags.DEFINE_string("checkpoint", None, "Workdir of a language stage.", required=True)
     flags.DEFINE_string("output", "evaluation", "Directory for scores.json, examples.json and images.")
-    flags.DEFINE_list(
-        "evals", [], "Evaluators (scenes, captions, answers, loss); chosen by the model's sources if empty."
-    )
+    flags.DEFINE_list("evals", [], "Evaluators (scenes, captions, answers, loss); by the model's sources if empty.")
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "scenes: prompts per task (50).")
     flags.DEFINE_integer("questions", None, "scenes: questions per kind (200).")
-    flags.DEFINE_integer(
-        "images", None, "scenes: test scenes for captions and reconstruction (300); captions, answers: 600."
-    )
+    flags.DEFINE_integer("images", None, "scenes: test scenes (300); captions, answers: images (600).")
     flags.DEFINE_float("jitter", None, "scenes: 1 places objects near cell centers, above 4 anywhere (1).")
     flags.DEFINE_float("guidance", None, "scenes, captions: classifier-free guidance of text-to-image (1.5).")
     flags.DEFINE_string("split", None, "captions, answers: test (held-out) or train; answers: also all (test).")

@@ -329,7 +329,7 @@ class Plan:
             for i in range(len(self.sources))
         ]
         readable = [np.full(1 << 16, -1, np.int8) for _ in self.sources]  # by set of codes: -1 unknown, 0 no, 1 yes
-        found: list[list[np.ndarray]] = [[] for _ in self.sources]
+        found: list[list[np.ndarray | None]] = [[] for _ in self.sources]  # by chunk; None is the whole chunk
         outlines, without_task = self.records.outlines, 0
         for start in range(0, len(self.records), CHUNK):
             ends = np.asarray(outlines.ends[start : start + CHUNK + 1])
@@ -347,15 +347,23 @@ class Plan:
                 mine = np.ones(len(sets), bool) if source.number < 0 else numbers == source.number
                 usable = mine & (readable[i][sets] > 0)
                 without_task += int(mine.sum() - usable.sum())
-                found[i].append((start + np.flatnonzero(usable)).astype(np.uint32))
+                found[i].append(None if usable.all() else (start + np.flatnonzero(usable)).astype(np.uint32))
         if without_task:
             self.unused[NO_TASK] = without_task
-        members = [np.concatenate(parts) if parts else np.zeros(0, np.uint32) for parts in found]
+        members = [self._joined(parts) for parts in found]
         for source, records in zip(self.sources, members, strict=True):
-            if not len(records):
+            if records is not None and not len(records):
                 what = "the records" if source.number < 0 else f"source {source.number} of the records"
                 raise DataError(f"{NO_TASK} to any of {what} in {self.records.path}; raise the share of one that does")
-        return [None if len(records) == len(self.records) else records for records in members]
+        return members
+
+    def _joined(self, parts: list[np.ndarray | None]) -> np.ndarray | None:
+        """The records of all chunks, uint32; None is all records."""
+        if parts and all(part is None for part in parts):
+            return None
+        ends = [min(start + CHUNK, len(self.records)) for start in range(0, len(self.records), CHUNK)]
+        whole = [np.arange(i * CHUNK, end, dtype=np.uint32) for i, end in enumerate(ends) if parts[i] is None]
+        return np.concatenate([*whole, *(part for part in parts if part is not None), np.zeros(0, np.uint32)])
 
 
 def _tasks_of(sources: Sequence[SourceShare]) -> set[str]:

@@ -108,9 +108,8 @@ def questions_of(item: Decoded, settings: TaskSettings) -> list[Asked]:
         prompt = Prompt(question_prompt(question.question, settings), np.stack(item.pixels[:1]))
         found.append(Asked(prompt, question.question, question.answer, 1))
     messages: list[Message] = list(record.messages)
-    if any(
-        not isinstance(part, str) for message in messages if message.role == "assistant" for part in message.content
-    ):
+    written = [part for message in messages if message.role == "assistant" for part in message.content]
+    if not all(isinstance(part, str) for part in written):
         return found
     turn = 0
     for end, message in enumerate(messages):
