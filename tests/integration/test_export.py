@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import peers
 import pytest
-from helpers import ROOT, command, tiny
+from helpers import ROOT, STAGES, command, link, tiny
 from PIL import Image
 
 from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
@@ -124,8 +124,22 @@ np.savez(found, **out)
 """
 
 
+def talkative(run, root):
+    """The tiny stages, with a stage3 whose answers do not end: templates that it has not read otherwise give none."""
+    meta, params = read_meta(run / "stage3"), read_params(run / "stage3")
+    eos = load_model(run / "stage3").text_tokenizer.eos
+    for name in {"embed_text", "head_text"} & params["language"].keys():
+        params["language"][name] = params["language"][name].at[eos].set(0)
+    folder = link(run, root / "linked", *(name for name in STAGES if name != "stage3" and (run / name).exists()))
+    checkpoints = Checkpoints(folder / "stage3")
+    checkpoints.save(0, {"params": params}, meta)
+    checkpoints.close()
+    return folder
+
+
 def test_chats_are_answered_without_jax_as_here(run, tmp_path, monkeypatch):
-    """One batch of a text-only conversation, one image and two images, for each template."""
+    """One batch of a text-only conversation, one image and two images."""
+    folder = talkative(run, tmp_path)
     settings = pipeline.task_settings
     size = tiny("stage3").data.image_size
     images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(2)])
@@ -134,8 +148,8 @@ def test_chats_are_answered_without_jax_as_here(run, tmp_path, monkeypatch):
     for template in tasks.TEMPLATES:
         change = lambda config, template=template: dataclasses.replace(settings(config), template=template)
         monkeypatch.setattr(pipeline, "task_settings", change)
-        export(str(run / "stage3"), str(tmp_path / template), verify=False)
-        g = Generator(load_model(run / "stage3"), batch=2, answer_length=12)
+        export(str(folder / "stage3"), str(tmp_path / template), verify=False)
+        g = Generator(load_model(folder / "stage3"), batch=2, answer_length=12)
         turns = [("user", ("how many?",)), ("assistant", ("two",)), ("user", ("is there a red circle?",))]
         prompts = [Prompt(tasks.converse([tasks.Spoken(*turn) for turn in turns], g.task_settings))]
         for n in (1, 2):
@@ -147,7 +161,7 @@ def test_chats_are_answered_without_jax_as_here(run, tmp_path, monkeypatch):
     found = np.load(tmp_path / "found.npz")
     for template, answers in expected.items():
         assert found[template].tolist() == [*answers, answers[1]]
-    assert any(answer for answers in expected.values() for answer in answers)
+    assert all(len(answer) > 3 for answers in expected.values() for answer in answers)
 
 
 @pytest.mark.slow
