@@ -17,13 +17,15 @@ import numpy as np
 from benchmarks import timing
 from unimm_jax import resolve, sharding, train
 from unimm_jax.config import Config
-from unimm_jax.data import packing, pipeline
+from unimm_jax.data import outlines, packing, pipeline
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import Outline
-from unimm_jax.data.records import StoredRecord
+from unimm_jax.data.plan import Plan
+from unimm_jax.data.records import Ragged, StoredRecord
 from unimm_jax.vocabulary import Vocabulary
 
 PATCHES, CAPTION, RECORDS, LENGTH, MAX_TOKENS = 256, 20, 4096, 2048, 192
+EXAMPLES = 1024  # that are packed together
 VOCABULARY = Vocabulary(8_000, 8_192)
 
 
@@ -42,6 +44,8 @@ class Pairs:
 
     def __init__(self, kept: np.ndarray):
         self.kept, self.texts = kept[:, None], np.full((len(kept), 1), CAPTION)
+        self.source, one = np.zeros(len(kept), int), np.arange(len(kept) + 1)
+        self.outlines = Ragged(np.full(len(kept), outlines.CAPTION, np.uint8), one)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -88,7 +92,7 @@ def config_of(max_image_tokens: int, images_per_row: int, size: Sizes) -> Config
     """Stage 2 with the sizes of this benchmark."""
     given = resolve.load("stage2:one_gpu").to_dict()
     given |= dict(dtype=size.dtype, evals={}, init_from=())
-    given["train"]["batch_size"] = size.rows
+    given["train"]["batch_size"] = EXAMPLES
     given["optimizer"]["name"] = "adamw"
     given["loss"]["chunk"] = 1024
     given["data"] |= dict(
@@ -133,7 +137,7 @@ def case(kept: np.ndarray, max_image_tokens: int, images_per_row: int, size: Siz
     records: Any = pairs
     text_tokenizer: Any = FixedTextTokenizer()
     layout = Layout(VOCABULARY, text_tokenizer, max_image_tokens)
-    packed = packing.Plan(records, settings, layout, seed=0).pack(0)[:-1]  # the last row is not full
+    packed = Plan(records, settings, layout, seed=0).rows(0)[:-1]  # the last row is not full
     lengths = [sum(packing.example_size(records, e, settings, layout)[0] for e in row) for row in packed]
     fill, examples = np.sum(lengths) / (LENGTH * len(packed)), np.mean([len(row) for row in packed])
     rows = []

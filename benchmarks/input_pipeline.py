@@ -95,7 +95,7 @@ def main(rounds: int = 5) -> None:
         folder = pathlib.Path(scratch)
         write(folder)
         config = config_of(folder)
-        batches = iter(pipeline.image_input(config, pipeline.open_images(config.data)).iterate(BATCH))
+        batches = iter(pipeline.image_input(config, pipeline.open_images(config.data)).iterate())
 
         def ours() -> None:
             for _ in range(PASSES * IMAGES // BATCH):

@@ -28,7 +28,7 @@ def parts_of(run: pathlib.Path) -> dict[str, Callable[[], Any]]:
     params = read_params(find(run / "stage3"))
     trained, frozen, multipliers = optim.split(params, list(config.optimizer.rules))
     tx = optim.make(config.optimizer, config.train.steps, trained, multipliers)
-    batch = jax.tree.map(jnp.asarray, next(data.iterate(config.train.batch_size)))
+    batch = jax.tree.map(jnp.asarray, next(data.iterate()))
     masks = batch["keep"].reshape(-1, batch["keep"].shape[-1])
 
     def module(trained: Any) -> Any:

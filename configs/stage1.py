@@ -12,8 +12,8 @@ from configs import common
 
 SIZES = {
     "7b": dict(steps=5000, batch_size=256),
-    "one_gpu": dict(steps=2000, batch_size=128),
-    "laptop": dict(steps=150, batch_size=16),
+    "one_gpu": dict(steps=2000, batch_size=576),
+    "laptop": dict(steps=150, batch_size=72),
 }
 
 

@@ -12,8 +12,8 @@ from configs import common
 
 SIZES = {
     "7b": dict(steps=8000, batch_size=1024),
-    "one_gpu": dict(steps=8000, batch_size=128),
-    "laptop": dict(steps=4200, batch_size=16),
+    "one_gpu": dict(steps=8000, batch_size=320),
+    "laptop": dict(steps=4200, batch_size=40),
 }
 
 

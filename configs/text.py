@@ -10,8 +10,8 @@ from configs import common
 
 SIZES = {
     "7b": dict(steps=10_000, batch_size=1024),
-    "one_gpu": dict(steps=1000, batch_size=128),
-    "laptop": dict(steps=150, batch_size=16),
+    "one_gpu": dict(steps=1000, batch_size=1024),
+    "laptop": dict(steps=150, batch_size=144),
 }
 
 

@@ -55,7 +55,7 @@ TINY = {
 def tiny_dict(stage: str, **changes: Any) -> ConfigDict:
     """The tiny config of a stage as a ConfigDict; `changes` by dotted name with "__" for "."."""
     config = resolve.load(f"{stage}:laptop")
-    for name, value in (dict(TINY) | {k.replace("__", "."): v for k, v in changes.items()}).items():
+    for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
         node: Any = config
         *parents, last = name.split(".")
         for part in parents:

@@ -23,7 +23,7 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, for example v5e:4x4, v5p:2x4x4 or v6e:4x4.")
     flags.DEFINE_integer("slices", 1, "Number of slices of that topology.", lower_bound=1)
-    flags.DEFINE_integer("rows", 0, "Rows of the batch per device; 0 keeps the config's batch.", lower_bound=0)
+    flags.DEFINE_integer("rows", 0, "Rows of a micro-batch per device; 0 takes the config's batch.", lower_bound=0)
     flags.DEFINE_bool("largest", False, "Search for the most rows per device that fit, from --rows (or 1) on.")
     flags.DEFINE_string("remat", "", "Rematerialization of the language model; empty keeps the config's.")
     flags.DEFINE_integer("text_rows", 32_000, "Text ids of the vocabulary.", lower_bound=1)
@@ -79,7 +79,7 @@ def cli() -> None:
             change = "try fewer --rows or a larger --tensor"
             if not FLAGS.generate:
                 change = fit.suggest(parsed, where, rows, compile_rows)
-            size = f"{rows} rows per device" if rows else f"its batch of {parsed.train.batch_size} rows"
+            size = f"{rows} rows per device" if rows else "its batch"
             message = f"{parsed.name} with {size} does not fit on {where}: {error}; {change}"
             if FLAGS.json:
                 found = dict(config=parsed.name, topology=str(where), rows=rows, fits=False)

@@ -40,7 +40,7 @@ class TrainConfig:
 
     Attributes:
       steps: number of optimizer steps.
-      batch_size: rows of a global batch.
+      batch_size: images of a global batch; in the language stages examples, or tokens (`config.data.batch_unit`).
       micro_batches: parts of a batch whose gradients are accumulated one after the other, to save memory.
       log_every, checkpoint_every, image_every: intervals in steps. Logged values are means over the interval.
       keep: number of newest checkpoints to keep.
@@ -137,6 +137,8 @@ class PackedDataConfig:
     Attributes:
       records: directory that `unimm_jax.pretokenize` wrote; relative to the workdir.
       image_size: side of the images in pixels.
+      batch_unit: what `config.train.batch_size` counts: "examples", or "tokens" for the number of examples that have
+        that many tokens on average. Every step has the same number of examples.
       seq_len: tokens per row T. images_per_row: images per row R whose features the model computes.
       max_questions: questions per `question` example.
       prompt_dropout: share of text-to-image and edit examples without their text, for guidance (0.1 in ILLUME+'s code).
@@ -153,6 +155,7 @@ class PackedDataConfig:
 
     records: str = "../records"
     image_size: int = ranged(224, low=1)
+    batch_unit: str = one_of("examples", "examples", "tokens")
     seq_len: int = ranged(2048, low=4)
     images_per_row: int = ranged(8, low=0)
     max_questions: int = ranged(3, low=1)

@@ -24,7 +24,7 @@ def define_flags() -> None:
     flags.DEFINE_string("split", None, "captions: test (held-out images) or train (test).")
     flags.DEFINE_string("sources", None, "captions: data sources; those of the model if not given.")
     flags.DEFINE_integer("batches", None, "loss: number of batches (4).")
-    flags.DEFINE_integer("batch_size", None, "loss: rows of a batch; the batch size of training if not given.")
+    flags.DEFINE_integer("batch_size", None, "loss: batch size; that of training if not given.")
 
 
 def command() -> None:

@@ -195,14 +195,12 @@ def parse(given: Mapping[str, Any]) -> Config:
 
 def _micro_batches(config: Config, objective: Any) -> list[str]:
     """A sentence if the batch cannot be accumulated as the config says."""
-    rows, parts = config.train.batch_size, config.train.micro_batches
+    parts = config.train.micro_batches
     if parts > 1 and not objective.accumulates:
         return [
             f"config.train.micro_batches is {parts}; the objective {config.objective} does not accumulate gradients, "
             "so it must be 1"
         ]
-    if rows % parts:
-        return [f"a batch of {rows} rows does not divide into {parts} micro-batches; change config.train.micro_batches"]
     return []
 
 

@@ -142,6 +142,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Number of parts into which the rows of a batch are divided: data × fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 @functools.lru_cache
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Indices of the rows of a global batch that the devices of this process hold, ascending.
@@ -153,7 +158,7 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     Raises:
       ConfigError: the batch is not divisible by data × fsdp.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     if batch % ways:
         raise ConfigError(
             f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change "

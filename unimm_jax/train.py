@@ -124,13 +124,15 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         records = str(resolve.at_workdir(config.data.records, workdir))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
     mesh = sharding.make_mesh(config.mesh)
-    size = config.train.batch_size
-    sharding.local_rows(mesh, size // config.train.micro_batches)  # refuses a batch that does not divide
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, config.train.keep, config.train.use_previous_checkpoint)
     newest = checkpoints.newest()
     objective_class = objectives.get(config.objective)
     data = objective_class.open_input(config, _tokenizer_of(workdir if newest is not None else None))
+    share = functools.partial(sharding.local_rows, mesh)
+    multiple = sharding.batch_ways(mesh) * config.train.micro_batches
+    size = data.size(0, multiple)
+    share(size // config.train.micro_batches)  # refuses a batch that does not divide
     stage = build(config, data, mesh)
     objective, shardings = stage.objective, jax.tree.map(lambda x: x.sharding, stage.state)
     if jax.process_index() == 0:
@@ -144,7 +146,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
     # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
     state: dict[str, Any]
     with jax.set_mesh(mesh):
-        open_batches = lambda: data.iterate(size, sharding.local_rows(mesh, size))
+        open_batches = lambda: data.iterate(share, multiple)
         batches, seconds_before, window = open_batches(), 0.0, WindowMean()
         if newest is not None:
             state, meta = checkpoints.restore(newest, stage.state)
@@ -170,7 +172,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
             name: (entry, evals.get(entry["type"])(evals.options_of(entry))) for name, entry in config.evals.items()
         }
         rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
-        of_peak = hardware.share_of_peak(objective, objective_class.batch_spec(config), jax.devices())
+        of_peak = hardware.share_of_peak(objective, objective_class.batch_spec(config, size), jax.devices())
         last: dict[str, float] = {}
         metrics: dict[str, jax.Array] = {}
         traced = config.train.profile if jax.process_index() == 0 else 0
@@ -238,7 +240,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                 # while devices still work on earlier steps, waiting for a batch costs nothing
                 with clock.on("input" if metrics else "start", counts=functools.partial(_done, metrics)):
                     host_batch = next(batches)
-                batch = sharding.put_batch(host_batch, mesh, size)
+                batch = sharding.put_batch(host_batch, mesh, data.size(step, multiple))
                 with profiler.step(step), jax.transfer_guard("disallow"):
                     state, metrics = stage.step(state, batch)
                     window.add(metrics)
@@ -252,10 +254,12 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                     clock.read()
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     values = window.read() | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
+                    values |= data.counters(step - 1)
                     if step <= start + config.train.log_every:
                         values["compile_seconds"] = compile_seconds
                     counts = objective.throughput_counts(host_batch)
                     counts = {k: n * jax.process_count() for k, n in counts.items()}
+                    counts["examples"] = data.rows.batch_size
                     last = writer.scalars(step, values, counts | ({"mfu": of_peak} if of_peak else {}))
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
@@ -301,6 +305,11 @@ def _check_same_data(saved: dict[str, Any], header: dict[str, Any], workdir: pat
       CheckpointError: names what differs.
     """
     saved, now = legacy.header(saved), _jsonable(header)
+    if "order" in now and "order" not in saved:
+        raise CheckpointError(
+            f"{workdir} was written by a version that counted batches in packed rows, in another order of the data; "
+            "start in a new workdir, with init_from to keep its weights"
+        )
     changed = sorted(key for key, value in saved.items() if now.get(key) != value)
     if changed:
         raise CheckpointError(

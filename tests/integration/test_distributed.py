@@ -77,11 +77,12 @@ def test_every_process_reads_its_part_of_one_order(run):
     """Shares of 1, 2 and 4 processes put together are the global batch, row by row, from any step on."""
     for stage in ("stage3", "selector", "pixel_decoder"):
         data, _ = opened(with_records(stage, run))
-        whole = data.iterate(8)
+        whole = data.iterate(multiple=4)
         batches = [next(whole) for _ in range(3)]
         state = None
         for count in (1, 2, 4):  # a change of the number in the middle: the state of one continues in the next
-            parts = [data.iterate(8, share) for share in np.arange(8).reshape(count, -1)]
+            shares = [lambda size, i=i, n=count: np.arange(size).reshape(n, -1)[i] for i in range(count)]
+            parts = [data.iterate(share, multiple=4) for share in shares]
             if state is not None:
                 for part in parts:
                     part.set_state(state)

@@ -153,7 +153,8 @@ def _check(run, root, count, steps):
                 train(config, root / f"run_{kind}_{i}")
                 losses = [row["loss"] for row in metrics.read(root / f"run_{kind}_{i}")]
                 assert len(losses) == steps
-            found.append(([rows[r] for r in range(12)], losses, description))
+            places = [(step, row) for step in range(3) for row in range(rows.size(step, 1))]
+            found.append(([rows.row(*place) for place in places], losses, description))
         first, losses, description = found[0]
         assert any(row["segments"].any() for row in first)
         for others, other_losses, name in found[1:]:
@@ -187,7 +188,7 @@ def test_rows_hold_images_that_are_read_and_written(run, tmp_path):
     )  # fmt: skip
     data = pipeline.packed_input(config)
     assert data.vocabulary is not None and "edit 100.0%" in data.notes()[0]
-    row, examples = data.rows[0], data.rows.plan[0]
+    row, examples = data.rows.row(0, 0), data.rows.plan.rows(0)[0]
     for segment, example in enumerate(examples, 1):
         inside = row["segments"] == segment
         assert np.array_equal(row["images"][segment - 1], dataset[example.record].pixels[0])

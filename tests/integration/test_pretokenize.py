@@ -149,4 +149,4 @@ def test_sources_keep_their_numbers_where_one_has_no_held_out_records(run, tmp_p
     config = tiny("stage2", data__records=str(tmp_path / "records"), data__mixture=mixture)
     for split, expected in (("train", {1, 2}), ("test", {1})):
         plan = pipeline.packed_input(config, split).rows.plan
-        assert set(plan.records.source[[e.record for e in plan.examples(0)]]) == expected
+        assert set(plan.records.source[plan.first_window().drawn.records]) == expected

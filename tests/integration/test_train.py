@@ -83,7 +83,7 @@ def test_sigterm_saves_at_once_and_exits_zero(run, tmp_path):
 def test_each_function_compiles_once(run, tmp_path, caplog):
     """A packed stage with varying token counts: one compilation of the step over the whole run."""
     link(run, tmp_path, "records", "stage2")
-    config = tiny("stage3", train__steps=12, train__batch_size=2)
+    config = tiny("stage3", train__steps=12, train__batch_size=5)
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level("WARNING", logger="jax"):
@@ -99,7 +99,7 @@ def test_a_run_says_and_writes_what_it_does(run):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert {"loss", "perplexity", "codes_used", "kept", "cosine", "learning_rate", "step_ms"} <= rows[-1].keys()
     assert {"keep_rate_sampled", "keep_rate_argmax"} <= metrics.read(run / "selector")[-1].keys()
-    assert {"text_ce", "code_ce", "fill"} <= metrics.read(run / "stage3")[-1].keys()
+    assert {"text_ce", "code_ce", "fill", "examples_per_step"} <= metrics.read(run / "stage3")[-1].keys()
     assert (run / "tokenizer" / "images" / "kept_patches.png").exists()
     assert list((run / "tokenizer" / "tensorboard").iterdir())
     assert json.loads((run / "stage3" / "done.json").read_text())["steps"] == STEPS

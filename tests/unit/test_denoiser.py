@@ -56,7 +56,7 @@ def test_every_block_type_keeps_the_shape_and_reads_its_context(kinds):
 def test_both_predictions_train_and_draw(run, prediction):
     data, objective = opened(with_records("unet_decoder", run, loss__prediction=prediction))
     params = objective.init(jax.random.key(0))
-    batch = next(data.iterate(8))
+    batch = next(data.iterate())
     loss, _ = objective.loss(params, batch, jax.random.key(0), 0)
     assert jnp.isfinite(loss)
     drawn = objective.decode(params, batch["codes"], batch["keep"], jax.random.key(0))
@@ -83,7 +83,7 @@ def test_denoising_in_latent_space(run, kind):
     config.optimizer.rules = [("(image_tokenizer|vae)/.*", None), ("unet/.*", 1.0), ("conditioner/.*", 1.0)]
     data, objective = opened(resolve.parse(config))
     params = objective.init(jax.random.key(0))
-    batch = next(data.iterate(8))
+    batch = next(data.iterate())
     assert batch["images"].shape == (8, 32, 32, 3)
     trained, frozen, _ = optim.split(params, list(objective.config.optimizer.rules))
 

@@ -12,8 +12,9 @@ from PIL import Image
 from unimm_jax import objectives, text_tokenizer
 from unimm_jax.data import inspection
 from unimm_jax.data.outlines import Message, Question, Record
-from unimm_jax.data.packing import PackingConfig, Plan, SourceShare
+from unimm_jax.data.packing import PackingConfig, SourceShare
 from unimm_jax.data.pipeline import Input, layout_of
+from unimm_jax.data.plan import Plan
 from unimm_jax.data.records import Records, RecordWriter
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import ConfigError
@@ -41,7 +42,7 @@ def test_the_page_counts_what_the_plan_packs(stage3):
     config, data = stage3
     page = inspection.build(config, data)
     plan = data.rows.plan
-    rows = plan.pack(0)
+    rows = [row for step in range(plan.window) for row in plan.rows(step)]
     counts = collections.Counter(example.task for row in rows for example in row)
     assert len(counts) == 3
     for task, count in counts.items():
@@ -49,9 +50,10 @@ def test_the_page_counts_what_the_plan_packs(stage3):
         assert cells(page, task)[3:5] == [f"{count / counts.total():.1%}", f"{count:,}"]
     assert cells(page, "number of records")[1] == f"{len(data.records):,}"
     assert (
-        cells(page, "first pass")[1]
-        == f"{counts.total():,} examples in {len(rows):,} rows of {config.data.seq_len} tokens"
+        cells(page, "batch")[1]
+        == f"{plan.batch} examples per step in {plan.rows_per_step} rows of {config.data.seq_len} tokens"
     )
+    assert f"planned together: {plan.window * plan.batch} examples" in page and counts.total() == 96
     assert cells(page, "scenes:count=96")[1:] == ["96", "96", f"{counts.total()}", "100.0%"]
     assert page.count('class="doc"') == 24 and page.count('class="row"') == 6
     assert not OUTSIDE.search(page)
@@ -84,10 +86,10 @@ def test_examples_that_do_not_fit_are_named(run, stage3):
     config, data = opened("stage3", run, data__seq_len=limit)
     page = inspection.build(config, data, documents=2, rows=1)
     reason = f"longer than {limit} tokens"
-    count = data.rows.plan.dropped[reason]
-    assert count >= 1 and cells(page, reason) == [reason, f"{count}"]
+    count = data.rows.plan.reasons(data.rows.plan.first_window().rejected)[reason]
+    assert count >= 1 and cells(page, reason) == [reason, f"{count} examples", "replaced by others"]
     assert page.count(f'<td class="x">{reason}</td>') == 1 + min(count, 2 * inspection.LISTED)
-    assert 'class="bar long"' in page and "and are dropped" in page
+    assert 'class="bar long"' in page and "and are replaced" in page
 
 
 def test_texts_are_escaped(run, tmp_path):
@@ -105,7 +107,7 @@ def test_texts_are_escaped(run, tmp_path):
     writer.close(1, header)
     records = Records(tmp_path)
     config = with_records("stage3", run)
-    packing = PackingConfig(64, 2, 4, (("caption", 0.5), ("question", 0.5)))
+    packing = PackingConfig(1, 64, 2, 4, (("caption", 0.5), ("question", 0.5)))
     plan = Plan(records, packing, layout_of(records.header, tokenizer, config), 0)
     found = inspection.survey(plan)
     parts = [*inspection.summary(config, Input(None), found), *inspection.document_list(found, 9)]
@@ -133,7 +135,7 @@ def test_a_mixture_of_other_tasks(tmp_path):
     layout = dataclasses.replace(layout_of(records.header, tokenizer, tiny("stage3")), max_image_tokens=2)
     shares = (("conversation", 1.0), ("edit", 1.0), ("interleaved", 1.0))
     sources = (SourceShare(0, 1.0), SourceShare(1, 3.0, (("edit", 1.0), ("interleaved", 0.5))))
-    packing = PackingConfig(200, 4, 2, shares, tasks=TaskSettings(template="chatml"), sources=sources)
+    packing = PackingConfig(5, 200, 4, 2, shares, tasks=TaskSettings(template="chatml"), sources=sources)
     plan = Plan(records, packing, layout, 0)
     found = inspection.target_shares(plan)
     assert found == pytest.approx({"conversation": 0.25, "edit": 0.375, "interleaved": 0.375})
@@ -141,7 +143,7 @@ def test_a_mixture_of_other_tasks(tmp_path):
     page = "".join([*inspection.document_list(first, 9), *inspection.source_table(first)])
     assert {example.task for example in first.packed} == set(found)
     assert "&lt;|im_start|&gt;user" in page and "2 codes, 1 more are cut" in page and "read: 2 of 4 patches" in page
-    assert cells(page, "edit:/b")[1:4] == ["2", "3", "3"]
+    assert cells(page, "edit:/b")[1:5] == ["2", "3", "3", "4"]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ STAGES = ("encoder", "selector", "tokenizer", "pixel_decoder", "unet_decoder", "
 def test_a_batchs_shapes_are_known_without_data(run, stage):
     config = with_records(stage, run)
     data, objective = opened(config)
-    batch = next(data.iterate(config.train.batch_size))
-    shapes = type(objective).batch_spec(config)
+    batch = next(data.iterate())
+    shapes = type(objective).batch_spec(config, data.size())
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == shapes
 
 

@@ -83,7 +83,7 @@ class Report:
         """A table to read."""
         share = f"of {self.chip.memory / GIB:.2f} GiB: {self.peak / self.chip.memory:.0%}"
         found = [
-            f"{self.config} on {self.topology}: {self.chips} chips, batch {self.batch} ({self.rows} rows per device)",
+            f"{self.config} on {self.topology}: {self.chips} chips, {self.batch} rows ({self.rows} per device)",
             f"  arguments    {self.arguments / GIB:8.2f} GiB   parameters, optimizer state, batch",
             f"  temporaries  {self.temporaries / GIB:8.2f} GiB",
             f"  peak         {self.peak / GIB:8.2f} GiB   {share}",
@@ -99,12 +99,6 @@ class Report:
 
 
 # ---- Changes that flags make to a config -----------------------------------------------------------------------------
-
-
-def with_rows(config: Config, rows: int, mesh: jax.sharding.Mesh) -> Config:
-    """A config with a batch of `rows` rows per device."""
-    batch = rows * mesh.shape["data"] * mesh.shape["fsdp"]
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
 
 
 def with_remat(config: Config, remat: str) -> Config:
@@ -125,23 +119,25 @@ def with_remat(config: Config, remat: str) -> Config:
 
 
 def abstract_step(
-    config: Config, mesh: jax.sharding.Mesh, text_rows: int = 32_000, codes: int = 16_384
+    config: Config, mesh: jax.sharding.Mesh, text_rows: int = 32_000, codes: int = 16_384, rows: int = 0
 ) -> tuple[train.Stage, dict[str, jax.ShapeDtypeStruct]]:
     """(stage, abstract batch) with the shapes and shardings of training.
 
     Args:
       text_rows, codes: sizes of the vocabulary, which training takes from the records.
+      rows: rows of a micro-batch per device; 0 takes the config's batch, estimated for packed rows.
 
     Raises:
       ConfigError: the batch does not divide over the mesh.
     """
     objective = objectives.get(config.objective)
-    ways, size = mesh.shape["data"] * mesh.shape["fsdp"], config.train.batch_size
+    ways, multiple = sharding.batch_ways(mesh), sharding.batch_ways(mesh) * config.train.micro_batches
+    size = rows * multiple if rows else objective.batch_rows(config, multiple)
     if size % ways:
         raise ConfigError(f"a batch of {size} rows does not divide over {ways} devices (data × fsdp); give --rows")
     stage = train.build(config, objective.abstract_input(config, text_rows, codes), mesh)
     place = sharding.batch_sharding(mesh)
-    spec = objective.batch_spec(config)
+    spec = objective.batch_spec(config, size)
     return stage, {k: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for k, (shape, dtype) in spec.items()}
 
 
@@ -159,17 +155,15 @@ def compile_step(
     """Compiles the train step of a config as training on the topology would.
 
     Args:
-      rows: rows of the batch per device; 0 keeps the config's batch.
-      text_rows, codes: see `abstract_step`.
+      rows, text_rows, codes: see `abstract_step`.
 
     Raises:
       OutOfMemoryError: the program needs more memory than a chip has.
     """
     mesh = sharding.make_mesh(config.mesh, topology.devices())
-    config = with_rows(config, rows, mesh) if rows else config
-    stage, batch = abstract_step(config, mesh, text_rows, codes)
+    stage, batch = abstract_step(config, mesh, text_rows, codes, rows)
     _check_arguments((stage.state, batch), mesh)
-    flops, size = stage.objective.step_flops(batch), config.train.batch_size
+    flops, size = stage.objective.step_flops(batch), next(iter(batch.values())).shape[0]
     began = time.perf_counter()
     compiled = _compile(lower_step(stage, batch, mesh), mesh)
     return _report(compiled, config.name, topology, mesh, size, flops, time.perf_counter() - began)
@@ -334,11 +328,16 @@ def suggest(
 
 
 def _attempts(config: Config, topology: Topology, rows: int) -> Iterator[tuple[str, Config, Topology, int]]:
-    """(flags, config, topology, rows per device): rematerialization, then one row, then more chips."""
+    """(flags, config, topology, rows per device): rematerialization, accumulation, one row, then more chips."""
     remat = ""
     if "language" in config.model and config.model["language"].remat != "full":
         remat, config = "--remat=full ", with_remat(config, "full")
         yield remat.strip(), config, topology, rows
+    objective, mesh = objectives.get(config.objective), sharding.make_mesh(config.mesh, topology.devices())
+    parts = objective.batch_rows(config, sharding.batch_ways(mesh)) // sharding.batch_ways(mesh)
+    if not rows and objective.accumulates and parts > config.train.micro_batches:
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
+        yield f"{remat}--config.train.micro_batches={parts}", changed, topology, 0
     if rows != 1:
         yield f"{remat}--rows=1", config, topology, 1
     for larger in topology.larger():

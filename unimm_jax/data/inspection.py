@@ -17,8 +17,9 @@ from unimm_jax.config import Config
 from unimm_jax.data import transforms
 from unimm_jax.data.documents import ImageOut, ImageStart, Segment, Special, Text, render
 from unimm_jax.data.outlines import Outline
-from unimm_jax.data.packing import Example, Plan, RowSource, document_of, example_size
-from unimm_jax.data.pipeline import ImageRows, Input
+from unimm_jax.data.packing import Example, document_of
+from unimm_jax.data.pipeline import ImageRows, Input, PackedRows
+from unimm_jax.data.plan import NO_TASK, Drawn, Plan
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.tasks import get
@@ -26,7 +27,8 @@ from unimm_jax.errors import ConfigError
 from unimm_jax.text_tokenizer import TextTokenizer
 
 CHECKED = 400  # records of sources that are read for the page
-LISTED = 20  # skipped or dropped records that are named
+COUNTED = 100_000  # records of a source whose outlines are counted
+LISTED = 20  # skipped or replaced records that are named
 SHOWN_TEXT = 3000  # characters
 SIDE = 256  # pixels; larger images are reduced
 COLORS = 6  # of the examples of a row
@@ -87,7 +89,7 @@ def build(config: Config, data: Input, documents: int = 24, rows: int = 6) -> st
     Raises:
       ConfigError: the input is of a kind that the page does not know.
     """
-    if isinstance(data.rows, RowSource):
+    if isinstance(data.rows, PackedRows):
         body = _language_page(config, data, documents, rows)
     elif isinstance(data.rows, ImageRows) and data.records is not None:
         body = _record_images_page(config, data, data.records, documents)
@@ -158,51 +160,48 @@ def listed_sources(header: Mapping[str, Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The first pass of a plan over the records.
+    """The first window of a plan: for small data, the first pass over the records.
 
     Attributes:
-      rows: the packed rows. examples: all examples in order, with those that do not fit a row.
-      sizes: number of tokens and of input images of each example.
+      rows: the packed rows of all its steps. sizes: number of tokens and of input images of each example.
+      rejected: examples that were drawn and replaced: (record, task or "", tokens, input images).
     """
 
     plan: Plan
     rows: list[list[Example]]
-    examples: list[Example]
     sizes: dict[Example, tuple[int, int]]
+    rejected: list[tuple[int, str, int, int]]
 
     @property
     def packed(self) -> list[Example]:
-        """The examples that are in a row."""
+        """All examples, in order."""
         return [example for row in self.rows for example in row]
-
-    def reason(self, example: Example) -> str:
-        """Why an example is in no row; empty if it is in one."""
-        tokens, images = self.sizes[example]
-        packing = self.plan.packing
-        if tokens > packing.seq_len:
-            return f"longer than {packing.seq_len} tokens"
-        return f"more than {packing.images_per_row} input images" if images > packing.images_per_row else ""
 
 
 def survey(plan: Plan) -> Survey:
-    """Packs the first pass and measures its examples, from the index of the records alone."""
-    examples = plan.examples(0)
-    sizes = {example: example_size(plan.records, example, plan.packing, plan.layout) for example in examples}
-    return Survey(plan, plan.pack(0), examples, sizes)
+    """Packs the first window, from the index of the records alone."""
+    window = plan.first_window()
+
+    def listed(drawn: Drawn) -> Iterable[tuple[int, ...]]:
+        columns = (drawn.records, drawn.tasks, drawn.variants, drawn.tokens, drawn.images)
+        return zip(*(column.tolist() for column in columns), strict=True)
+
+    sizes = {Example(r, plan.names[task], variant): (t, i) for r, task, variant, t, i in listed(window.drawn)}
+    rejected = [(r, plan.names[task] if task >= 0 else "", t, i) for r, task, _, t, i in listed(window.rejected)]
+    return Survey(plan, [row for step in range(plan.window) for row in plan.rows(step)], sizes, rejected)
 
 
 def groups(plan: Plan) -> list[tuple[float, dict[str, float], collections.Counter[Outline]]]:
     """Records that draw their tasks from the same shares: (weight, task → share, outline → number of records)."""
     records, default = plan.records, plan.packing.shares(0)
-    everything = range(len(records))
+    everything = spaced(len(records), COUNTED)
     if not plan.packing.sources:
         return [(1.0, default, collections.Counter(records.outline(i) for i in everything))]
     found = []
     for source in plan.packing.sources:
-        mine = np.flatnonzero(records.source == source.number).tolist()
-        found.append(
-            (source.weight, dict(source.tasks) or default, collections.Counter(records.outline(i) for i in mine))
-        )
+        mine = np.flatnonzero(records.source == source.number)
+        outlines = collections.Counter(records.outline(i) for i in mine[spaced(len(mine), COUNTED)].tolist())
+        found.append((source.weight, dict(source.tasks) or default, outlines))
     return found
 
 
@@ -212,14 +211,15 @@ def applicable(shares: Mapping[str, float], outline: Outline) -> dict[str, float
 
 
 def target_shares(plan: Plan) -> dict[str, float]:
-    """task → expected share of the examples of the first pass, before any is dropped; 0 if it applies to no record."""
+    """task → expected share of the examples, before any is replaced; 0 if it applies to no record."""
     found: dict[str, float] = {}
     for weight, shares, outlines in groups(plan):
         found |= {task: 0.0 for task, share in shares.items() if share > 0 and task not in found}
-        for outline, count in outlines.items():
-            fits = applicable(shares, outline)
+        fitting = {outline: fits for outline in outlines if (fits := applicable(shares, outline))}
+        readable = sum(outlines[outline] for outline in fitting)
+        for outline, fits in fitting.items():
             for task, share in fits.items():
-                found[task] += weight * count / outlines.total() * share / sum(fits.values())
+                found[task] += weight * outlines[outline] / readable * share / sum(fits.values())
     total = sum(found.values()) or 1.0
     return {task: share / total for task, share in found.items()}
 
@@ -236,22 +236,26 @@ def _language_page(config: Config, data: Input, documents: int, rows: int) -> li
 
 
 def summary(config: Config, data: Input, found: Survey) -> list[str]:
-    """Counts of the records and of the first pass, and the shares of tasks and sources."""
+    """Counts of the records and of the first steps, and the shares of tasks and sources."""
     plan, records = found.plan, found.plan.records
     packing, packed = plan.packing, found.packed
     tokens = sum(found.sizes[example][0] for example in packed)
     per_row = [len(row) for row in found.rows]
     images = [sum(found.sizes[example][1] for example in row) for row in found.rows]
-    dropped = "; ".join(f"{count:,} {reason}" for reason, count in plan.dropped.items())
+    unused = "; ".join(f"{count:,}: {reason}" for reason, count in plan.unused.items())
+    replaced = "; ".join(f"{count:,} {reason}" for reason, count in plan.reasons(plan.first_window().rejected).items())
+    per_step = plan.rows_per_step * packing.seq_len
     pairs = [
         ("config", f"{config.name}, seed {config.seed}"),
         ("records", str(records.path)),
         ("number of records", f"{len(records):,}"),
         ("number of images", f"{records.num_images:,}"),
         ("text tokenizer", describe_tokenizer(plan.layout.text_tokenizer)),
-        ("first pass", f"{len(packed):,} examples in {len(found.rows):,} rows of {packing.seq_len:,} tokens"),
-        ("dropped", dropped or "none"),
-        ("fill", f"{tokens / (len(found.rows) * packing.seq_len):.1%} of the positions are not padding"),
+        ("records that are never read", unused or "none"),
+        ("batch", f"{plan.batch:,} examples per step in {plan.rows_per_step:,} rows of {packing.seq_len:,} tokens"),
+        ("fill", f"{tokens / (plan.window * per_step):.1%} of the positions are not padding"),
+        ("shown here", f"the first {plan.window:,} steps, which are planned together: {len(packed):,} examples"),
+        ("replaced examples", replaced or "none"),
         ("examples per row", f"{np.mean(per_row):.2f} (from {min(per_row)} to {max(per_row)})"),
         ("images per row", f"{np.mean(images):.2f} (from {min(images)} to {max(images)}) of {packing.images_per_row}"),
     ]
@@ -277,7 +281,7 @@ def task_table(found: Survey, shares_change: bool) -> list[str]:
     if shares_change:
         note += f" The settings change linearly to config.data.tasks_end in pass {plan.packing.epochs}."
     head = ("task", "setting", "target", "found", "examples", "median tokens", "most tokens")
-    return ["<h3>Tasks in the first pass</h3>", table(head, lines), f'<p class="note">{html.escape(note)}</p>']
+    return ["<h3>Tasks in the first steps</h3>", table(head, lines), f'<p class="note">{html.escape(note)}</p>']
 
 
 def source_table(found: Survey) -> list[str]:
@@ -294,18 +298,19 @@ def source_table(found: Survey) -> list[str]:
         shown = [f"{int(mine.sum()):,}", f"{int(per_image[mine].sum()):,}", *weight, f"{counts[number]:,}"]
         lines.append([name, *shown, f"{counts[number] / len(packed):.1%}"])
     head = ["source", "records", "images", *(["weight"] if weights else []), "examples", "share"]
-    return ["<h3>Sources in the first pass</h3>", table(head, lines)]
+    return ["<h3>Sources in the first steps</h3>", table(head, lines)]
 
 
 def lengths(found: Survey) -> list[str]:
     """The histogram of the lengths of all examples."""
-    sizes = np.array([tokens for tokens, _ in found.sizes.values()])
+    rejected = [tokens for _, task, tokens, _ in found.rejected if task]
+    sizes = np.array([tokens for tokens, _ in found.sizes.values()] + rejected)
     limit = found.plan.packing.seq_len
     long = int((sizes > limit).sum())
     words = (
         f"{len(sizes):,} examples of {sizes.min():,} to {sizes.max():,} tokens, median {np.median(sizes):.0f}, "
         f"mean {sizes.mean():.1f}. {long:,} are longer than a row (config.data.seq_len = {limit:,})"
-        + (" and are dropped." if long else ".")
+        + (" and are replaced." if long else ".")
     )
     return ["<h2>Lengths of the examples</h2>", f"<p>{words}</p>", histogram(sizes, limit)]
 
@@ -382,7 +387,7 @@ def document_list(found: Survey, limit: int) -> list[str]:
         "tokens and its weight.</p>"
     )
     shown, total = chosen(found, limit), len(found.packed)
-    title = f"<h2>Documents</h2><p>{len(shown)} of {total:,} examples of the first pass; tasks take turns.</p>"
+    title = f"<h2>Documents</h2><p>{len(shown)} of {total:,} examples of the first steps; tasks take turns.</p>"
     return [title, legend, *(document(found, example) for example in shown)]
 
 
@@ -491,23 +496,26 @@ def packed_row(found: Survey, number: int) -> str:
 
 
 def dropped_list(found: Survey) -> list[str]:
-    """Records that are skipped or dropped, with reasons."""
+    """Records that are skipped, never read or replaced, with reasons."""
     plan = found.plan
-    records, parts = plan.records, ["<h2>Skipped and dropped records</h2>"]
+    records, parts = plan.records, ["<h2>Skipped and replaced records</h2>"]
     if "places" in records.header:
         places = records.header["places"]
         skipped = f"{places - len(records):,} of {places:,} records" if places > len(records) else "no record"
         parts.append(f"<p>When the records were written, pretokenize skipped {skipped} of the sources.</p>")
-    if not plan.dropped:
-        return [*parts, "<p>The first pass drops no record.</p>"]
-    parts.append(table(("reason", "records in the first pass"), [(why, f"{n:,}") for why, n in plan.dropped.items()]))
-    lines = [(records[i].key, "no task of config.data.tasks applies", "", "", "") for i in without_task(plan, LISTED)]
-    for example in found.examples:
-        if len(lines) >= 2 * LISTED:
-            break
-        if reason := found.reason(example):
-            tokens, images = found.sizes[example]
-            lines.append((records[example.record].key, reason, example.task, f"{tokens:,}", f"{images}"))
+    counts = [(why, f"{n:,} records", "never read") for why, n in plan.unused.items()]
+    counts += [
+        (why, f"{n:,} examples", "replaced by others") for why, n in plan.reasons(plan.first_window().rejected).items()
+    ]
+    if not counts:
+        return [*parts, "<p>Every record is read, and no example of the first steps is replaced.</p>"]
+    parts.append(table(("reason", "number", "what happens"), counts, texts=3))
+    lines = [(records[i].key, NO_TASK, "", "", "") for i in without_task(plan, LISTED)]
+    packing = plan.packing
+    for record, task, tokens, images in found.rejected[: 2 * LISTED - len(lines)]:
+        long = tokens > packing.seq_len
+        reason = f"longer than {packing.seq_len} tokens" if long else f"more than {packing.images_per_row} input images"
+        lines.append((records[record].key, reason if task else NO_TASK, task, f"{tokens:,}", f"{images}"))
     parts.append(f"<p>The first {len(lines)} of them:</p>")
     return [*parts, table(("record", "reason", "task", "tokens", "input images"), lines, texts=3)]
 
@@ -517,7 +525,7 @@ def without_task(plan: Plan, limit: int) -> list[int]:
     default = plan.packing.shares(0)
     shares = {source.number: dict(source.tasks) or default for source in plan.packing.sources}
     found = []
-    for i in range(len(plan.records)):
+    for i in spaced(len(plan.records), COUNTED):
         number = int(plan.records.source[i])
         is_read = not shares or number in shares
         if is_read and not applicable(shares.get(number, default), plan.records.outline(i)):

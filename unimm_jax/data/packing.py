@@ -1,21 +1,12 @@
-"""Examples of the language stages, and their packing into rows.
+"""Examples of the language stages, their sizes, and rows of them as arrays. `data.plan` chooses what is in a row."""
 
-A plan assigns examples to rows from the lengths stored in the records. It is a function of (records, packing config,
-seed), so a row number is the whole state of the input, for any number of processes.
-"""
-
-import collections
 import dataclasses
-import functools
-import threading
 
 import numpy as np
 
 from unimm_jax.data.documents import IGNORED, Document, Layout, Tokens, input_images, length, render
-from unimm_jax.data.outlines import Outline
 from unimm_jax.data.records import Records
 from unimm_jax.data.tasks import REGISTRY, TaskSettings, get
-from unimm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +28,7 @@ class PackingConfig:
     """How examples are drawn and packed into rows.
 
     Attributes:
+      batch: examples per step, or mean number of tokens per step. batch_unit: which of them, "examples" or "tokens".
       seq_len: tokens per row T.
       images_per_row: input images per row R, for which the model computes features.
       max_image_tokens: maximum number of features per image S.
@@ -46,6 +38,7 @@ class PackingConfig:
       sources: the mixture; () reads every record once per pass.
     """
 
+    batch: int
     seq_len: int
     images_per_row: int
     max_image_tokens: int
@@ -54,6 +47,7 @@ class PackingConfig:
     epochs: int = 1
     tasks: TaskSettings = TaskSettings()
     sources: tuple[SourceShare, ...] = ()
+    batch_unit: str = "examples"
 
     def shares(self, epoch: int) -> dict[str, float]:
         """task → share of the examples in pass `epoch` over the records (from 0); tasks with share 0 are left out."""
@@ -107,141 +101,6 @@ def build_example(records: Records, example: Example, packing: PackingConfig, la
     return BuiltExample(tokens, images, [item.keep[i] for i in tokens.inputs])
 
 
-class Plan:
-    """Assigns examples to an endless sequence of rows. Row r is a function of (records, packing, seed, r).
-
-    Each epoch is a permutation of the records with one task per record, packed first-fit into rows of `packing.seq_len`
-    tokens and `packing.images_per_row` images. Records to which no task applies, and examples that do not fit an empty
-    row, are dropped.
-
-    Attributes:
-      dropped: reason → number of records that the last packed epoch dropped.
-    """
-
-    OPEN = 64  # maximum number of rows kept open while packing
-
-    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int):
-        self.records, self.packing, self.layout, self.seed = records, packing, layout, seed
-        self.dropped: dict[str, int] = {}
-        self._starts = [0]
-        self._lock = threading.Lock()
-        self._epochs: dict[int, list[list[Example]]] = {}
-
-    def __getitem__(self, row: int) -> list[Example]:
-        with self._lock:
-            epoch = 0
-            while True:
-                if len(self._starts) <= epoch + 1:
-                    self._starts.append(self._starts[epoch] + len(self._rows(epoch)))
-                if row < self._starts[epoch + 1]:
-                    return self._rows(epoch)[row - self._starts[epoch]]
-                epoch += 1
-
-    def _rows(self, epoch: int) -> list[list[Example]]:
-        if epoch not in self._epochs:
-            if len(self._epochs) >= 2:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = self.pack(epoch)
-        return self._epochs[epoch]
-
-    def notes(self) -> list[str]:
-        """What a user should know about the first epoch: the shares of the tasks, and records that are dropped."""
-        self[0]  # packs the first epoch
-        tasks = collections.Counter(example.task for row in self._rows(0) for example in row)
-        total = sum(tasks.values())
-        shares = ", ".join(f"{name} {count / total:.1%}" for name, count in tasks.most_common())
-        found = [f"{total} examples in the first epoch: {shares}"]
-        return found + [f"{n} of {len(self.records)} examples are dropped: {why}" for why, n in self.dropped.items()]
-
-    def examples(self, epoch: int) -> list[Example]:
-        """The examples of an epoch in order, before packing.
-
-        The task of a record is drawn from those that apply to it, in proportion to their shares.
-        """
-        rng = np.random.default_rng([self.seed, epoch])
-        count = len(self.records)
-        shares = [self.packing.shares(epoch)]
-        draws = rng.random(count)
-        variants = rng.integers(2**31, size=count)
-        order = visits = rng.permutation(count)
-        sources = np.zeros(count, int)
-        if self.packing.sources:
-            shares = [dict(source.tasks) or shares[0] for source in self.packing.sources]
-            visits, sources = self._visits(epoch)
-
-        @functools.cache
-        def choices(outline: Outline, source: int) -> tuple[list[str], np.ndarray]:
-            found = {name: share for name, share in shares[source].items() if share and get(name).applies(outline)}
-            ends = np.cumsum(np.array(list(found.values())) / sum(found.values()))
-            return list(found), ends / ends[-1:]
-
-        found = []
-        for place in order.tolist():
-            record = int(visits[place]) if self.packing.sources else place
-            names, ends = choices(self.records.outline(record), int(sources[place]))
-            if names:
-                task = names[int(ends.searchsorted(draws[place], side="right"))]
-                found.append(Example(record, task, int(variants[place])))
-        return found
-
-    def _visits(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(record, index of its source in the mixture) of every example of an epoch; as many as there are records.
-
-        Every source is read in an endless sequence of permutations of its records, at its own speed, so that no record
-        is read a second time before all others of the source were.
-        """
-        weights = np.array([source.weight for source in self.packing.sources])
-        ends = np.round(np.cumsum(weights / weights.sum()) * len(self.records)).astype(int)
-        records, numbers = [], []
-        for i, (source, count) in enumerate(zip(self.packing.sources, np.diff(ends, prepend=0), strict=True)):
-            mine = np.flatnonzero(self.records.source == source.number)
-            passes, places = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(mine))
-            for number in np.unique(passes):
-                order = np.random.default_rng([self.seed, number, source.number, 7]).permutation(mine)
-                records.append(order[places[passes == number]])
-            numbers.append(np.full(count, i))
-        return np.concatenate(records), np.concatenate(numbers)
-
-    def pack(self, epoch: int) -> list[list[Example]]:
-        """Packs an epoch first-fit: the examples of each row, rows in the order in which they were opened.
-
-        Raises:
-          DataError: no example fits a row.
-        """
-        packing = self.packing
-        rows: list[list[Example]] = []
-        room: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
-        examples = self.examples(epoch)
-        long, crowded = f"longer than {packing.seq_len} tokens", f"more than {packing.images_per_row} input images"
-        dropped = {"no task of config.data.tasks applies": len(self.records) - len(examples), long: 0, crowded: 0}
-        for example in examples:
-            tokens, images = example_size(self.records, example, packing, self.layout)
-            if tokens > packing.seq_len or images > packing.images_per_row:
-                dropped[long if tokens > packing.seq_len else crowded] += 1
-                continue
-            fits = (r for r, left in room.items() if left[0] >= tokens and left[1] >= images)
-            row = next(fits, len(rows))
-            if row == len(rows):
-                rows.append([])
-                room[row] = [packing.seq_len, packing.images_per_row]
-                if len(room) > self.OPEN:
-                    room.popitem(last=False)
-            rows[row].append(example)
-            left = room[row]
-            left[0] -= tokens
-            left[1] -= images
-            if left[0] < 4:
-                room.pop(row, None)
-        self.dropped = {reason: count for reason, count in dropped.items() if count}
-        if not rows:
-            reasons = "; ".join(f"{count} × {reason}" for reason, count in self.dropped.items())
-            raise DataError(
-                f"no example fits a row of {packing.seq_len} tokens and {packing.images_per_row} images ({reasons}); "
-                "raise config.data.seq_len or images_per_row, or choose other tasks in config.data.tasks"
-            )
-        return rows
-
-
 def build_row(
     examples: list[BuiltExample], packing: PackingConfig, image_size: int, num_patches: int
 ) -> dict[str, np.ndarray]:
@@ -285,19 +144,3 @@ def build_row(
             slot += 1
         at += size
     return row
-
-
-class RowSource:
-    """The first `rows` rows of a plan as a random-access source for Grain; see `build_row` for their arrays."""
-
-    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int, rows: int):
-        self.plan, self.rows = Plan(records, packing, layout, seed), rows
-        self.build = functools.partial(build_example, records, packing=packing, layout=layout)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        records = self.plan.records
-        examples = [self.build(e) for e in self.plan[index]]
-        return build_row(examples, self.plan.packing, records.header["image_size"], records.header["num_patches"])

@@ -18,7 +18,8 @@ from unimm_jax.config import Config, ImageDataConfig, TextTokenizerConfig
 from unimm_jax.data import transforms
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import flatten
-from unimm_jax.data.packing import PackingConfig, RowSource, SourceShare
+from unimm_jax.data.packing import PackingConfig, SourceShare, build_example, build_row
+from unimm_jax.data.plan import Plan
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import DecodedDataset, open_source, split_sources
 from unimm_jax.data.sources.base import Decoded
@@ -28,7 +29,11 @@ from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
 Batch = dict[str, np.ndarray]
+ORDER = 2  # version of the order of the examples; 1, without this key in the header, counted batches in packed rows
 THREADS = max(2, min(16, os.cpu_count() or 2))  # each builds whole batches; more threads than cores are slower
+
+
+Share = Callable[[int], np.ndarray]  # number of rows of a global batch → indices of the rows of this process
 
 
 @dataclasses.dataclass
@@ -36,7 +41,7 @@ class Input:
     """The input of a stage.
 
     Attributes:
-      rows: random-access source of the rows of all batches in order; None for an abstract input without data.
+      rows: `ImageRows` or `PackedRows`: the rows of every batch. None for an abstract input without data.
       text_tokenizer: the text tokenizer, or None if the stage has no text.
       vocabulary: token ids of the language stages, or None.
       records: the records of a language or decoder stage, or None.
@@ -50,62 +55,76 @@ class Input:
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """Sentences about the data that a user should read, for example how many records are dropped."""
-        return self.rows.plan.notes() if isinstance(self.rows, RowSource) else []
+        """Sentences about the data that a user should read, for example how many examples are replaced."""
+        return self.rows.plan.notes() if isinstance(self.rows, PackedRows) else []
 
-    def batch(self, index: int, size: int, share: np.ndarray) -> Batch:
+    def counters(self, index: int) -> dict[str, float]:
+        """Values about a batch for the log: its number of examples and, if any, the share of replaced examples."""
+        found = {"examples_per_step": float(self.rows.batch_size)}
+        replaced = self.rows.plan.replaced_share(index) if isinstance(self.rows, PackedRows) else 0.0
+        return found | ({"replaced_share": replaced} if replaced else {})
+
+    def size(self, index: int = 0, multiple: int = 1) -> int:
+        """Number of rows of a global batch, padding rows included.
+
+        Args:
+          index: of the batch. multiple: the devices that share the rows, times micro-batches; packed rows are padded to
+            a multiple of it.
+        """
+        return self.rows.size(index, multiple)
+
+    def batch(self, index: int, share: Share = np.arange, multiple: int = 1) -> Batch:
         """One batch by its index, without prefetching.
 
         Args:
-          index: of the batch. size: rows of a global batch. share: which of them this process reads.
+          share: which rows this process reads; all by default. multiple: see `size`.
         """
-        return _Share(self.rows, size, share)[index]
+        return _Batches(self.rows, share, multiple)[index]
 
-    def iterate(self, batch: int, share: np.ndarray | None = None) -> Any:
-        """A new Grain iterator over batches, which prefetches `THREADS` + 2 batches.
-
-        Args:
-          batch: number of rows of a global batch.
-          share: indices of the rows that this process reads; None is all.
-        """
-        share = np.arange(batch) if share is None else share
-        dataset = grain.MapDataset.source(_Share(self.rows, batch, share))
+    def iterate(self, share: Share = np.arange, multiple: int = 1) -> Any:
+        """A new Grain iterator over batches, which prefetches `THREADS` + 2 batches; arguments as in `batch`."""
+        dataset = grain.MapDataset.source(_Batches(self.rows, share, multiple))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2)))
 
 
-class _Share:
-    """The batches of one process: index → the rows at `share` of that global batch, stacked."""
+class _Batches:
+    """The batches of one process: index → its rows of that global batch, stacked."""
 
-    def __init__(self, rows: Any, batch: int, share: np.ndarray):
-        self.rows, self.batch, self.share = rows, batch, share
+    def __init__(self, rows: Any, share: Share, multiple: int):
+        self.rows, self.share, self.multiple = rows, share, multiple
 
     def __len__(self) -> int:
-        return len(self.rows) // self.batch
+        return self.rows.steps
 
     def __getitem__(self, index: int) -> Batch:
-        rows = [self.rows[index * self.batch + int(row)] for row in self.share]
+        rows = [self.rows.row(index, int(row)) for row in self.share(self.rows.size(index, self.multiple))]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 class ImageRows:
-    """Rows of single images as a random-access source; row i is a function of (seed, i).
+    """Rows of single images; row i of batch b is a function of (seed, b · batch_size + i).
 
     Every epoch is a new permutation of the records of all sources, so sources are read in proportion to their size.
 
     Args (constructor):
       sources: random-access sources of records.
       seed: seed of the order and of the random generators.
-      rows: number of rows.
+      batch_size: images per batch. steps: number of batches.
       read: (record, factory of its random generator) → arrays. Seeding a generator takes as long as a small read, so
         only readers that sample call the factory.
     """
 
-    def __init__(self, sources: list[Any], seed: int, rows: int, read: Callable[..., Batch]):
-        self.sources, self.seed, self.rows, self.read = sources, seed, rows, read
+    def __init__(self, sources: list[Any], seed: int, batch_size: int, steps: int, read: Callable[..., Batch]):
+        self.sources, self.seed, self.batch_size, self.steps, self.read = sources, seed, batch_size, steps, read
         self.ends = np.cumsum([len(s) for s in sources])
 
-    def __len__(self) -> int:
-        return self.rows
+    def size(self, index: int, multiple: int) -> int:
+        """See `Input.size`. Images are not padded, so the batch size must be a multiple of `multiple`."""
+        return self.batch_size
+
+    def row(self, index: int, row: int) -> Batch:
+        """A row of a batch."""
+        return self[index * self.batch_size + row]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - one instance per process
     def _order(self, epoch: int) -> np.ndarray:
@@ -121,8 +140,28 @@ class ImageRows:
 
 
 def _image_rows(config: Config, sources: list[Any], read: Callable[..., Batch]) -> ImageRows:
-    rows = (config.train.steps + 10_000) * config.train.batch_size  # the margin is for `Objective.prepare`
-    return ImageRows(sources, config.seed, rows, read)
+    steps = config.train.steps + 10_000  # the margin is for `Objective.prepare`
+    return ImageRows(sources, config.seed, config.train.batch_size, steps, read)
+
+
+class PackedRows:
+    """Rows of packed examples (see `packing.build_row`); the rows of a batch are a function of (seed, its index)."""
+
+    def __init__(self, plan: Plan, steps: int):
+        self.plan, self.steps, self.batch_size = plan, steps, plan.batch
+
+    def size(self, index: int, multiple: int) -> int:
+        """See `Input.size`."""
+        needed = max(self.plan.rows_per_step, len(self.plan.rows(index)))
+        return -(-needed // multiple) * multiple
+
+    def row(self, index: int, row: int) -> Batch:
+        """A row of a batch; rows after the last one are padding."""
+        plan = self.plan
+        rows, records = plan.rows(index), plan.records
+        examples = rows[row] if row < len(rows) else []
+        built = [build_example(records, example, plan.packing, plan.layout) for example in examples]
+        return build_row(built, plan.packing, records.header["image_size"], records.header["num_patches"])
 
 
 # ---- Images from sources ---------------------------------------------------------------------------------------------
@@ -244,13 +283,14 @@ def packed_input(config: Config, split: str = "train") -> Input:
     """Input of the language stages: batches of packed rows (see `packing.build_row`), each array with a leading [B].
 
     Raises:
-      DataError: the records are missing or damaged.
+      DataError: the records are missing or damaged, or no example can be made of them.
     """
     records = Records.open(config.data.records, split)
     packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)
-    rows = RowSource(records, packing, layout, config.seed, (config.train.steps + 1) * config.train.batch_size)
-    return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header)
+    plan = Plan(records, packing, layout, config.seed, config.train.steps)
+    rows = PackedRows(plan, config.train.steps + 10_000)
+    return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header | {"order": ORDER})
 
 
 def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare, ...]:
@@ -296,6 +336,8 @@ def packing_config(config: Config) -> PackingConfig:
     """The packing settings in the config of a language stage."""
     data = config.data
     return PackingConfig(
+        batch=config.train.batch_size,
+        batch_unit=data.batch_unit,
         seq_len=data.seq_len,
         images_per_row=data.images_per_row,
         max_image_tokens=config.model["unified"].max_image_tokens,

@@ -196,7 +196,7 @@ class Records:
                 f"the records in {path} are damaged ({error}); write them again with python -m unimm_jax.pretokenize"
             ) from None
         self.source: np.ndarray = index["source"]
-        self.kept, self.texts, self.outlines = (_Ragged(index[name], index[f"{name}_ends"]) for name in RAGGED)
+        self.kept, self.texts, self.outlines = (Ragged(index[name], index[f"{name}_ends"]) for name in RAGGED)
         self._reader: Any = None
         self._items: dict[int, StoredRecord] = {}
         self._images: dict[tuple[int, int], np.ndarray] = {}
@@ -270,7 +270,7 @@ class Records:
         return image
 
 
-class _Ragged:
+class Ragged:
     """Lists of integers of different lengths in one array; `ends` starts with 0."""
 
     def __init__(self, values: np.ndarray, ends: np.ndarray):

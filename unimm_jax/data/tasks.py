@@ -7,9 +7,9 @@ To add a task, write a file with a `Task` and add its line to `REGISTRY`. Its na
 import dataclasses
 import functools
 import importlib
+import itertools
+import random
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from unimm_jax.data.documents import Document, ImageIn, ImageOut, ImageStart, Segment, Special, Text
 from unimm_jax.data.outlines import Outline, Part, Turn
@@ -225,8 +225,9 @@ def _question(outline: Outline, variant: int, settings: TaskSettings) -> Documen
 
 def chosen_questions(outline: Outline, variant: int, limit: int) -> list[int]:
     """Indices of the questions that an example asks, in order; of alternatives, at most one."""
-    groups = np.cumsum([not alternative for _, _, alternative in outline.questions])
-    order = np.random.default_rng(variant).permutation(len(groups)).tolist()
+    groups = list(itertools.accumulate(not alternative for _, _, alternative in outline.questions))
+    rng = random.Random(variant)
+    order = sorted(range(len(groups)), key=lambda _: rng.random())
     seen: set[int] = set()
     found = []
     for i in order:

@@ -1,13 +1,14 @@
 """The training loss on the held-out split of the stage's own data."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 from unimm_jax import sharding
-from unimm_jax.config import Config, ranged
+from unimm_jax.config import ranged
 from unimm_jax.errors import DataError
 from unimm_jax.evals.base import Context, Evaluator, Options, Result
 from unimm_jax.objectives.base import Aux, Tree
@@ -19,7 +20,7 @@ class HeldOutLossOptions(Options):
 
     Attributes:
       batches: number of batches.
-      batch_size: rows (or images) of a batch; 0 is the batch size of training.
+      batch_size: examples (or images, or tokens) of a batch; 0 is the batch size of training.
     """
 
     every: int = ranged(1000, low=0)
@@ -38,7 +39,7 @@ class HeldOutLoss(Evaluator):
 
     def __init__(self, options: HeldOutLossOptions):
         super().__init__(options)
-        self._batches: list[dict[str, np.ndarray]] | None = None  # in host memory
+        self._batches: list[tuple[int, dict[str, np.ndarray]]] | None = None  # (rows, batch), in host memory
         self._loss: Any = None
 
     def run(self, context: Context) -> Result:
@@ -48,18 +49,17 @@ class HeldOutLoss(Evaluator):
         assert self._batches is not None
         found: dict[str, list[float]] = {}
         step = jax.numpy.asarray(context.config.train.steps, jax.numpy.int32)
-        for index, rows in enumerate(self._batches):
-            batch = sharding.put_batch(rows, context.mesh, self._size(context.config))
+        for index, (size, rows) in enumerate(self._batches):
+            batch = sharding.put_batch(rows, context.mesh, size)
             loss, metrics = self._loss(context.params, batch, index, step)
             for name, value in ({"loss": loss} | metrics).items():
                 found.setdefault(name, []).append(float(value))
         return Result({name: float(np.mean(values)) for name, values in found.items()})
 
-    def _size(self, config: Config) -> int:
-        return self.settings.batch_size or config.train.batch_size
-
     def _open(self, context: Context) -> None:
-        config, size = context.config, self._size(context.config)
+        config = context.config
+        changed = dict(batch_size=self.settings.batch_size or config.train.batch_size, steps=self.settings.batches)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
         try:
             data = type(context.objective).open_input(config, context.text_tokenizer, "test")
         except DataError as error:
@@ -68,8 +68,10 @@ class HeldOutLoss(Evaluator):
             print(f"{config.name}: no held-out loss ({error})", flush=True)
             self._batches = []
             return
-        rows = sharding.local_rows(context.mesh, size)
-        self._batches = [data.batch(index, size, rows) for index in range(self.settings.batches)]
+        share, multiple = functools.partial(sharding.local_rows, context.mesh), sharding.batch_ways(context.mesh)
+        self._batches = [
+            (data.size(index, multiple), data.batch(index, share, multiple)) for index in range(self.settings.batches)
+        ]
         objective = context.objective
 
         def loss(params: Tree, batch: Any, index: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -110,9 +110,19 @@ class Objective:
         raise NotImplementedError
 
     @classmethod
-    def batch_spec(cls, config: Config) -> BatchSpec:
-        """Name → (shape, dtype) of every array of a global batch."""
+    def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
+        """Name → (shape, dtype) of every array of a global batch of `rows` rows; 0 is `batch_rows(config)`."""
         raise NotImplementedError
+
+    @classmethod
+    def batch_rows(cls, config: Config, multiple: int = 1) -> int:
+        """Number of rows of a global batch, without looking at data; an estimate if rows hold several examples.
+
+        Args:
+          multiple: packed rows are padded to a multiple of it.
+        """
+        del multiple
+        return config.train.batch_size
 
     # ---- Parameters and loss -------------------------------------------------------------------------------------
 
@@ -152,8 +162,8 @@ class Objective:
     # ---- Accounting ----------------------------------------------------------------------------------------------
 
     def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """Counts of a host batch for throughput metrics: examples, images and, in language stages, tokens."""
-        return {"examples": len(batch["images"]), "images": len(batch["images"])}
+        """Counts of a host batch for throughput metrics: images and, in language stages, tokens."""
+        return {"images": len(batch["images"])}
 
     def trained_parts(self) -> set[str]:
         """First path components of all trained parameters ("language", "merger", ...)."""
@@ -191,7 +201,7 @@ def _without_remat(section: Any) -> Any:
     return dataclasses.replace(section, remat="none") if has_remat else section
 
 
-def image_spec(config: Config, size: int = 0) -> BatchSpec:
-    """Batch spec of images uint8 [B, S, S, 3]; S is `size`, or `config.data.image_size` if 0."""
+def image_spec(config: Config, rows: int = 0, size: int = 0) -> BatchSpec:
+    """Batch spec of images uint8 [B, S, S, 3]; B is `rows` or the batch size, S `size` or `config.data.image_size`."""
     size = size or config.data.image_size
-    return {"images": ((config.train.batch_size, size, size, 3), np.dtype(np.uint8))}
+    return {"images": ((rows or config.train.batch_size, size, size, 3), np.dtype(np.uint8))}

@@ -57,10 +57,10 @@ class Contrastive(Objective):
         return pipeline.Input(None, text_tokenizer=TextTokenizer(payload))
 
     @classmethod
-    def batch_spec(cls, config: Config) -> BatchSpec:
+    def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
         """See `Objective.batch_spec`."""
-        shape = (config.train.batch_size, config.model["text_tower"].max_length)
-        return image_spec(config) | {"tokens": (shape, np.dtype(np.int32)), "valid": (shape, np.dtype(bool))}
+        shape = (rows or config.train.batch_size, config.model["text_tower"].max_length)
+        return image_spec(config, rows) | {"tokens": (shape, np.dtype(np.int32)), "valid": (shape, np.dtype(bool))}
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         """See `Objective.loss`. Metrics: InfoNCE, pixel error, share of images whose nearest caption is right."""

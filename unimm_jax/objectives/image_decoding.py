@@ -68,10 +68,10 @@ class ImageDecoding(Objective):
         return pipeline.Input(None)
 
     @classmethod
-    def batch_spec(cls, config: Config) -> BatchSpec:
+    def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
         """See `Objective.batch_spec`."""
-        shape = (config.train.batch_size, config.model["encoder"].num_patches)
-        spec = image_spec(config, config.data.pixel_size)
+        shape = (rows or config.train.batch_size, config.model["encoder"].num_patches)
+        spec = image_spec(config, rows, config.data.pixel_size)
         return spec | {"codes": (shape, np.dtype(np.int32)), "keep": (shape, np.dtype(bool))}
 
     def features(self, model: Any, batch: Batch) -> jax.Array:

@@ -23,6 +23,10 @@ from unimm_jax.objectives.base import Aux, Batch, BatchSpec, Objective, Tree
 from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
+# assumed where a batch is estimated without data: tokens of text per example, LaVIT's share of kept patches, and the
+# share of positions that are not padding
+TEXT_TOKENS, KEEP_RATE, FILL = 24, 1 / 3, 0.97
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelingLossConfig:
@@ -156,11 +160,24 @@ class LanguageModeling(Objective):
         return pipeline.Input(None, text_tokenizer=text_tokenizer_lib.train(["a"], 300), vocabulary=vocabulary)
 
     @classmethod
-    def batch_spec(cls, config: Config) -> BatchSpec:
+    def batch_rows(cls, config: Config, multiple: int = 1) -> int:
+        """See `Objective.batch_rows`. An example is taken to have one image and `TEXT_TOKENS` tokens of text."""
+        tokens, tokenizer = config.train.batch_size, config.model["image_tokenizer"]
+        if config.data.batch_unit == "examples":
+            patches = config.model["encoder"].num_patches
+            kept = patches if tokenizer.selection == "all" else round(patches * KEEP_RATE)
+            image = 2 + kept * (2 if tokenizer.positions == "grid" else 1) if config.data.images_per_row else 0
+            tokens *= image + TEXT_TOKENS
+        rows = math.ceil(tokens / (FILL * config.data.seq_len))
+        return -(-rows // multiple) * multiple
+
+    @classmethod
+    def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
         """See `Objective.batch_spec`."""
         size, num_patches = config.data.image_size, config.model["encoder"].num_patches
         row = build_row([], pipeline.packing_config(config), size, num_patches)
-        return {name: ((config.train.batch_size, *x.shape), x.dtype) for name, x in row.items()}
+        rows = rows or cls.batch_rows(config)
+        return {name: ((rows, *x.shape), x.dtype) for name, x in row.items()}
 
     def init(self, key: jax.Array) -> Tree:
         """Initialized parameters.
@@ -197,9 +214,9 @@ class LanguageModeling(Objective):
         return chunked_cross_entropy(hidden_BTD, head_VD, batch["targets"], self.used, self.config.loss.chunk)
 
     def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """Counts rows as examples, input images, and tokens that are not padding."""
+        """Counts input images, and tokens that are not padding."""
         images = int(batch["images"].any((2, 3, 4)).sum()) if batch["images"].size else 0
-        return {"examples": len(batch["tokens"]), "images": images, "tokens": int((batch["segments"] > 0).sum())}
+        return {"images": images, "tokens": int((batch["segments"] > 0).sum())}
 
     def step_flops(self, batch: Batch) -> float:
         """See `Objective.step_flops`; sums the formulas of the parts.

@@ -117,9 +117,9 @@ class Tokenization(Objective):
         return pipeline.Input(None)
 
     @classmethod
-    def batch_spec(cls, config: Config) -> BatchSpec:
+    def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
         """See `Objective.batch_spec`."""
-        return image_spec(config)
+        return image_spec(config, rows)
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         """See `Objective.loss`."""

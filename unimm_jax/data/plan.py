@@ -1,0 +1,433 @@
+"""The plan of a language stage: which examples each step takes, and how they are packed into rows.
+
+A plan assigns examples to steps and rows from the lengths in the index of the records. It is a function of (records,
+packing config, seed), so the number of a step is the whole state of the input, for any number of processes.
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from unimm_jax.data.documents import Layout
+from unimm_jax.data.outlines import Outline
+from unimm_jax.data.packing import Example, PackingConfig, SourceShare, example_size
+from unimm_jax.data.records import Records
+from unimm_jax.data.tasks import get
+from unimm_jax.errors import DataError
+
+WINDOW = 16_384  # maximum number of examples that are planned together
+SURVEYED = 8  # windows that are planned at the start to find the number of rows
+CHUNK = 1 << 22  # records whose outlines are read at a time
+CACHED_WINDOWS, CACHED_STEPS = 4, 64
+NO_TASK = "no task of config.data.tasks applies"
+
+
+def permuted(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
+    """Entries of a pseudo-random permutation of range(count) at the given places, without storing the permutation.
+
+    A Feistel network permutes the smallest power of 4 that is at least `count`; results outside of the range are
+    permuted again until they are inside.
+
+    Args:
+      places: integers [N] in range(count).
+      key: integers that choose the permutation.
+
+    Returns:
+      int64 [N].
+    """
+    half = np.uint64(max((int(count) - 1).bit_length() + 1, 2) // 2)
+    low = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence(list(key)).generate_state(6, np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & low)
+        return left << half | right
+
+    found = network(places.astype(np.uint64))
+    while (outside := found >= count).any():
+        found[outside] = network(found[outside])
+    return found.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Examples with their sizes, as arrays [N].
+
+    Attributes:
+      records: index of the record. shares: number of its source in the mixture. variants: see `Example`.
+      tasks: index in the plan's names of tasks, -1 if none applies.
+      tokens, images: number of tokens and of input images; 0 if no task applies.
+    """
+
+    records: np.ndarray
+    shares: np.ndarray
+    variants: np.ndarray
+    tasks: np.ndarray
+    tokens: np.ndarray
+    images: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Drawn":
+        """The examples with the given indices."""
+        return Drawn(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    def put(self, places: np.ndarray, other: "Drawn") -> None:
+        """Overwrites the examples at the given places."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[places] = getattr(other, field.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The examples of consecutive steps.
+
+    Attributes:
+      drawn: the examples. steps: indices of the examples of each step, [K, B].
+      rejected: examples that were drawn first and replaced by others of the same source.
+    """
+
+    drawn: Drawn
+    steps: np.ndarray
+    rejected: Drawn
+
+
+class Plan:
+    """Assigns examples to an endless sequence of steps. Step s is a function of (records, packing, seed, s).
+
+    Examples are drawn from an endless stream in which every source is read in pseudo-random permutations of its
+    records, one pass after the other, with one task per record. The stream is planned in windows of K steps: the
+    examples of a window are dealt to its steps so that every step has the same number of examples and nearly the same
+    number of tokens, and those of a step are packed into rows of `packing.seq_len` tokens and `packing.images_per_row`
+    images. An example that does not fit an empty row is replaced by another one of its source.
+
+    Args (constructor):
+      steps: number of steps of the run, for the choice of `rows_per_step`.
+
+    Attributes:
+      batch: examples per step B.
+      window: steps per window K.
+      rows_per_step: rows that every surveyed step fits. A later step may need more.
+      unused: reason → number of records that are never drawn.
+      replaced: reason → number of replaced examples in the surveyed windows. surveyed: examples in these windows.
+
+    Raises (constructor):
+      DataError: no task applies to any record of a source, or no example fits a row.
+    """
+
+    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int, steps: int = 1):
+        self.records, self.packing, self.layout, self.seed = records, packing, layout, seed
+        self.names = sorted({*dict(packing.weights), *dict(packing.weights_end), *_tasks_of(packing.sources)})
+        self.sources = packing.sources or (SourceShare(-1, 1.0),)
+        self.unused: dict[str, int] = {}
+        self._members = self._find_members()
+        self._lock = threading.Lock()
+        self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
+        self._rows: collections.OrderedDict[int, list[list[Example]]] = collections.OrderedDict()
+        self.batch = packing.batch
+        if packing.batch_unit == "tokens":
+            drawn, _ = self._usable(0, min(4096, WINDOW), np.random.default_rng([seed, 1]))
+            self.batch = max(round(packing.batch / drawn.tokens.mean()), 1)
+        readable = sum(self._count(i) for i in range(len(self.sources)))
+        self.window = max(min(WINDOW, readable) // self.batch, 1)
+        self._survey(steps)
+
+    # ---- What a step takes ---------------------------------------------------------------------------------------
+
+    def rows(self, step: int) -> list[list[Example]]:
+        """The packed rows of a step, as lists of examples; at least one row, none of them empty."""
+        with self._lock:
+            if step not in self._rows:
+                window = self._window(step // self.window)
+                self._rows[step] = self._pack(window, step % self.window)
+                while len(self._rows) > CACHED_STEPS:
+                    self._rows.popitem(last=False)
+            return self._rows[step]
+
+    def replaced_share(self, step: int) -> float:
+        """Share of the examples in the window of a step that were replaced by others."""
+        with self._lock:
+            window = self._window(step // self.window)
+        return len(window.rejected.records) / window.steps.size
+
+    def first_window(self) -> Window:
+        """The examples of the first `window` steps."""
+        with self._lock:
+            return self._window(0)
+
+    def notes(self) -> list[str]:
+        """What a user should know about the data: shares of the tasks, fill, and what is replaced or never read."""
+        window = self.first_window()
+        counts = np.bincount(window.drawn.tasks, minlength=len(self.names))
+        ranked = sorted(zip(counts, self.names, strict=True), reverse=True)
+        shares = ", ".join(f"{name} {count / counts.sum():.1%}" for count, name in ranked if count)
+        mean = window.drawn.tokens.mean()
+        fill = self.batch * mean / (self.rows_per_step * self.packing.seq_len)
+        found = [
+            f"{self.batch} examples per step of {mean:.1f} tokens on average, in {self.rows_per_step} rows of "
+            f"{self.packing.seq_len} tokens ({fill:.0%} full): {shares}"
+        ]
+        found += [f"{n} of {len(self.records)} records are never read: {why}" for why, n in self.unused.items()]
+        for why, count in self.replaced.items():
+            found.append(f"{count} of {self.surveyed} examples were replaced by others: {why}")
+        return found
+
+    # ---- Windows -------------------------------------------------------------------------------------------------
+
+    def _survey(self, steps: int) -> None:
+        """Plans windows of the whole run to find the number of rows."""
+        last = (max(steps, 1) - 1) // self.window
+        chosen = np.unique(np.linspace(0, last, min(last + 1, SURVEYED)).round().astype(int)).tolist()
+        replaced: collections.Counter[str] = collections.Counter()
+        self.rows_per_step = self.surveyed = 0
+        for number in chosen:
+            window = self._window(number)
+            used = min(self.window, steps - number * self.window) if number == last else self.window
+            needed = [len(self._pack(window, i)) for i in range(max(used, 1))]
+            self.rows_per_step = max(self.rows_per_step, *needed)
+            self.surveyed += window.steps.size
+            replaced.update(self.reasons(window.rejected))
+        self.replaced = dict(replaced)
+
+    def _window(self, number: int) -> Window:
+        if number not in self._windows:
+            self._windows[number] = self._plan_window(number)
+            while len(self._windows) > CACHED_WINDOWS:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(number)
+        return self._windows[number]
+
+    def _plan_window(self, number: int) -> Window:
+        rng = np.random.default_rng([self.seed, 2, number])
+        drawn, rejected = self._usable(number * self.window * self.batch, self.window * self.batch, rng)
+        return Window(drawn, deal(drawn.tokens, self.window, rng), rejected)
+
+    def _pack(self, window: Window, index: int) -> list[list[Example]]:
+        chosen = window.steps[index]
+        drawn = window.drawn.take(chosen)
+        row_of = pack(drawn.tokens, drawn.images, self.packing.seq_len, self.packing.images_per_row)
+        rows: list[list[Example]] = [[] for _ in range(row_of.max() + 1)]
+        for row, record, task, variant in zip(
+            row_of.tolist(), drawn.records.tolist(), drawn.tasks.tolist(), drawn.variants.tolist(), strict=True
+        ):
+            rows[row].append(Example(record, self.names[task], variant))
+        return rows
+
+    # ---- The stream of examples ----------------------------------------------------------------------------------
+
+    def _usable(self, start: int, count: int, rng: np.random.Generator) -> tuple[Drawn, Drawn]:
+        """Examples `start` to `start + count` of the stream; those that do not fit a row are replaced.
+
+        Returns:
+          the examples, and those that were replaced.
+        """
+        drawn = self._draw(start, count, rng)
+        bad = np.flatnonzero(~self.fits(drawn))
+        rejected = drawn.take(bad)
+        for _ in range(20):  # other records of the same sources
+            if not len(bad):
+                return drawn, rejected
+            shares = drawn.shares[bad]
+            records = np.array([self._member(i, rng.integers(self._count(i), size=1))[0] for i in shares.tolist()])
+            drawn.put(bad, self._measure(records, shares, start, rng))
+            bad = bad[~self.fits(drawn.take(bad))]
+        good = np.flatnonzero(self.fits(drawn))
+        if not len(good):
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in self.reasons(rejected).items())
+            raise DataError(
+                f"no example fits a row of {self.packing.seq_len} tokens and {self.packing.images_per_row} images "
+                f"({reasons}); raise config.data.seq_len or images_per_row, or choose other tasks in config.data.tasks"
+            )
+        drawn.put(bad, drawn.take(rng.choice(good, len(bad))))
+        return drawn, rejected
+
+    def fits(self, drawn: Drawn) -> np.ndarray:
+        """Whether each example has a task and fits an empty row, boolean [N]."""
+        packing = self.packing
+        return (drawn.tasks >= 0) & (drawn.tokens <= packing.seq_len) & (drawn.images <= packing.images_per_row)
+
+    def reasons(self, rejected: Drawn) -> dict[str, int]:
+        """Reason → number of the examples that are replaced for it."""
+        without = rejected.tasks < 0
+        long = ~without & (rejected.tokens > self.packing.seq_len)
+        found = {
+            NO_TASK: without,
+            f"longer than {self.packing.seq_len} tokens": long,
+            f"more than {self.packing.images_per_row} input images": ~without & ~long,
+        }
+        return {reason: int(mask.sum()) for reason, mask in found.items() if mask.any()}
+
+    def _draw(self, start: int, count: int, rng: np.random.Generator) -> Drawn:
+        """Examples of the stream as drawn. Each source has its share of every window, to one example."""
+        weights = np.array([source.weight for source in self.sources])
+        weights = weights / weights.sum()
+        firsts, lasts = np.floor(start * weights).astype(int), np.floor((start + count) * weights).astype(int)
+        largest = int(weights.argmax())  # takes what rounding leaves
+        for ends, total in ((firsts, start), (lasts, start + count)):
+            ends[largest] += total - ends.sum()
+        records, shares = [], []
+        for i, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True)):
+            passes, places = np.divmod(np.arange(first, last), self._count(i))
+            for number in np.unique(passes).tolist():
+                key = [self.seed, 3, i, number]
+                records.append(self._member(i, permuted(places[passes == number], self._count(i), key)))
+            shares.append(np.full(last - first, i))
+        return self._measure(np.concatenate(records), np.concatenate(shares), start, rng)
+
+    def _measure(self, records: np.ndarray, shares: np.ndarray, start: int, rng: np.random.Generator) -> Drawn:
+        """Draws a task and a variant for each record, in proportion to the shares of the tasks that apply to it."""
+        count = len(records)
+        readable = sum(self._count(i) for i in range(len(self.sources)))
+        by_source = self._shares(start // readable)
+        draws = (rng.permutation(count) + rng.random(count)) / count  # stratified: shares are met closely
+        variants = rng.integers(2**31, size=count)
+        tasks, tokens, images = np.full(count, -1), np.zeros(count, int), np.zeros(count, int)
+
+        @functools.cache
+        def choices(outline: Outline, source: int) -> tuple[list[int], np.ndarray]:
+            found = {n: share for n, share in by_source[source].items() if share and get(n).applies(outline)}
+            ends = np.cumsum(np.array(list(found.values())) / sum(found.values()))
+            return [self.names.index(name) for name in found], ends / ends[-1:]
+
+        rows = zip(records.tolist(), shares.tolist(), draws.tolist(), variants.tolist(), strict=True)
+        for place, (record, source, draw, variant) in enumerate(rows):
+            names, ends = choices(self.records.outline(record), source)
+            if names:
+                task = tasks[place] = names[int(ends.searchsorted(draw, side="right"))]
+                example = Example(record, self.names[task], variant)
+                tokens[place], images[place] = example_size(self.records, example, self.packing, self.layout)
+        return Drawn(records, shares, variants, tasks, tokens, images)
+
+    def _shares(self, epoch: int) -> list[dict[str, float]]:
+        """task → share in pass `epoch`, per source."""
+        default = self.packing.shares(epoch)
+        return [dict(source.tasks) or default for source in self.sources]
+
+    # ---- Records of each source ----------------------------------------------------------------------------------
+
+    def _count(self, source: int) -> int:
+        members = self._members[source]
+        return len(self.records) if members is None else len(members)
+
+    def _member(self, source: int, places: np.ndarray) -> np.ndarray:
+        members = self._members[source]
+        return places if members is None else members[places].astype(np.int64)
+
+    def _find_members(self) -> list[np.ndarray | None]:
+        """The records of each source to which a task applies; None is all records.
+
+        Whether a task applies is found once for every set of outline codes, on up to 64 records that have it.
+        """
+        names = [
+            {name for shares in (self._shares(0)[i], self._shares(self.packing.epochs)[i]) for name in shares}
+            for i in range(len(self.sources))
+        ]
+        readable = [np.full(1 << 16, -1, np.int8) for _ in self.sources]  # by set of codes: -1 unknown, 0 no, 1 yes
+        found: list[list[np.ndarray]] = [[] for _ in self.sources]
+        outlines, without_task = self.records.outlines, 0
+        for start in range(0, len(self.records), CHUNK):
+            ends = np.asarray(outlines.ends[start : start + CHUNK + 1])
+            codes = np.left_shift(np.uint16(1), np.asarray(outlines.values[ends[0] : ends[-1]]).astype(np.uint16))
+            sets = np.bitwise_or.reduceat(codes, ends[:-1] - ends[0])
+            present = np.flatnonzero(np.bincount(sets))
+            numbers = np.asarray(self.records.source[start : start + CHUNK])
+            for i, source in enumerate(self.sources):
+                for each in present.tolist():
+                    if readable[i][each] <= 0:
+                        some = (start + np.flatnonzero(sets == each)[:64]).tolist()
+                        readable[i][each] = any(
+                            get(name).applies(self.records.outline(record)) for record in some for name in names[i]
+                        )
+                mine = np.ones(len(sets), bool) if source.number < 0 else numbers == source.number
+                usable = mine & (readable[i][sets] > 0)
+                without_task += int(mine.sum() - usable.sum())
+                found[i].append((start + np.flatnonzero(usable)).astype(np.uint32))
+        if without_task:
+            self.unused[NO_TASK] = without_task
+        members = [np.concatenate(parts) if parts else np.zeros(0, np.uint32) for parts in found]
+        for source, records in zip(self.sources, members, strict=True):
+            if not len(records):
+                what = "the records" if source.number < 0 else f"source {source.number} of the records"
+                raise DataError(f"{NO_TASK} to any of {what} in {self.records.path}; raise the share of one that does")
+        return [None if len(records) == len(self.records) else records for records in members]
+
+
+def _tasks_of(sources: Sequence[SourceShare]) -> set[str]:
+    return {name for source in sources for name, _ in source.tasks}
+
+
+def deal(tokens: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """Deals examples to steps: equally many to each, with nearly equal numbers of tokens.
+
+    The longest examples are dealt first, in rounds of one per step; the step with the fewest tokens so far gets the
+    longest one of the round.
+
+    Args:
+      tokens: lengths, int [N]; N is a multiple of `steps`.
+
+    Returns:
+      indices of the examples of each step, int [steps, N / steps].
+    """
+    shuffled = rng.permutation(len(tokens))  # a random order of equal lengths
+    order = shuffled[np.argsort(-tokens[shuffled], kind="stable")].reshape(-1, steps)
+    found, totals = np.empty((steps, len(order)), np.int64), np.zeros(steps, np.int64)
+    for turn, examples in enumerate(order):
+        place = np.argsort(totals, kind="stable")
+        found[place, turn] = examples
+        totals[place] += tokens[examples]
+    return found
+
+
+def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, images_per_row: int) -> np.ndarray:
+    """Packs examples into few rows.
+
+    Best fit puts each example, the longest first, into the fullest row that it fits. Where that takes more rows than
+    the totals ask for, the examples are also spread over fewer rows, each into the emptiest one: this helps where both
+    tokens and images are scarce.
+
+    Args:
+      tokens, images: sizes of the examples, int [N]; each fits an empty row.
+
+    Returns:
+      row of each example, int [N]; rows are numbered from 0.
+    """
+    order = np.argsort(-tokens, kind="stable")
+    best = _place(tokens, images, order, seq_len, images_per_row)
+    assert best is not None
+    least = max(-(-int(tokens.sum()) // seq_len), -(-int(images.sum()) // images_per_row) if images.any() else 1)
+    for rows in range(least, int(best.max()) + 1):
+        spread = _place(tokens, images, order, seq_len, images_per_row, rows)
+        if spread is not None:
+            return spread
+    return best
+
+
+def _place(
+    tokens: np.ndarray, images: np.ndarray, order: np.ndarray, seq_len: int, images_per_row: int, rows: int = 0
+) -> np.ndarray | None:
+    """Row of each example: best fit, or, with a number of rows, the emptiest row; None if an example fits no row."""
+    found = np.empty(len(tokens), np.int64)
+    count = rows or len(tokens)
+    left, slots = np.full(count, seq_len), np.full(count, images_per_row)
+    opened = rows
+    for i in order.tolist():
+        size, needs = tokens[i], images[i]
+        room = left[:opened]
+        fitting = np.flatnonzero((room >= size) & (slots[:opened] >= needs))
+        if len(fitting):
+            free = room[fitting]
+            row = int(fitting[free.argmax() if rows else free.argmin()])
+        elif rows:
+            return None
+        else:
+            row, opened = opened, opened + 1
+        found[i] = row
+        left[row] -= size
+        slots[row] -= needs
+    return found
