@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
-import tempfile
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,22 +78,13 @@ class TextTokenizer:
         """A new `tokenizers.Tokenizer` with the same ids.
 
         Raises:
-          UserError: a sentencepiece model, and transformers, which converts it, is not installed.
+          UserError: a sentencepiece model of the types "word" or "char".
         """
         import tokenizers
 
         if self.payload["kind"] == "tokenizers":
             return tokenizers.Tokenizer.from_str(self.payload["model"])
-        try:
-            from transformers import LlamaTokenizer
-        except ImportError:
-            raise UserError(
-                "converting a sentencepiece tokenizer needs transformers (pip install transformers)"
-            ) from None
-        with tempfile.TemporaryDirectory() as scratch:
-            file = pathlib.Path(scratch) / "tokenizer.model"
-            file.write_bytes(base64.b64decode(self.payload["model"]))
-            return LlamaTokenizer.from_pretrained(scratch).backend_tokenizer
+        return _convert_sentencepiece(base64.b64decode(self.payload["model"]))
 
     @property
     def fingerprint(self) -> str:
@@ -152,3 +143,55 @@ def train(texts: Iterable[str], size: int) -> TextTokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     return TextTokenizer({"kind": "tokenizers", "model": bpe.to_str()})
+
+
+def _convert_sentencepiece(model: bytes) -> Any:
+    """A `tokenizers.Tokenizer` that encodes like a sentencepiece model of the types unigram and BPE.
+
+    Control pieces such as </s> are its special tokens. Sentencepiece takes "</s>" in a text as plain text. So does the
+    tokenizer if its `encode_special_tokens` is True, except with a unigram model or with user-defined symbols.
+    """
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    symbols = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    kind: Any
+    if trainer.model_type == trainer.UNIGRAM:
+        kind = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    elif trainer.model_type == trainer.BPE:
+        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        cuts = ((piece, piece[:at], piece[at:]) for piece in scores for at in range(1, len(piece)))
+        merges = [cut for cut in cuts if cut[1] in scores and cut[2] in scores]
+        merges.sort(key=lambda cut: (-scores[cut[0]], ids[cut[0]]))
+        kind = models.BPE(
+            ids,
+            [(left, right) for _, left, right in merges],
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+            ignore_merges=bool(symbols),
+        )
+    else:
+        raise UserError("a sentencepiece model of this type has no other format; types are unigram and BPE")
+    fast = tokenizers.Tokenizer(kind)
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if symbols:  # never merged with what is beside them
+        pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    control = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    fast.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in control])
+    return fast

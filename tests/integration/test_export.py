@@ -1,5 +1,6 @@
 """Exports, opened by PyTorch in processes without JAX."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -9,16 +10,16 @@ import jax
 import numpy as np
 import peers
 import pytest
-from helpers import ROOT, command
+from helpers import ROOT, STAGES, command, link, tiny
 from PIL import Image
 
 from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
-from unimm_jax.data import scenes, transforms
+from unimm_jax.data import pipeline, scenes, tasks, transforms
 from unimm_jax.errors import CheckpointError, ConfigError, DataError, UnsupportedConfigError, UserError
-from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.generator import Generator, Prompt
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import Sampling
-from unimm_jax.interop import modeling_unimm
+from unimm_jax.interop import processing_unimm
 from unimm_jax.interop.exporter import export
 from unimm_jax.interop.importer import import_weights
 from unimm_jax.sharding import flatten
@@ -91,10 +92,76 @@ def compare_in_pytorch(checkpoint, folder, scratch, images, prompts):
 
 def test_the_whole_model_without_jax(run, tmp_path, capsys):
     lines = export(str(run / "stage3"), str(tmp_path / "out"))
-    assert float(lines[0].rsplit(" ", 1)[1]) < 1e-4 and "equal" in lines[1]
+    assert float(lines[0].rsplit(" ", 1)[1]) < 1e-4 and "equal" in lines[1] and "equal" in lines[2]
     compare_in_pytorch(run / "stage3", tmp_path / "out", tmp_path, images=6, prompts=4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "fingerprint" in card and "AutoModel.from_pretrained" in card and "step" in card
+
+
+CHAT_SCRIPT = """
+import pathlib, sys, numpy as np, torch
+from transformers import AutoModel, AutoProcessor
+given, found, *folders = sys.argv[1:]
+g = np.load(given)
+images = list(g["images"])
+turn = lambda role, *content: {"role": role, "content": list(content)}
+text = lambda x: {"type": "text", "text": x}
+out = {}
+for folder in folders:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    chats = [[turn("user", *[{"type": "image", "image": x} for x in images[:n]], text("how many?"))] for n in (0, 1, 2)]
+    chats[0] += [turn("assistant", text("two")), turn("user", text("is there a red circle?"))]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=12)
+    assert (ids[:, : inputs["input_ids"].shape[1]] == inputs["input_ids"]).all()
+    new = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = [x.strip() for x in new]
+    answers += model.describe(images[:1], "how many?", length=12)
+    out[pathlib.Path(folder).name] = np.array(answers)
+assert "jax" not in sys.modules
+np.savez(found, **out)
+"""
+
+
+def talkative(run, root):
+    """The tiny stages, with a stage3 whose answers do not end: templates that it has not read otherwise give none."""
+    meta, params = read_meta(run / "stage3"), read_params(run / "stage3")
+    eos = load_model(run / "stage3").text_tokenizer.eos
+    for name in {"embed_text", "head_text"} & params["language"].keys():
+        params["language"][name] = params["language"][name].at[eos].set(0)
+    folder = link(run, root / "linked", *(name for name in STAGES if name != "stage3" and (run / name).exists()))
+    checkpoints = Checkpoints(folder / "stage3")
+    checkpoints.save(0, {"params": params}, meta)
+    checkpoints.close()
+    return folder
+
+
+def test_chats_are_answered_without_jax_as_here(run, tmp_path, monkeypatch):
+    """One batch of a text-only conversation, one image and two images."""
+    folder = talkative(run, tmp_path)
+    settings = pipeline.task_settings
+    size = tiny("stage3").data.image_size
+    images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(2)])
+    np.savez(tmp_path / "given.npz", images=images)
+    expected = {}
+    for template in tasks.TEMPLATES:
+        change = lambda config, template=template: dataclasses.replace(settings(config), template=template)
+        monkeypatch.setattr(pipeline, "task_settings", change)
+        export(str(folder / "stage3"), str(tmp_path / template), verify=False)
+        g = Generator(load_model(folder / "stage3"), batch=2, answer_length=12)
+        turns = [("user", ("how many?",)), ("assistant", ("two",)), ("user", ("is there a red circle?",))]
+        prompts = [Prompt(tasks.converse([tasks.Spoken(*turn) for turn in turns], g.task_settings))]
+        for n in (1, 2):
+            prompts.append(Prompt(tasks.question_prompt("how many?", g.task_settings, n), images[:n]))
+        expected[template] = g.continue_with_text(prompts)
+    arguments = ["given.npz", "found.npz", *expected]
+    done = subprocess.run([sys.executable, "-c", CHAT_SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(tmp_path / "found.npz")
+    for template, answers in expected.items():
+        assert found[template].tolist() == [*answers, answers[1]]
+    assert all(len(answer) > 3 for answers in expected.values() for answer in answers)
 
 
 @pytest.mark.slow
@@ -148,10 +215,10 @@ def test_images_of_every_accepted_kind():
     pils = [Image.fromarray(image) for image in pixels]
     mixed = [pixels[0], torch.tensor(pixels[1]), pils[2]]
     for images in (pixels, torch.tensor(pixels), pils, tuple(pils), list(pixels), mixed, [pixels[:2], pils[2]]):
-        found = modeling_unimm.as_images(images, 16)
+        found = processing_unimm.as_images(images, 16)
         assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), pixels)
     for image in (pixels[0], torch.tensor(pixels[0]), pils[0]):
-        assert np.array_equal(modeling_unimm.as_images(image, 16).numpy(), pixels[:1])
+        assert np.array_equal(processing_unimm.as_images(image, 16).numpy(), pixels[:1])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "I;16", "1", "CMYK"])
@@ -163,7 +230,7 @@ def test_pil_images_are_prepared_as_in_training(mode, tmp_path):
         image = Image.fromarray(rng.integers(0, 256, (21, 30, 4), dtype=np.uint8), "RGBA").convert(mode)
     file = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
     image.save(file)
-    found = modeling_unimm.as_images(Image.open(file), 16)
+    found = processing_unimm.as_images(Image.open(file), 16)
     assert np.array_equal(found[0].numpy(), transforms.to_pixels(file.read_bytes(), 16))
 
 
@@ -173,11 +240,11 @@ def test_pil_images_are_prepared_as_in_training(mode, tmp_path):
 )
 def test_other_images_are_one_clear_type_error(images, kind):
     with pytest.raises(TypeError, match=f"images are uint8 tensors or NumPy arrays .* PIL .*; this is a {kind}"):
-        modeling_unimm.as_images(images, 16)
+        processing_unimm.as_images(images, 16)
     with pytest.raises(ValueError, match=r"this model reads \[B, 16, 16, 3\]"):
-        modeling_unimm.as_images(np.zeros((1, 8, 8, 3), np.uint8), 16)
+        processing_unimm.as_images(np.zeros((1, 8, 8, 3), np.uint8), 16)
     with pytest.raises(ValueError, match="no images"):
-        modeling_unimm.as_images([], 16)
+        processing_unimm.as_images([], 16)
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimm_jax import evals, plotting
 from unimm_jax.config import ImageDataConfig
-from unimm_jax.data import scenes
+from unimm_jax.data import scenes, sources
 from unimm_jax.errors import CheckpointError, ConfigError
 from unimm_jax.evals import captions, runner, score_table
 from unimm_jax.evals import scene_detector as detector
@@ -60,6 +60,10 @@ def test_evaluators_follow_the_sources():
     assert evals.default_evals({"sources": "scenes ; scenes:seed=2"}) == ["scenes"]
     assert evals.default_evals({"sources": "/my/scenes;tfds:/other"}) == ["captions"]
     assert evals.default_evals({"sources": "scenes;/my/images"}) == ["scenes", "captions"]
+    for name in sources.REGISTRY:
+        has_captions = name not in ("llava", "chat", "interleaved", "edit", "text")
+        assert evals.has_captions(f"{name}:/my/data") == has_captions
+    assert evals.default_evals({"sources": "chat:/my/chat.jsonl;text:/my/texts.jsonl"}) == ["loss"]
     with pytest.raises(CheckpointError, match="names no data sources"):
         evals.default_evals({"source": "lavit", "kind": "lavit"})
 

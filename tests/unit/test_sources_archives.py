@@ -497,6 +497,35 @@ def test_parquet_files_and_row_groups(tmp_path):
         _open(f"parquet:{tmp_path}/b.parquet")
 
 
+def test_parquet_files_named_by_their_split(tmp_path):
+    columns = lambda text: {"image": PNG[:1] * 2, "text": [f"{text} {i}" for i in range(2)]}
+
+    def texts(split, path=tmp_path):
+        source = sources.open_source(f"parquet:{path}", split, held_out=0.5)
+        return [source[i].captions[0] for i in range(len(source))]
+
+    names = ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-00000-of-00001")
+    for name in names:
+        _write(tmp_path / f"{name}.parquet", columns(name[5:-9]))
+    train = ["train-00000 0", "train-00000 1", "train-00001 0", "train-00001 1"]
+    assert texts("train") == train and texts("test") == ["validation-00000 0", "validation-00000 1"]
+    _write(tmp_path / "more.parquet", columns("more"))
+    _write(tmp_path / "testing.parquet", columns("testing"))
+    train += ["more 0", "more 1", "testing 0", "testing 1"]
+    assert texts("train") == train and texts("test") == ["validation-00000 0", "validation-00000 1"]
+    _write(tmp_path / "test.parquet", columns("test"))
+    assert texts("train") == train and texts("test") == ["test 0", "test 1"]
+    key = sources.open_source(f"parquet:{tmp_path}", "test").key(0)
+    assert key == "test.parquet/1"
+    # a pattern names the files itself, and without one of the splits records are held out
+    found = [sorted(texts(split, tmp_path / "data" / "train-*.parquet")) for split in ("train", "test")]
+    assert sorted(sum(found, [])) == train[:4] and all(found)
+    for file in (*(tmp_path / f"{name}.parquet" for name in names[:2]), *tmp_path.glob("[mt]*ing.parquet")):
+        file.unlink()
+    (tmp_path / "more.parquet").unlink()
+    assert len(texts("train") + texts("test")) == 4
+
+
 @needs_proc
 def test_parquet_record_reads_one_row_group(tmp_path, monkeypatch):
     random = np.random.default_rng(0)

@@ -120,6 +120,29 @@ def test_chat(data):
     flatten(source[1])
 
 
+def test_placeholders_in_the_text_of_a_chat(data):
+    """In a row with a list of images only, as in llava."""
+    turns = [
+        {"role": "user", "content": "Compare <image>\n<image>\nNow."},
+        {"role": "assistant", "content": "<image>"},
+        {"role": "user", "content": [{"type": "text", "text": "A <image> tag, and"}, {"type": "image"}]},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    paths = [f"p/{i}.png" for i in (2, 1, 0, 2)]
+    source = _open(data, "chat", _lines({"messages": turns, "images": paths}, _chat("An <image> tag.")))
+    assert source[0].messages == [
+        Message("user", ["Compare ", 0, 1, "Now."]),
+        Message("assistant", [2]),
+        Message("user", ["A <image> tag, and", 3]),
+        Message("assistant", ["Yes."]),
+    ]
+    assert source[0].images == [PNG[i] for i in (2, 1, 0, 2)]
+    assert source[1].messages[0] == Message("user", ["An <image> tag."]) and not source[1].images
+    llava = [("human", turns[0]["content"]), ("gpt", "<image>")]
+    expected = source[0].messages[:2]
+    assert _open(data, "llava", _lines(_llava(*llava, images=paths[:3])))[0].messages == expected
+
+
 def test_text(data):
     source = _open(data, "text", b"\xef\xbb\xbf" + _lines({"text": " Grüße\n"}, b"  ", {"text": "two\nlines", "id": 3}))
     assert [source[i].text for i in range(len(source))] == ["Grüße", "two\nlines"]
@@ -285,8 +308,21 @@ BAD = {
         _chat([{"type": "image", "image": "data:text/plain,hi"}]),
         "not a URL of the form data:image/",
     ),
-    "images_unused": ("chat", _chat("hi", images=["p/0.png"]), "its list has 1 images, and 0 parts take one"),
-    "images_missing": ("chat", _chat([PART, {"type": "image"}]), "its list has 0 images, and 1 parts take one"),
+    "images_unused": (
+        "chat",
+        _chat("hi", images=["p/0.png"]),
+        "its list has 1 images, and 0 parts or <image> take one",
+    ),
+    "images_missing": (
+        "chat",
+        _chat([PART, {"type": "image"}]),
+        "its list has 0 images, and 1 parts or <image> take one",
+    ),
+    "placeholders": (
+        "chat",
+        _chat("<image> <image>", images=["p/0.png"]),
+        "its list has 1 images, and 2 parts or <image>",
+    ),
     "images_text": ("chat", _chat("hi", images="p/0.png"), "its images are str, not a list"),
     "shape": ("interleaved", {"text": "a"}, "it has neither text_list and image_info nor images and texts"),
     "no_info": ("interleaved", {"text_list": ["a"]}, "its image_info is NoneType, not a list"),

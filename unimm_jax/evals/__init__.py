@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimm_jax.config import Config, merged, problems_of, unknown
+from unimm_jax.data import sources as registry
 from unimm_jax.data.sources import split_sources
 from unimm_jax.errors import CheckpointError, ConfigError
 
@@ -83,8 +84,9 @@ def default_evals(header: Mapping[str, Any]) -> list[str]:
 
 
 def has_captions(source: str) -> bool:
-    """Whether the records of a source can have captions, by its format."""
-    return source.partition(":")[0] not in ("llava", "chat", "interleaved", "edit", "text")
+    """Whether the records of a source can have captions. A directory without its format counts as one that can."""
+    name = source.partition(":")[0]
+    return name not in registry.REGISTRY or bool(registry.get(name).has_captions)
 
 
 def is_scenes(source: str) -> bool:

@@ -3,7 +3,9 @@
 python unimm_jax/interop/check_export.py EXPORTED EXPECTED.npz
 """
 
+import json
 import sys
+from typing import Any
 
 
 def main(folder: str, expected: str) -> None:
@@ -23,8 +25,20 @@ def main(folder: str, expected: str) -> None:
         keep, codes = model.tokenize(torch.tensor(wanted["images"]))
         same = bool((keep.numpy() == wanted["keep"]).all() and (codes[keep].numpy() == wanted["codes"]).all())
         print(f"image tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
+        same = all(
+            chat_ids(model.processor, json.loads(chat), torch.tensor(wanted["keep"])) == json.loads(ids)
+            for chat, ids in zip(wanted["chats"].tolist(), wanted["ids_of_chats"].tolist(), strict=True)
+        )
+        print(f"chat template: token ids of {len(wanted['chats'])} conversations {'equal' if same else 'DIFFER'}")
     if "jax" in sys.modules:
         raise RuntimeError("JAX was imported")
+
+
+def chat_ids(processor: Any, chat: list[dict[str, Any]], keep: Any) -> list[int]:
+    """Token ids of a conversation whose images have the first keep masks of `keep`, boolean [N, P]."""
+    ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)[0].tolist()
+    count = sum(part["type"] == "image" for message in chat for part in message["content"])
+    return processor.place_images(ids, keep[:count])[0]
 
 
 if __name__ == "__main__":

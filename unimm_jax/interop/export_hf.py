@@ -1,7 +1,8 @@
 """Export as a directory that `transformers` opens.
 
-The language model opens without extra code, the whole model by `modeling_unimm.py`, which is written beside it. U-Nets
-of latents and their autoencoders are written in the layout of `diffusers`.
+The language model opens without extra code, the whole model by `modeling_unimm.py` and its processor by
+`processing_unimm.py`, which are written beside it. U-Nets of latents and their autoencoders are written in the layout
+of `diffusers`.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax.checkpoint import read_params
+from unimm_jax.data.documents import Layout
+from unimm_jax.data.tasks import TEMPLATES
 from unimm_jax.errors import CheckpointError, WeightMismatchError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
-from unimm_jax.interop import llama, unimm
+from unimm_jax.interop import chat_template, llama, unimm
 from unimm_jax.interop.exporter import HERE, Source, Writer, verify_in_pytorch, write_card, write_diffusers
 from unimm_jax.interop.lavit import PIXEL_FOLDERS
 from unimm_jax.models.language import LanguageConfig, LanguageModel
@@ -41,6 +44,18 @@ MODEL_USAGE = [
     'model = AutoModel.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)',
     'images = model.draw(["two red circles"], guidance=1.5)  # uint8 [1, H, W, 3]',
     'answers = model.describe(images, ["how many circles are there?"])',
+    "```",
+    "",
+    "Chats with text and images:",
+    "",
+    "```python",
+    "from transformers import AutoProcessor",
+    'processor = AutoProcessor.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)',
+    'content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "how many circles are there?"}]',
+    'chat = [{"role": "user", "content": content}]',
+    "inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)",
+    'ids = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]',
+    "answer = processor.batch_decode(ids, skip_special_tokens=True)[0]",
     "```",
 ]
 
@@ -75,11 +90,12 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     settings = _settings(generator, source) | decoders
     settings["model"] |= settings.pop("decoder_model")
     (folder / "unimm.json").write_text(json.dumps(settings, indent=1))
-    shutil.copy(HERE / "modeling_unimm.py", folder / "modeling_unimm.py")
+    shutil.copy(HERE / "modeling_unimm.py", folder)
     published = llama.published_config(language, v.text_rows + used, text_tokenizer, dtype)
     published["auto_map"] = {"AutoModel": "modeling_unimm.UniMM"}
     (folder / "config.json").write_text(json.dumps(published, indent=1))
     write_text_tokenizer(folder, text_tokenizer, v)
+    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings.template)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
 
@@ -101,8 +117,8 @@ def _settings(generator: Generator, source: Source) -> dict[str, Any]:
         "num_patches": header["num_patches"],
         "selection": header["selection"],
         "max_image_tokens": min(header["num_patches"], generator.max_image_tokens),
-        "bos": t.bos,
         "eos": t.eos,
+        "pad": t.pad,
         "banned": sorted(special | {*range(t.vocab_size, t.num_rows)}),
     }
 
@@ -149,7 +165,17 @@ def _expected(generator: Generator, rows: int) -> dict[str, np.ndarray]:
     size = generator.config.data.image_size
     images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     codes, keep = generator.tokenize(images)
-    return {"ids": ids, "logits": logits, "images": images, "keep": keep, "codes": codes[keep]}
+    ids_of_chats = chat_template.expected_ids(keep, generator.layout, generator.task_settings)
+    chats = [json.dumps(chat_template.to_chat(example)) for example in chat_template.EXAMPLES]
+    return {
+        "ids": ids,
+        "logits": logits,
+        "images": images,
+        "keep": keep,
+        "codes": codes[keep],
+        "chats": np.array(chats),
+        "ids_of_chats": np.array([json.dumps(found) for found in ids_of_chats]),
+    }
 
 
 def _language(source: Source, folder: pathlib.Path, dtype: np.dtype | None, verify: bool) -> list[str]:
@@ -212,3 +238,29 @@ def write_text_tokenizer(folder: pathlib.Path, text_tokenizer: TextTokenizer, v:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, template: str) -> None:
+    """Writes the processor and its chat template; the text tokenizer is written already.
+
+    Args:
+      image_size: side of the images in pixels. template: a name of `TEMPLATES`.
+    """
+    v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
+    settings = {
+        "processor_class": "UniMMProcessor",
+        "auto_map": {"AutoProcessor": "processing_unimm.UniMMProcessor"},
+        "image_size": image_size,
+        "max_image_tokens": layout.max_image_tokens,
+        "start": v.start,
+        "end": v.end,
+        "first_position": v.first_position,
+        "num_position_ids": v.num_position_ids,
+        "bos": text_tokenizer.bos,
+        "eos": text_tokenizer.eos,
+        "text_vocabulary": text_tokenizer.vocab_size,
+        "is_literal": text_tokenizer.payload["kind"] == "sentencepiece",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "chat_template.jinja").write_text(chat_template.to_jinja(TEMPLATES[template]))
+    shutil.copy(HERE / "processing_unimm.py", folder)

@@ -5,7 +5,8 @@
     model.describe(images, ["how many circles are there?"]) # "" asks for a caption
     images = model.draw(["two red circles"], guidance=1.5)  # uint8 [1, H, W, 3]
 
-The language model alone opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
+Chats go through the processor, in `processing_unimm.py`; `model.generate` takes what it gives. The language model alone
+opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
 """
 
 import importlib
@@ -15,55 +16,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 NEG_INF = -1e30
-ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
-
-
-def as_images(images: Any, size: int) -> Tensor:
-    """Images of any accepted kind → uint8 [B, size, size, 3].
-
-    PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
-
-    Raises:
-      TypeError: another kind of object or dtype. ValueError: another shape.
-    """
-    if isinstance(images, list | tuple):
-        if not images:
-            raise ValueError("there are no images in the list")
-        return torch.cat([as_images(image, size) for image in images])
-    if type(images).__module__.split(".")[0] == "PIL":
-        images = pil_pixels(images, size)
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
-        images = torch.tensor(images)
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        dtype = f" of {images.dtype}" if isinstance(images, np.ndarray | Tensor) else ""
-        raise TypeError(f"{ACCEPTED}; this is a {type(images).__name__}{dtype}")
-    images = images[None] if images.ndim == 3 else images
-    if images.shape[1:] != (size, size, 3):
-        raise ValueError(f"images are {list(images.shape)}; this model reads [B, {size}, {size}, 3]")
-    return images
-
-
-def pil_pixels(image: Any, size: int) -> np.ndarray:
-    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic."""
-    pil = importlib.import_module("PIL.Image")
-    image = importlib.import_module("PIL.ImageOps").exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = pil.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image = image if image.size == (size, size) else image.resize((size, size), pil.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8)
 
 
 def patchify(x: Tensor, size: int) -> Tensor:
@@ -606,12 +564,12 @@ class UniMM(nn.Module):
     """One decoder-only language model that reads images and generates them.
 
     Args (constructor):
-      settings: `unimm.json`. language: the language model. text_tokenizer: its tokenizer.
+      settings: `unimm.json`. language: the language model. processor: of the same directory.
     """
 
-    def __init__(self, settings: dict[str, Any], language: nn.Module, text_tokenizer: Any):
+    def __init__(self, settings: dict[str, Any], language: nn.Module, processor: Any):
         super().__init__()
-        self.settings, self.language, self.text_tokenizer = settings, language, text_tokenizer
+        self.settings, self.language, self.processor = settings, language, processor
         m, width = settings["model"], settings["model"]["encoder"]["width"]
         self.image_size: int = m["encoder"]["image_size"]
         self.image_tokenizer = ImageTokenizer(m["encoder"], m["image_tokenizer"])
@@ -653,7 +611,7 @@ class UniMM(nn.Module):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         dtype = dtype if isinstance(dtype, torch.dtype) else None
         language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-        model = cls(settings, language, AutoTokenizer.from_pretrained(folder))
+        model = cls(settings, language, AutoProcessor.from_pretrained(folder, trust_remote_code=True))
         weights = load_file(folder / "unimm.safetensors")
         own = {k for k in model.state_dict() if not k.startswith("language.")}
         model.folder = folder
@@ -666,9 +624,9 @@ class UniMM(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, images: Any) -> tuple[Tensor, Tensor]:
-        """Images (see `as_images`) → (keep boolean [B, P], codes [B, P])."""
-        pixels = self.image_tokenizer.encoder.normalize(as_images(images, self.image_size))
-        return self.image_tokenizer.encode(pixels)
+        """Images of any kind that the processor takes → (keep boolean [B, P], codes [B, P])."""
+        pixels = self.processor(images)["pixel_values"]
+        return self.image_tokenizer.encode(self.image_tokenizer.encoder.normalize(pixels))
 
     def features(self, image: Tensor, keep: Tensor) -> Tensor:
         """What the language model reads of one image, uint8 [H, W, 3]: [S, D]."""
@@ -682,48 +640,72 @@ class UniMM(nn.Module):
         table = self.language.get_input_embeddings()  # type: ignore[operator]
         return table(torch.tensor([list(ids)], device=table.weight.device))
 
-    def image_embeddings(self, image: Tensor, keep: Tensor) -> Tensor:
-        """[IMG] features [/IMG], in the grid variant each feature after the id of its position: [1, T, D]."""
-        s = self.settings
-        patches = keep.nonzero()[:, 0].tolist()[: s["max_image_tokens"]]
-        rows = self.features(image, keep)[: len(patches)]
-        parts = [self.embed([s["start"]])]
-        for row, patch in zip(rows, patches, strict=True):
-            if s["num_position_ids"]:
-                parts.append(self.embed([s["first_position"] + patch]))
-            parts.append(row[None, None])
-        return torch.cat([*parts, self.embed([s["end"]])], 1)
+    def embed_prompt(self, ids: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
+        """Ids of a prompt without padding, its images uint8 [N, S, S, 3] and their keep masks → [1, T, D]."""
+        placed, where = self.processor.place_images(ids, keep)
+        x = self.embed(placed)
+        limit = self.settings["max_image_tokens"]
+        read = zip(images, keep, strict=True)
+        rows = [self.features(image, mask)[: min(int(mask.sum()), limit)] for image, mask in read]
+        if rows:
+            x[0, where] = torch.cat(rows).to(x.dtype)
+        return x
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        max_new_tokens: int = 40,
+    ) -> Tensor:
+        """Greedy text after each prompt: ids [B, T + new], padded on the right; what is new ends with `eos`.
+
+        Args:
+          input_ids, attention_mask, pixel_values: from the processor; the images of all prompts in order.
+        """
+        eos, pad, start, end = (self.settings[name] for name in ("eos", "pad", "start", "end"))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, mask, strict=True)]
+        counts = [sum(pair == (start, end) for pair in zip(ids, ids[1:], strict=False)) for ids in prompts]
+        images = torch.zeros(0, self.image_size, self.image_size, 3) if pixel_values is None else pixel_values
+        keep = self.tokenize(images)[0] if len(images) else torch.zeros(0, self.settings["num_patches"])
+        if len(images) != sum(counts):
+            raise ValueError(f"the prompts have {sum(counts)} images, and pixel_values has {len(images)}")
+        parts = zip(prompts, images.split(counts), keep.split(counts), strict=True)
+        found = [self.write(self.embed_prompt(*part), max_new_tokens) for part in parts]
+        length = max(map(len, found))
+        new = torch.tensor([ids + [pad] * (length - len(ids)) for ids in found], dtype=torch.long)
+        return torch.cat([input_ids, new.to(input_ids.device)], 1)
+
+    def write(self, x: Tensor, length: int) -> list[int]:
+        """At most `length` ids of greedy text after a prompt [1, T, D], with the end-of-text id if it ends."""
+        ids: list[int] = []
+        cache = None
+        while len(ids) < length and ids[-1:] != [self.settings["eos"]]:
+            out = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[0, -1].float()
+            logits[self.settings["text_rows"] :] = NEG_INF
+            logits[self.settings["banned"]] = NEG_INF
+            ids.append(int(logits.argmax()))
+            x = self.embed(ids[-1:])
+        return ids
 
     @torch.no_grad()
     def describe(self, images: Any, questions: str | Sequence[str] | None = None, length: int = 40) -> list[str]:
         """Greedy answers, one per image; an empty question asks for a caption.
 
         Args:
-          images: see `as_images`. questions: one per image, or one for all. length: maximum tokens per answer.
+          images: of any kind that the processor takes. questions: one per image, or one for all. length: maximum tokens
+            per answer.
         """
-        images = as_images(images, self.image_size)
+        images = self.processor(images)["pixel_values"]
         if questions is None or isinstance(questions, str):
             questions = [questions or ""] * len(images)
-        keep, _ = self.tokenize(images)
-        found = []
-        for image, mask, question in zip(images, keep, questions, strict=True):
-            x = self.image_embeddings(image, mask)
-            words = self.text_tokenizer.encode(question, add_special_tokens=False) if question else []
-            x = torch.cat([x, self.embed(words)], 1) if words else x
-            ids: list[int] = []
-            cache = None
-            for _ in range(length):
-                out = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True)
-                cache, logits = out.past_key_values, out.logits[0, -1].float()
-                logits[self.settings["text_rows"] :] = NEG_INF
-                logits[self.settings["banned"]] = NEG_INF
-                token = int(logits.argmax())
-                if token == self.settings["eos"]:
-                    break
-                ids.append(token)
-                x = self.embed([token])
-            found.append(self.text_tokenizer.decode(ids, skip_special_tokens=True).strip())
-        return found
+        texts = [self.processor.ask(question) for question in questions]
+        inputs = self.processor(images, texts)
+        found = self.generate(**inputs, max_new_tokens=length)[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(found, skip_special_tokens=True)]
 
     # Generating images
 
@@ -740,9 +722,8 @@ class UniMM(nn.Module):
         s = self.settings
         found = []
         for prompt in prompts:
-            words = self.text_tokenizer.encode(prompt, add_special_tokens=False)
-            bos = [] if s["bos"] is None else [s["bos"]]
-            streams = [[*bos, *words, s["start"]]] + ([[s["start"]]] if guidance != 1 else [])
+            streams = [self.processor.encode([("bos",), ("text", prompt), ("image_start",)])]
+            streams += [[s["start"]]] if guidance != 1 else []
             caches: list[Any] = [None] * len(streams)
             ids: list[int] = []
             position = -1

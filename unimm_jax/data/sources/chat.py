@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unimm_jax.data.outlines import ROLES, Message
-from unimm_jax.data.sources.files import RowSource, as_text, place_images, show
+from unimm_jax.data.sources.files import PLACEHOLDER, RowSource, as_text, place_images, show, split_placeholders
 from unimm_jax.errors import InvalidRecordError
 
 DATA_URL = ("data:image/", ";base64")  # start and end of what is before the comma
@@ -15,9 +15,11 @@ class ChatSource(RowSource):
     """Rows {"messages": [{"role": "system", "user" or "assistant", "content": text or list of parts}, …]}.
 
     Parts are {"type": "text", "text": …}, {"type": "image", "image": …} and {"type": "image_url", "image_url": {"url":
-    …}}. An image is a path or a data URL; an image part without one is the next of the row's list "images".
+    …}}. An image is a path or a data URL; an image part without one is the next of the row's list "images". If the row
+    has such a list, each `<image>` of a content that is one text is its next image, too.
     """
 
+    has_captions = False
     fields = ("messages",)
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -27,20 +29,22 @@ class ChatSource(RowSource):
             raise InvalidRecordError(f"its images are {type(given).__name__}, not a list of paths")
         messages: list[Message] = []
         images: list[Any] = []
-        for number, (role, parts) in enumerate(_messages(row), 1):
+        for number, (role, parts) in enumerate(_messages(row, bool(given)), 1):
             content = place_images(parts, images)
             if not content:
                 raise InvalidRecordError(f"message {number} is empty")
             messages.append(Message(role, content))
         pathless = [i for i, image in enumerate(images) if image is None]
         if len(pathless) != len(given):
-            raise InvalidRecordError(f"its list has {len(given)} images, and {len(pathless)} parts take one from it")
+            raise InvalidRecordError(
+                f"its list has {len(given)} images, and {len(pathless)} parts or {PLACEHOLDER} take one from it"
+            )
         for i, image in zip(pathless, given, strict=True):
             images[i] = image
         return [_image(image) for image in images], {"messages": messages}
 
 
-def _messages(row: dict[str, Any]) -> Iterator[tuple[str, list[tuple[bool, Any]]]]:
+def _messages(row: dict[str, Any], has_placeholders: bool) -> Iterator[tuple[str, list[tuple[bool, Any]]]]:
     """The role of each message and its parts; see `_part`."""
     messages = row.get("messages")
     if not isinstance(messages, list):
@@ -57,7 +61,8 @@ def _messages(row: dict[str, Any]) -> Iterator[tuple[str, list[tuple[bool, Any]]
         if isinstance(content, list):
             yield role, [_part(part, where) for part in content]
         else:
-            yield role, [(False, as_text(content, f"content of {where}"))]
+            text = as_text(content, f"content of {where}")
+            yield role, split_placeholders(text) if has_placeholders else [(False, text)]
 
 
 def _part(part: Any, where: str) -> tuple[bool, Any]:

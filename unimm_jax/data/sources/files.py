@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, Self
 
@@ -14,6 +15,8 @@ from unimm_jax.errors import DataError, InvalidRecordError
 CHUNK = 2**24  # bytes read at a time while indexing lines
 MAX_IMAGE_BYTES = 200_000_000
 MAX_PATH = 4096  # characters
+PLACEHOLDER = "<image>"  # of an image in a text
+_IMAGE = re.compile(rf"(?:\r?\n)?{PLACEHOLDER}(?:\r?\n)?")
 FINGERPRINTED_ROWS = 50_000  # of files with more rows, only the images of about `HASHED_FILES` rows are fingerprinted
 
 
@@ -225,6 +228,14 @@ def place_images(parts: Iterable[tuple[bool, Any]], images: list[Any]) -> list[s
     return content
 
 
+def split_placeholders(text: str) -> list[tuple[bool, Any]]:
+    """The parts of a text for `place_images`. Each `<image>` is an image, None; line breaks beside it are dropped."""
+    parts: list[tuple[bool, Any]] = []
+    for number, between in enumerate(_IMAGE.split(text)):
+        parts += [(True, None)] * bool(number) + [(False, between)]
+    return parts
+
+
 class Rows(Protocol):
     """Rows by index; reading one raises `InvalidRecordError` if it is unusable."""
 
@@ -238,6 +249,7 @@ class RowSource:
 
     Attributes:
       options: options of the description. fields: a row has one of these fields.
+      splits, has_captions: see `Source`.
 
     Args (constructor):
       path: the file.
@@ -248,6 +260,7 @@ class RowSource:
     """
 
     splits: tuple[str, ...] = ("train",)
+    has_captions: bool = True
     options: tuple[str, ...] = ("images",)
     fields: tuple[str, ...] = ()
 

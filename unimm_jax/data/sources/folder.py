@@ -17,6 +17,7 @@ class FolderSource:
     """
 
     splits = ("train",)
+    has_captions = True
 
     def __init__(self, path: str):
         self.name, self.root = path, pathlib.Path(path).expanduser()

@@ -1,16 +1,13 @@
 """LLaVA's conversations in a JSON list or JSON Lines file, also with images to generate (ILLUME+'s editing rows)."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from unimm_jax.data.outlines import Message
-from unimm_jax.data.sources.files import RowSource, as_text, show
+from unimm_jax.data.sources.files import PLACEHOLDER, RowSource, as_text, place_images, show, split_placeholders
 from unimm_jax.errors import InvalidRecordError
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # "from" of a turn → role
-PLACEHOLDER = "<image>"
-_IMAGE = re.compile(rf"(?:\r?\n)?{PLACEHOLDER}(?:\r?\n)?")
 
 
 class LlavaSource(RowSource):
@@ -20,27 +17,23 @@ class LlavaSource(RowSource):
     to read in a human turn, one to generate in a gpt turn. The first turn may be from "system".
     """
 
+    has_captions = False
     fields = ("conversations",)
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """See `RowSource.parse`."""
         images = _images(row)
-        messages, used = [], 0
+        messages: list[Message] = []
+        used: list[None] = []  # one per image
         for number, (who, value) in enumerate(_turns(row), 1):
-            content: list[str | int] = []
-            for i, text in enumerate(_IMAGE.split(value)):
-                if i:
-                    content.append(used)
-                    used += 1
-                if text.strip():
-                    content.append(text)
+            content = place_images(split_placeholders(value), used)
             if not content:
                 raise InvalidRecordError(f"turn {number} of its conversations is empty")
             messages.append(Message(ROLES[who], content))
         if len(images) == 1 and not used:
             raise InvalidRecordError(f"it has 1 image and no {PLACEHOLDER} that says where it belongs")
-        if used != len(images):
-            raise InvalidRecordError(f"it has {len(images)} images and {used} {PLACEHOLDER}")
+        if len(used) != len(images):
+            raise InvalidRecordError(f"it has {len(images)} images and {len(used)} {PLACEHOLDER}")
         return images, {"messages": messages}
 
 

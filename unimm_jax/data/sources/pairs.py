@@ -12,6 +12,7 @@ ROWS = "edits.jsonl"
 class EditSource(RowSource):
     """A directory with `edits.jsonl`: rows {"source": path, "target": path, "instruction": text}, paths below it."""
 
+    has_captions = False
     fields = ("source", "target", "instruction")
 
     @classmethod

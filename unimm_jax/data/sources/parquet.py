@@ -4,7 +4,9 @@ import collections
 import concurrent.futures
 import itertools
 import logging
+import os
 import pathlib
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unimm_jax.data.outlines import Record
-from unimm_jax.data.sources.base import fingerprint_files
+from unimm_jax.data.sources.base import SPLITS, fingerprint_files
 from unimm_jax.data.sources.files import text_of
 from unimm_jax.data.sources.shards import captions_of, decode_text, find_shards, locate, map_files
 from unimm_jax.errors import DataError, InvalidRecordError
@@ -28,6 +30,7 @@ URL_COLUMNS = ("url", "URL", "image_url")
 URL_CAPTION_COLUMNS = ("caption", "TEXT", "captions", "txt")  # beside a URL: the input or the log of img2dataset
 
 CACHE_BYTES = 2**26  # of row groups, and of footers
+_SPLIT = re.compile(r"(train|test|validation)(?![A-Za-z])")  # at the start of the name of a file
 GROUP_BYTES = 2**21  # a warning suggests row groups up to this size
 
 
@@ -110,16 +113,20 @@ class ParquetSource:
 
     Args (constructor):
       path: a file, a directory with .parquet files, or a pattern (see `find_shards`), for example train-*.parquet.
+      split: "train" or "test"; of a directory whose files name their splits (see `find_split`), its files are read.
 
     Raises (constructor):
       DataError: there are no files or rows, or a file is not Parquet or has no such columns.
     """
 
     splits: tuple[str, ...] = ("train",)
+    has_captions = True
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, split: str = "train"):
         self.name = path
         self.root, self.files = find_shards(path, ".parquet")
+        if os.path.isdir(os.path.expanduser(path)) and (found_split := find_split(self.files, split)):
+            self.splits, self.files = SPLITS, found_split
         found = map_files(_read_footer, self.files)
         self.layouts = [file.layout for file in found]
         self.starts = np.cumsum([0, *(rows for file in found for rows in file.rows)], dtype=np.int64).tolist()
@@ -144,13 +151,12 @@ class ParquetSource:
 
     @classmethod
     def open(cls, rest: str, split: str) -> "ParquetSource":
-        """Opens files. They have no test split (see `open_source`).
+        """Opens files. Those of one split if a directory has the splits "train" and "test" itself.
 
         Raises:
           DataError: see the class.
         """
-        del split
-        return cls(rest)
+        return cls(rest, split)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -201,6 +207,25 @@ class ParquetSource:
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
         return fingerprint_files(self.root, self.files)
+
+
+def find_split(files: Sequence[pathlib.Path], split: str) -> list[pathlib.Path]:
+    """The files of a split, by the first word of their names: "train", "test" or "validation" (Hugging Face Hub).
+
+    Names without such a word count as "train". "validation" is the split "test" where no file is named "test"; beside
+    such files it is not used.
+
+    Returns:
+      the files, or an empty list if there are not both splits.
+    """
+    named: dict[str, list[pathlib.Path]] = {"train": [], "test": [], "validation": []}
+    for file in files:
+        match = _SPLIT.match(file.name)
+        named[match[1] if match else "train"].append(file)
+    test = named["test"] or named["validation"]
+    if not named["train"] or not test:
+        return []
+    return named["train"] if split == "train" else test
 
 
 def _read_footer(file: pathlib.Path) -> _File:

@@ -19,6 +19,8 @@ class TfdsSource:
       DataError: not a prepared data set, not in ArrayRecord format, no split "train", or other features.
     """
 
+    has_captions = True
+
     def __init__(self, path: str, split: str = "train"):
         import tensorflow_datasets as tfds
 

@@ -78,6 +78,7 @@ class WebdatasetSource:
     """
 
     splits: tuple[str, ...] = ("train",)
+    has_captions = True
 
     def __init__(self, path: str):
         self.name = path

@@ -1,0 +1,252 @@
+"""The processor of a model exported from unimm_jax. This file needs torch and transformers.
+
+    processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}]}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    answers = processor.batch_decode(ids, skip_special_tokens=True)
+
+A prompt is a list of segments: ("text", TEXT), ("image",), ("image_start",), ("bos",) and ("eos",). Each text is
+tokenized on its own, as in training. `chat_template.jinja` writes the segments of a chat, one JSON list per line.
+"""
+
+import functools
+import importlib
+import io
+import json
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
+
+
+def as_images(images: Any, size: int) -> Tensor:
+    """Images of any accepted kind → uint8 [B, size, size, 3].
+
+    PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
+
+    Raises:
+      TypeError: another kind of object or dtype. ValueError: another shape.
+    """
+    if isinstance(images, list | tuple):
+        if not images:
+            raise ValueError("there are no images in the list")
+        return torch.cat([as_images(image, size) for image in images])
+    if type(images).__module__.split(".")[0] == "PIL":
+        images = pil_pixels(images, size)
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = torch.tensor(images)
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        dtype = f" of {images.dtype}" if isinstance(images, np.ndarray | Tensor) else ""
+        raise TypeError(f"{ACCEPTED}; this is a {type(images).__name__}{dtype}")
+    images = images[None] if images.ndim == 3 else images
+    if images.shape[1:] != (size, size, 3):
+        raise ValueError(f"images are {list(images.shape)}; this model reads [B, {size}, {size}, 3]")
+    return images
+
+
+def pil_pixels(image: Any, size: int) -> np.ndarray:
+    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic."""
+    pil = importlib.import_module("PIL.Image")
+    image = importlib.import_module("PIL.ImageOps").exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        image = pil.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image = image if image.size == (size, size) else image.resize((size, size), pil.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8)
+
+
+def open_image(name: str) -> Any:
+    """A PIL image from a path, or from a URL with the scheme http, https or data."""
+    pil = importlib.import_module("PIL.Image")
+    if name.startswith(("http://", "https://", "data:")):
+        with urllib.request.urlopen(name) as response:
+            return pil.open(io.BytesIO(response.read()))
+    return pil.open(name)
+
+
+class UniMMProcessor(ProcessorMixin):
+    """Chats, texts and images → token ids and pixels.
+
+    An image is two ids, [IMG] and [/IMG]. How many tokens lie between them is known only when the model has read the
+    image: the model calls `place_images`.
+
+    Args (constructor):
+      tokenizer: with [IMG], [/IMG], codes and positions as added tokens.
+      image_size: side of the images in pixels. max_image_tokens: maximum number of kept patches per image.
+      start, end: ids of [IMG] and [/IMG]. first_position: id of patch position 0. num_position_ids: 0 for none.
+      bos, eos: ids of the beginning and end of a text; None where texts have no beginning token.
+      text_vocabulary: number of ids of the text tokenizer of the training, which come first.
+      is_literal: whether texts such as "</s>" are plain text (sentencepiece).
+      chat_template: `chat_template.jinja`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_size: int,
+        max_image_tokens: int,
+        start: int,
+        end: int,
+        first_position: int,
+        num_position_ids: int,
+        bos: int | None,
+        eos: int,
+        text_vocabulary: int,
+        is_literal: bool,
+        chat_template: str | None = None,
+    ):
+        self.image_size, self.max_image_tokens = image_size, max_image_tokens
+        self.start, self.end = start, end
+        self.first_position, self.num_position_ids = first_position, num_position_ids
+        self.bos, self.eos = bos, eos
+        self.text_vocabulary, self.is_literal = text_vocabulary, is_literal
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    @functools.cached_property
+    def _text_tokenizer(self) -> Any:
+        """The text tokenizer of the training, which does not know [IMG] and the other added tokens."""
+        settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        settings["added_tokens"] = [t for t in settings["added_tokens"] if t["id"] < self.text_vocabulary]
+        found = importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(settings))
+        found.encode_special_tokens = self.is_literal
+        return found
+
+    def encode(self, segments: Sequence[Sequence[str]]) -> list[int]:
+        """Token ids of a prompt; see the head of this file."""
+        special = {
+            "image": [self.start, self.end],
+            "image_start": [self.start],
+            "bos": [] if self.bos is None else [self.bos],
+            "eos": [self.eos],
+        }
+        ids: list[int] = []
+        for name, *text in segments:
+            ids += self._text_tokenizer.encode(*text, add_special_tokens=False).ids if name == "text" else special[name]
+        return ids
+
+    def ask(self, question: str) -> str:
+        """The text for `__call__` of a question about one image; an empty question asks for a caption."""
+        if not question:
+            return '["image"]'
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def apply_chat_template(self, conversation: Any, *arguments: Any, **options: Any) -> Any:
+        """Lays chats out; see `ProcessorMixin.apply_chat_template`.
+
+        With `tokenize=True`, it gives `input_ids` [B, T], and with `return_dict=True` also what else `__call__` gives.
+        With `tokenize=False`, it gives the segments as JSON lines, which are the text for `__call__`.
+
+        Args:
+          conversation: messages with `role` and `content`, or a list of such lists. Content is a text or a list of
+            {"type": "text", "text": TEXT} and {"type": "image", "image": IMAGE}. IMAGE is of any kind that `__call__`
+            takes; "path" or "url" may stand for "image".
+        """
+        return super().apply_chat_template(conversation, *arguments, as_segments=True, **options)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Token ids and pixels for `model.generate`.
+
+        Args:
+          images: all images of the texts in order: PIL images, paths, URLs, uint8 arrays or tensors [H, W, 3], or lists
+            of them. Without images, only the ids are given.
+          text: one or several results of `apply_chat_template(..., tokenize=False)`.
+          return_tensors: "pt", "np", or None for ids as lists.
+
+        Returns:
+          `input_ids` and `attention_mask` [B, T], padded on the left, and `pixel_values` uint8 [N, S, S, 3].
+
+        Raises:
+          ValueError: a text that the chat template did not write, or not as many images as the texts have.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("this model reads text and images only")
+        texts = [text] if isinstance(text, str) else list(text or ())
+        prompts = [read_segments(item) for item in texts]
+        data: dict[str, Any] = {}
+        if prompts:
+            rows = [self.encode(prompt) for prompt in prompts]
+            length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+            pad = self.eos if pad is None else pad
+            data["input_ids"] = [[pad] * (length - len(row)) + row for row in rows]
+            data["attention_mask"] = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+        if images is not None:
+            pixels = as_images(flat_images(images), self.image_size)
+            wanted = sum(prompt.count(["image"]) for prompt in prompts)
+            if prompts and len(pixels) != wanted:
+                raise ValueError(f"the texts have {wanted} images, and {len(pixels)} are given")
+            data["pixel_values"] = pixels if return_tensors == "pt" else pixels.numpy()
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def place_images(self, ids: Sequence[int], keep: Tensor) -> tuple[list[int], list[int]]:
+        """Places the kept patches of images between [IMG] and [/IMG].
+
+        Args:
+          ids: of a prompt without padding. keep: keep masks of its images in order, boolean [N, P].
+
+        Returns:
+          all ids, and the indices of those that stand for the feature of a patch: at most `max_image_tokens` per image,
+          in raster order, each after the id of its position if the model has such ids.
+
+        Raises:
+          ValueError: the number of images differs.
+        """
+        found: list[int] = []
+        features: list[int] = []
+        masks = list(keep)
+        for here, following in zip(ids, [*ids[1:], None], strict=True):
+            found.append(here)
+            if (here, following) != (self.start, self.end):
+                continue
+            if not masks:
+                raise ValueError(f"the prompt has more than {len(keep)} images; give pixel_values for all of them")
+            for patch in masks.pop(0).nonzero()[:, 0].tolist()[: self.max_image_tokens]:
+                if self.num_position_ids:
+                    found.append(self.first_position + patch)
+                features.append(len(found))
+                found.append(self.start)
+        if masks:
+            raise ValueError(f"the prompt has {len(keep) - len(masks)} images, and {len(keep)} are given")
+        return found, features
+
+
+def read_segments(text: str) -> list[list[str]]:
+    """The segments of a rendered chat template: one JSON list per line.
+
+    Raises:
+      ValueError: another text.
+    """
+    try:
+        found = [json.loads(line) for line in text.split("\n") if line]
+    except ValueError:
+        found = [text]
+    if not all(isinstance(segment, list) for segment in found):
+        raise ValueError(f"{text[:80]!r} is not a chat that apply_chat_template(..., tokenize=False) has laid out")
+    return found
+
+
+def flat_images(images: Any) -> list[Any]:
+    """Images in any nesting of lists → one list; paths and URLs are opened."""
+    if isinstance(images, list | tuple):
+        return [found for item in images for found in flat_images(item)]
+    return [open_image(images) if isinstance(images, str) else images]
