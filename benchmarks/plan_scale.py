@@ -3,9 +3,9 @@
 python -m benchmarks.plan_scale [--records=100_000_000] [--batch=1024] [--seq_len=2048]
 
 Writes the index of synthetic records (about 4 GB at 100 million) to a temporary directory: half of them captions of
-5 to 40 tokens, the rest texts, conversations and edits. Opens it as training does, in a new process, and prints the seconds
-until the first row is known, its peak memory, and the time to plan the following steps. Then checks that 1 and 4
-processes read the same rows.
+5 to 40 tokens, the rest texts, conversations and edits. Opens it as training does, in a new process, and prints the
+seconds until the first row is known, its peak memory, and the time to plan the following steps. Then checks that 1 and
+4 processes read the same rows.
 """
 
 import argparse

@@ -54,6 +54,8 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
     if "own_images" in scores:
+        parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
+    if (folder / "answers" / "examples.json").exists():
         split = SPLIT_NAMES[scores["answers"]["split"]]
         parts += [f"<h1>Answers, {split}</h1>", *evaluation_images(folder / "answers")]
     parts += [*curves(run), *time_table(scores["seconds"]), versions(), commands(run)]
