@@ -11,8 +11,9 @@ from PIL import Image
 
 from unimm_jax import metrics
 from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
+from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, ConfigError, DataError
-from unimm_jax.evals import generation, report_page
+from unimm_jax.evals import generation, report_page, score_table
 from unimm_jax.evals.runner import evaluate
 
 STAGES = ("encoder", "selector", "tokenizer", "records", "pixel_decoder", "text", "stage1", "stage2")  # no U-Net
@@ -171,3 +172,30 @@ def test_evaluators_run_during_training_on_two_devices(run, tmp_path):
     assert {"text_to_image/overall", "questions/existence", "reconstruction_by_decoder/pixel_decoder"} <= set(scores)
     assert not {"jitter", "sampling/guidance", "prompts_per_task"} & set(scores)
     assert (root / "stage3" / "images" / "scenes_samples.png").exists()
+
+
+def test_answers_of_own_conversations_are_scored(evaluated, tmp_path, monkeypatch):
+    rows = []
+    for i, name in enumerate(("circle", "square", "star")):
+        Image.new("RGB", (64, 64), (60 * i, 0, 90)).save(tmp_path / f"{i}.png")
+        turns = [("human", "<image>\nwhat is it?"), ("gpt", name), ("human", "how many?"), ("gpt", "One.")]
+        rows.append({"image": f"{i}.png", "conversations": [{"from": who, "value": text} for who, text in turns]})
+    drawing = [{"from": "human", "value": "draw a circle"}, {"from": "gpt", "value": "<image>"}]
+    rows.append({"image": "0.png", "conversations": drawing})
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    asked = []
+
+    def answer(self, prompts, *_):
+        asked.extend(prompts)
+        return ["Circle", "one", "circle", "two", "star", "one"]
+
+    monkeypatch.setattr("unimm_jax.inference.generator.Generator.continue_with_text", answer)
+    options = {"sources": f"llava:{tmp_path / 'questions.json'}", "split": "all"}
+    scores = evaluate(str(evaluated[0] / "stage3"), str(tmp_path / "out"), ["answers"], options)
+    assert scores["answers"] == {"exact": 4 / 6, "number": 6, "turn_1": 2 / 3, "turn_2": 2 / 3}
+    texts = [[segment.text for segment in prompt.document if isinstance(segment, Text)] for prompt in asked]
+    assert texts[:2] == [["what is it?"], ["what is it?", "circle", "how many?"]]
+    assert all(prompt.images.shape == (1, 64, 64, 3) for prompt in asked)
+    assert "6 answers, all images" in score_table.table(scores)
+    shown = json.loads((tmp_path / "out" / "examples.json").read_text())["questions"]
+    assert [row["reply"] for row in shown] == ["Circle", "one", "circle", "two", "star", "one"]

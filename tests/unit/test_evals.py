@@ -61,9 +61,10 @@ def test_evaluators_follow_the_sources():
     assert evals.default_evals({"sources": "/my/scenes;tfds:/other"}) == ["captions"]
     assert evals.default_evals({"sources": "scenes;/my/images"}) == ["scenes", "captions"]
     for name in sources.REGISTRY:
-        has_captions = name not in ("llava", "chat", "interleaved", "edit", "text")
-        assert evals.has_captions(f"{name}:/my/data") == has_captions
-    assert evals.default_evals({"sources": "chat:/my/chat.jsonl;text:/my/texts.jsonl"}) == ["loss"]
+        special = dict(scenes="scenes", llava="answers", chat="answers", interleaved="", edit="", text="")
+        assert evals.evaluator_of(f"{name}:/my/data") == special.get(name, "captions")
+    assert evals.default_evals({"sources": "edit:/my/edits;text:/my/texts.jsonl"}) == ["loss"]
+    assert evals.default_evals({"sources": "chat:/my/chat.jsonl;folder:/my/images"}) == ["captions", "answers"]
     with pytest.raises(CheckpointError, match="names no data sources"):
         evals.default_evals({"source": "lavit", "kind": "lavit"})
 

@@ -68,7 +68,8 @@ def options_of(entry: Mapping[str, Any]) -> Any:
 def default_evals(header: Mapping[str, Any]) -> list[str]:
     """The evaluators of a language stage, by the sources in its header.
 
-    Scenes get "scenes", other sources with captions "captions", a mixture both. Without captions it is "loss".
+    Scenes get "scenes", sources with captions "captions", conversations "answers", a mixture several of them. Other
+    sources get "loss".
 
     Raises:
       CheckpointError: the model was not trained on sources (imported weights).
@@ -79,14 +80,14 @@ def default_evals(header: Mapping[str, Any]) -> list[str]:
             "--evals=scenes"
         )
     sources = split_sources(header["sources"])
-    others = [source for source in sources if not is_scenes(source) and has_captions(source)]
-    return ["scenes"] * any(map(is_scenes, sources)) + ["captions"] * bool(others) or ["loss"]
+    wanted = set(map(evaluator_of, sources))
+    return [name for name in REGISTRY if name in wanted] or ["loss"]
 
 
-def has_captions(source: str) -> bool:
-    """Whether the records of a source can have captions. A directory without its format counts as one that can."""
+def evaluator_of(source: str) -> str:
+    """The evaluator of a source, "" for none. A directory without its format counts as one with captions."""
     name = source.partition(":")[0]
-    return name not in registry.REGISTRY or bool(registry.get(name).has_captions)
+    return str(registry.get(name).evaluator) if name in registry.REGISTRY else "captions"
 
 
 def is_scenes(source: str) -> bool:

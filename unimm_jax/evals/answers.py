@@ -12,6 +12,7 @@ from unimm_jax.data.sources import split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.data.tasks import Spoken, TaskSettings, converse, question_prompt
 from unimm_jax.errors import CheckpointError, DataError, EmptySplitError
+from unimm_jax.evals import evaluator_of
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.captions import evenly, load
 from unimm_jax.evals.generation import BATCH, GeneratingEvaluator
@@ -28,7 +29,7 @@ class AnswersOptions(Options):
     Attributes:
       images: maximum number of records, evenly spaced over the split.
       split: "test" is the held-out split, "train" what the model was trained on, "all" every record of `sources`.
-      sources: data sources; empty for those of the model.
+      sources: data sources; empty for those of the model that have conversations, or all if none has.
     """
 
     images: int = ranged(600, low=1)
@@ -87,6 +88,8 @@ class Answers(GeneratingEvaluator):
             raise CheckpointError(
                 f"{context.workdir} names no data sources (imported weights have none); give --sources"
             )
+        if not options.sources:
+            listed = [source for source in listed if evaluator_of(source) == "answers"] or listed
         data, split = generator.image_tokenizer.config.data, options.split
         if split == "all":
             data, split = dataclasses.replace(data, held_out=0.0), "train"

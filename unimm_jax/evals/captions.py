@@ -11,7 +11,7 @@ from unimm_jax.data.pipeline import open_images
 from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import CheckpointError, DataError
-from unimm_jax.evals import has_captions, is_scenes
+from unimm_jax.evals import evaluator_of, is_scenes
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.generation import BATCH, EVALUATION_SEED, GeneratingEvaluator
 from unimm_jax.inference.generator import Generator
@@ -110,7 +110,7 @@ class Captions(GeneratingEvaluator):
                 f"{context.workdir} names no data sources (imported weights have none); captions cannot be scored"
             )
         if not self.settings.sources and not all(map(is_scenes, listed)):
-            listed = [source for source in listed if not is_scenes(source) and has_captions(source)]
+            listed = [source for source in listed if evaluator_of(source) == "captions"]
         data = generator.image_tokenizer.config.data
 
         def opened(source: str, split: str) -> list[DecodedDataset]:

@@ -29,12 +29,12 @@ class Source(Protocol):
     Attributes:
       name: name for messages.
       splits: the splits that the source has itself, of "train" and "test".
-      has_captions: whether the records can have captions. Also an attribute of the class.
+      evaluator: evaluator that scores a model on the records, or "" for the loss only. Also an attribute of the class.
     """
 
     name: str
     splits: tuple[str, ...]
-    has_captions: bool
+    evaluator: str
 
     def __len__(self) -> int: ...
 
@@ -70,7 +70,7 @@ class HeldOut:
     splits: tuple[str, ...] = SPLITS
 
     def __init__(self, source: Source, split: str, share: float):
-        self.source, self.name, self.has_captions = source, f"{source.name} ({split})", source.has_captions
+        self.source, self.name, self.evaluator = source, f"{source.name} ({split})", source.evaluator
         limit = round(share * 2**32)
         held = np.array([zlib.crc32(os.fsencode(source.key(i))) < limit for i in range(len(source))], bool)
         self.index = np.flatnonzero(held if split == "test" else ~held)

@@ -19,7 +19,7 @@ class ChatSource(RowSource):
     has such a list, each `<image>` of a content that is one text is its next image, too.
     """
 
-    has_captions = False
+    evaluator = "answers"
     fields = ("messages",)
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

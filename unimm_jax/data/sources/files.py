@@ -249,7 +249,7 @@ class RowSource:
 
     Attributes:
       options: options of the description. fields: a row has one of these fields.
-      splits, has_captions: see `Source`.
+      splits, evaluator: see `Source`.
 
     Args (constructor):
       path: the file.
@@ -260,7 +260,7 @@ class RowSource:
     """
 
     splits: tuple[str, ...] = ("train",)
-    has_captions: bool = True
+    evaluator: str = "captions"
     options: tuple[str, ...] = ("images",)
     fields: tuple[str, ...] = ()
 

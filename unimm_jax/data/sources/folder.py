@@ -17,7 +17,7 @@ class FolderSource:
     """
 
     splits = ("train",)
-    has_captions = True
+    evaluator = "captions"
 
     def __init__(self, path: str):
         self.name, self.root = path, pathlib.Path(path).expanduser()

@@ -14,7 +14,7 @@ class InterleavedSource(RowSource):
     length, with one of both at each place.
     """
 
-    has_captions = False
+    evaluator = ""
     fields = ("text_list", "texts")
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

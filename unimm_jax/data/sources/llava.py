@@ -17,7 +17,7 @@ class LlavaSource(RowSource):
     to read in a human turn, one to generate in a gpt turn. The first turn may be from "system".
     """
 
-    has_captions = False
+    evaluator = "answers"
     fields = ("conversations",)
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -12,7 +12,7 @@ ROWS = "edits.jsonl"
 class EditSource(RowSource):
     """A directory with `edits.jsonl`: rows {"source": path, "target": path, "instruction": text}, paths below it."""
 
-    has_captions = False
+    evaluator = ""
     fields = ("source", "target", "instruction")
 
     @classmethod

@@ -120,7 +120,7 @@ class ParquetSource:
     """
 
     splits: tuple[str, ...] = ("train",)
-    has_captions = True
+    evaluator = "captions"
 
     def __init__(self, path: str, split: str = "train"):
         self.name = path

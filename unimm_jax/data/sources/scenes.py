@@ -23,7 +23,7 @@ class SceneSource:
     """
 
     splits = SPLITS
-    has_captions = True
+    evaluator = "scenes"
 
     def __init__(self, split: str = "train", count: int = 12000, seed: int = 0, jitter: float = 1.0, size: int = 64):
         self.name = f"scenes:{split}"

@@ -8,7 +8,7 @@ from unimm_jax.data.sources.files import RowSource, text_of
 class TextSource(RowSource):
     """Rows {"text": text}."""
 
-    has_captions = False
+    evaluator = ""
     options = ()
     fields = ("text",)
 

@@ -19,7 +19,7 @@ class TfdsSource:
       DataError: not a prepared data set, not in ArrayRecord format, no split "train", or other features.
     """
 
-    has_captions = True
+    evaluator = "captions"
 
     def __init__(self, path: str, split: str = "train"):
         import tensorflow_datasets as tfds

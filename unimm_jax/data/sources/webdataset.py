@@ -78,7 +78,7 @@ class WebdatasetSource:
     """
 
     splits: tuple[str, ...] = ("train",)
-    has_captions = True
+    evaluator = "captions"
 
     def __init__(self, path: str):
         self.name = path
