@@ -3,13 +3,16 @@
 #
 #   bash launch/quickstart.sh                                       embedded scenes, size laptop
 #   SOURCES=/my/images RUN=runs/mine bash launch/quickstart.sh      a directory of images with .txt captions
+#   QUESTIONS=llava:/my/train.json TEST_QUESTIONS=llava:/my/test.json SOURCES=... RUN=... bash launch/quickstart.sh
+#                                                                   also learns to answer; scored on the test questions
 #
-# Environment variables: RUN (output directory), SIZE, SEED, SOURCES, UNET=1 (also trains the U-Net decoder, which is too
+# Environment variables: RUN (output directory), SIZE, SEED, SOURCES, QUESTIONS, TEST_QUESTIONS, UNET=1 (also trains the U-Net decoder, which is too
 # small to draw objects at size laptop) and PYTHON (for a new .venv). After an interruption, run the same command again:
 # it resumes. When everything is done, it prints the scores only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/quickstart} SIZE=${SIZE:-laptop} SEED=${SEED:-0} SOURCES=${SOURCES:-scenes} UNET=${UNET:-0}
+QUESTIONS=${QUESTIONS:-} TEST_QUESTIONS=${TEST_QUESTIONS:-}
 PYTHON_FOR_VENV=${PYTHON:-python3}
 
 if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
@@ -35,8 +38,11 @@ train() { step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --work
 OWN_SELECTOR=() OWN_RECORDS=() OWN_ROWS=()
 if [ "${SOURCES%%:*}" != scenes ]; then
   OWN_SELECTOR=("--config.loss.keep_rate=(1.0, 0.7, 0.7, 0.5)") OWN_RECORDS=(--text_vocab_size=2048)
-  OWN_ROWS=(--config.data.seq_len=128 --config.train.batch_size=8)
+  OWN_ROWS=(--config.data.seq_len=128 --config.data.batch_unit=tokens --config.train.batch_size=960)
 fi
+if [ -n "$QUESTIONS" ]; then OWN_RECORDS+=(--sources="$SOURCES;$QUESTIONS"); fi
+EVALUATED=()
+if [ -n "$TEST_QUESTIONS" ]; then EVALUATED=(--evals=answers --sources="$TEST_QUESTIONS" --split=all); fi
 train encoder --config.data.sources="$SOURCES"
 train selector --config.data.sources="$SOURCES" "${OWN_SELECTOR[@]}"
 train tokenizer --config.data.sources="$SOURCES"
@@ -44,7 +50,11 @@ step "$RUN/records" -m unimm_jax.pretokenize --image_tokenizer="$RUN/tokenizer" 
 train pixel_decoder
 if [ "$UNET" = 1 ]; then train unet_decoder; fi
 for stage in text stage1 stage2 stage3; do train "$stage" "${OWN_ROWS[@]}"; done
-step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation"
+step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation" "${EVALUATED[@]}"
+if [ -n "$QUESTIONS" ]; then
+  step "$RUN/evaluation_train" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_train" \
+    --evals=answers --sources="$QUESTIONS" --split=train
+fi
 if [ "${SOURCES%%:*}" = scenes ]; then
   step "$RUN/evaluation_free" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_free" --jitter=9
 fi
