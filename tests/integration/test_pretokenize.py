@@ -8,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import ROOT, TEXT_VOCAB, command, free_port, tiny, xla_flags
 
 from unimm_jax.data import pipeline
 from unimm_jax.data.records import RAGGED, Records
 from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.inference import pretokenization
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.loading import load_companions, load_image_tokenizer, load_model
+from unimm_jax.models.tokenizer import ImageTokenizer
 
 ARGUMENTS = ("", "", TEXT_VOCAB, 32)  # sources as trained on, a text tokenizer of its own, 32 images at a time
 
@@ -114,13 +118,11 @@ def _with_selection(tokenizer, selection, keep_probability=None, **changes):
         last = params["selector"]["out3"]
         bias = np.log([keep_probability, 1 - keep_probability]).astype(np.float32)
         params = params | {"selector": params["selector"] | {"out3": {"kernel": last["kernel"] * 0, "bias": bias}}}
-    return dataclasses.replace(tokenizer, config=config, params=params)
+    model = nnx.eval_shape(lambda: ImageTokenizer(config.model["encoder"], section, rngs=nnx.Rngs(params=0)))
+    return dataclasses.replace(tokenizer, config=config, graph=nnx.graphdef(model), params=params)
 
 
 def test_sampled_masks_are_the_same_in_every_batch_and_in_generation(run, tmp_path):
-    from unimm_jax.inference.generator import Generator
-    from unimm_jax.inference.loading import load_companions, load_image_tokenizer, load_model
-
     tokenizer = _with_selection(load_image_tokenizer(run / "tokenizer"), "sample", 0.4)
     dataset = pipeline.open_images(tokenizer.config.data, "train", ())[0]
     words = Records(run / "records").text_tokenizer
@@ -139,7 +141,7 @@ def test_sampled_masks_are_the_same_in_every_batch_and_in_generation(run, tmp_pa
 
 
 def test_an_argmax_rate_off_the_target_is_reported_at_the_end(run, tmp_path, monkeypatch, capsys):
-    tokenizer = pretokenization.load_image_tokenizer(str(run / "tokenizer"))
+    tokenizer = load_image_tokenizer(run / "tokenizer")
     selector = tiny("selector").loss.keep_rate
     assert pretokenization.target_keep_rate(tokenizer.config, run / "tokenizer") == selector[-1]
     assert pretokenization.target_keep_rate(tokenizer.config, shutil.copytree(run / "tokenizer", tmp_path / "x")) == 0

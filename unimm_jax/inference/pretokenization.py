@@ -69,6 +69,7 @@ def pretokenize(
         print(f"records: {header['records']} are already in {output}")
         return
     words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
+    target = target_keep_rate(tokenizer.config, image_tokenizer)  # in every process: Orbax reads collectively
     encoder = Encoder(tokenizer, batch)
     try:
         held_out = _open(sources, data, "test")
@@ -81,8 +82,8 @@ def pretokenize(
         seconds = round(time.perf_counter() - started, 1)
         (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
         print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
-        target = target_keep_rate(tokenizer.config, image_tokenizer) if mean else 0.0
-        text = keep_rate_warning(mean / tokenizer.config.model["encoder"].num_patches, target) if target else None
+        rate = mean / tokenizer.config.model["encoder"].num_patches
+        text = keep_rate_warning(rate, target) if target and rate else None
         if text is not None:
             print(f"records: warning: {text}", flush=True)
 
