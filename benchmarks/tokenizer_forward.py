@@ -49,7 +49,7 @@ def peer_module() -> Any:
 
 def peer_settings(shape: ImageTokenizerConfig) -> dict[str, Any]:
     """The settings of the modules of `peer_module`."""
-    names = ("heads", "mlp_width", "merger_depth", "eps", "sink", "codes", "code_width")
+    names = ("heads", "mlp_width", "merger_depth", "eps", "sink", "codes", "code_width", "quantizer")
     return {name: getattr(shape, name) for name in names}
 
 

@@ -1,7 +1,9 @@
 """Settings that all stages share: sizes, model shapes, and which parameters train in which stage.
 
 The published sizes are `7b` (default), `lavit-7b` and `illume-7b`; `lavit-7b` equals `7b` today. The small sizes are
-`one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores).
+`one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores), with
+the variants `laptop-lavit` and `laptop-illume`: the published choices of LaVIT's tokenizer, and ILLUME's recipe, at the
+scale of `laptop`.
 """
 
 from typing import Any
@@ -10,11 +12,11 @@ from ml_collections import ConfigDict
 
 from unimm_jax.errors import ConfigError
 
-SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop")
-SCRATCH_SIZES = ("one_gpu", "laptop")  # train from nothing; the others start from published weights
+SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume")
+SCRATCH_SIZES = SIZES[3:]  # train from nothing; the others start from published weights
 FROZEN = None
 
-# ---- Model shapes: one dict per size; what a dict leaves out is the default of the section's dataclass ---------------
+# ---- Model shapes: one dict per size (see `of_size`); what a dict leaves out is the default of the section -----------
 
 ENCODER: dict[str, dict[str, Any]] = {
     "7b": dict(remat="full"),  # EVA-CLIP ViT-g/14
@@ -32,7 +34,10 @@ ENCODER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
     "7b": dict(remat="full"),  # LaVIT's
-    "illume-7b": dict(mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat="full"),
+    "illume-7b": dict(  # ILLUME+'s depths and quantizer
+        architecture="bidirectional", quantizer="simvq", mlp_width=5120, merger_depth=4, decoder_depth=4,
+        selection="all", remat="full",
+    ),
     "one_gpu": dict(
         heads=8, mlp_width=1024, merger_depth=2, decoder_depth=4, codes=1024, positions="grid", eps=0.0, sink=1.0,
         decoder_sink=1.0,
@@ -40,6 +45,11 @@ IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
     "laptop": dict(
         heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128, positions="grid", eps=0.0, sink=1.0,
         decoder_sink=1.0, scan=False,
+    ),
+    "laptop-lavit": dict(heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128, scan=False),
+    "laptop-illume": dict(
+        architecture="bidirectional", quantizer="simvq", heads=4, mlp_width=256, merger_depth=1, decoder_depth=2,
+        codes=128, selection="all", scan=False,
     ),
 }  # fmt: skip
 LANGUAGE: dict[str, dict[str, Any]] = {
@@ -75,15 +85,20 @@ PUBLISHED_RULES = {
 }
 # Sizes from nothing: the text stage trains the language model on text alone. The merger's copy trains from stage 1 on,
 # because its tokenizer trained for minutes rather than on 100M images.
-SCRATCH_RULES = [(_ENCODER, FROZEN), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)]
+SCRATCH_RULES = {
+    "lavit": [(_ENCODER, FROZEN), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+    "illume": [(_ENCODER, FROZEN), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+}
+ALL_BUT_ENCODER_AND_CODEBOOK = [(_ENCODER, FROZEN), (_CODEBOOK, FROZEN), (f"(?!encoder/|{_CODEBOOK}).*", 1.0)]
 TOKENIZER_RULES = {
-    "selector": [(_ENCODER, FROZEN), (_CODEBOOK, FROZEN), (f"(?!encoder/|{_CODEBOOK}).*", 1.0)],
-    "tokenizer": [
+    ("lavit", "selector"): ALL_BUT_ENCODER_AND_CODEBOOK,
+    ("lavit", "tokenizer"): [
         (_ENCODER, FROZEN),
         ("selector/.*", FROZEN),
         (_CODEBOOK, FROZEN),
         (f"(?!encoder/|selector/|{_CODEBOOK}).*", 1.0),
     ],
+    ("illume", "tokenizer"): ALL_BUT_ENCODER_AND_CODEBOOK,
 }
 
 
@@ -104,9 +119,14 @@ def check_size(size: str | None) -> str:
     return size
 
 
+def scale(size: str) -> str:
+    """The scale of a size, "7b", "one_gpu" or "laptop": a size is a scale, or a variant of one."""
+    return "laptop" if size.startswith("laptop") else size if size == "one_gpu" else "7b"
+
+
 def of_size(size: str, by_size: dict[str, Any]) -> Any:
-    """The entry of a size in a dict, or that of "7b" if the size has no entry."""
-    return by_size.get(size, by_size["7b"])
+    """The entry of a size in a dict; if it has none, that of its scale, and at last that of "7b"."""
+    return by_size.get(size, by_size.get(scale(size), by_size["7b"]))
 
 
 def from_nothing(size: str) -> bool:
@@ -120,7 +140,7 @@ def flavor(size: str) -> str:
     It decides which connector reads images, and whether the codes at the positions of input images are targets. The
     default size uses LaVIT's dynamic tokenizer under ILLUME's schedule.
     """
-    return "illume" if size == "illume-7b" else "lavit"
+    return "illume" if size in ("illume-7b", "laptop-illume") else "lavit"
 
 
 def base(stage: str, size: str, objective: str) -> ConfigDict:
@@ -128,7 +148,7 @@ def base(stage: str, size: str, objective: str) -> ConfigDict:
     small = from_nothing(size)
     c = ConfigDict()
     c.name, c.stage, c.size, c.objective = f"{stage}:{size}", stage, size, objective
-    c.dtype = "float32" if size == "laptop" else "bfloat16"
+    c.dtype = "float32" if scale(size) == "laptop" else "bfloat16"
     c.train, c.data, c.loss = ConfigDict(), ConfigDict(), ConfigDict()
     c.optimizer = ConfigDict(dict(name="muon" if small else "adamw", weight_decay=0.02 if small else 0.0))
     c.data.image_size = 64 if small else 224
@@ -160,7 +180,7 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     if stage == "text":
         c.optimizer.rules = [(_LANGUAGE, 1.0)]
     else:
-        c.optimizer.rules = SCRATCH_RULES if small else PUBLISHED_RULES[flavor(size), stage]
+        c.optimizer.rules = SCRATCH_RULES[flavor(size)] if small else PUBLISHED_RULES[flavor(size), stage]
     return c
 
 

@@ -27,7 +27,7 @@ def get_config(size=None):
     c.model.pixel_decoder = common.of_size(size, SHAPES)
     c.train.update(common.of_size(size, SIZES))
     c.train.image_every = 500
-    c.optimizer.learning_rate = 3e-3 if size == "laptop" else 1e-3
+    c.optimizer.learning_rate = 3e-3 if common.scale(size) == "laptop" else 1e-3
     c.optimizer.rules = [("image_tokenizer/.*", common.FROZEN), ("pixel_decoder/.*", 1.0)]
     c.init_from = (dict(checkpoint="../tokenizer", rename=[("", "image_tokenizer/")]),)
     return c

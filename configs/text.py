@@ -21,6 +21,6 @@ def get_config(size=None):
     c.train.update(common.of_size(c.size, SIZES))
     c.data.tasks = dict(text=1.0)
     c.data.images_per_row = 0
-    c.optimizer.learning_rate = 4e-3 if c.size == "laptop" else 1e-3
+    c.optimizer.learning_rate = 4e-3 if common.scale(c.size) == "laptop" else 1e-3
     c.optimizer.muon_learning_rate = 8e-3
     return c

@@ -39,14 +39,14 @@ def get_config(size=None):
         c.loss.unshuffle = 4
         c.loss.prediction = "sample"
         c.optimizer.rules = [("image_tokenizer/.*", common.FROZEN), ("unet/.*", 1.0)]
-        channels, base = 3 * 4**2, 64 if size == "laptop" else 128
+        channels, base = 3 * 4**2, 64 if common.scale(size) == "laptop" else 128
         c.model.unet = dict(
             in_channels=channels,
             out_channels=channels,
             block_out_channels=(base, base + base // 2),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1 if size == "laptop" else 2,
+            layers_per_block=1 if common.scale(size) == "laptop" else 2,
             attention_head_dim=4,
             cross_attention_dim=c.model.encoder.width,
             norm_num_groups=8,

@@ -37,14 +37,17 @@ train() { step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --work
 # longer rows.
 OWN_SELECTOR=() OWN_RECORDS=() OWN_ROWS=()
 if [ "${SOURCES%%:*}" != scenes ]; then
-  OWN_SELECTOR=("--config.loss.keep_rate=(1.0, 0.7, 0.7, 0.5)") OWN_RECORDS=(--text_vocab_size=2048)
+  # laptop-lavit keeps LaVIT's constant rate
+  if [ "$SIZE" != laptop-lavit ]; then OWN_SELECTOR=("--config.loss.keep_rate=(1.0, 0.7, 0.7, 0.5)"); fi
+  OWN_RECORDS=(--text_vocab_size=2048)
   OWN_ROWS=(--config.data.seq_len=128 --config.data.batch_unit=tokens --config.train.batch_size=960)
 fi
 if [ -n "$QUESTIONS" ]; then OWN_RECORDS+=(--sources="$SOURCES;$QUESTIONS"); fi
 EVALUATED=()
 if [ -n "$TEST_QUESTIONS" ]; then EVALUATED=(--evals=answers --sources="$TEST_QUESTIONS" --split=all); fi
 train encoder --config.data.sources="$SOURCES"
-train selector --config.data.sources="$SOURCES" "${OWN_SELECTOR[@]}"
+# ILLUME's image tokenizer keeps all patches
+if [[ "$SIZE" != *illume* ]]; then train selector --config.data.sources="$SOURCES" "${OWN_SELECTOR[@]}"; fi
 train tokenizer --config.data.sources="$SOURCES"
 step "$RUN/records" -m unimm_jax.pretokenize --image_tokenizer="$RUN/tokenizer" --output="$RUN/records" "${OWN_RECORDS[@]}"
 train pixel_decoder

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TEXT_VOCAB = 400
 STEPS = 30  # of every tiny stage
 STAGES = ("encoder", "selector", "tokenizer", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2", "stage3")
+SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume")
 
 # Settings that shrink any laptop config; used in process and on command lines.
 TINY = {
@@ -52,9 +53,14 @@ TINY = {
 }
 
 
-def tiny_dict(stage: str, **changes: Any) -> ConfigDict:
+def has_stage(stage: str, size: str) -> bool:
+    """Whether a size has a stage: ILLUME's image tokenizer has no selector."""
+    return stage != "selector" or "illume" not in size
+
+
+def tiny_dict(stage: str, variant: str = "laptop", **changes: Any) -> ConfigDict:
     """The tiny config of a stage as a ConfigDict; `changes` by dotted name with "__" for "."."""
-    config = resolve.load(f"{stage}:laptop")
+    config = resolve.load(f"{stage}:{variant}")
     for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
         node: Any = config
         *parents, last = name.split(".")
@@ -67,9 +73,9 @@ def tiny_dict(stage: str, **changes: Any) -> ConfigDict:
     return config
 
 
-def tiny(stage: str, **changes: Any) -> Config:
-    """The parsed tiny config of a stage."""
-    return resolve.parse(tiny_dict(stage, **changes))
+def tiny(stage: str, variant: str = "laptop", **changes: Any) -> Config:
+    """The parsed tiny config of a stage; `variant` is the size that is shrunk."""
+    return resolve.parse(tiny_dict(stage, variant, **changes))
 
 
 def arguments(stage: str, **changes: Any) -> list[str]:

@@ -79,6 +79,8 @@ DEFAULTS_1: dict[str, dict[str, Any]] = {
         "remat": "none",
     },
     "image_tokenizer": {
+        "architecture": "dynamic",
+        "quantizer": "ema",
         "heads": 16,
         "mlp_width": 6144,
         "merger_depth": 12,

@@ -294,7 +294,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "remat": tuple(REMAT),
     "output_norm": ("none", "plain", "affine"),
     "positions": ("order", "grid"),
-    "selection": ("argmax", "top_k", "all"),
+    "selection": ("argmax", "sample", "top_k", "all"),
+    "architecture": ("dynamic", "bidirectional"),
+    "quantizer": ("ema", "simvq"),
 }
 
 
@@ -366,6 +368,12 @@ def _conflicts(config: Config) -> list[str]:
             width, heads = getattr(config.model[name], "width", encoder.width), config.model[name].heads
             if heads < 1 or width % heads:
                 wrong.append(f"config.model.{name}: width {width} does not divide by {heads} heads")
+    tokenizer = config.model.get("image_tokenizer")
+    if tokenizer is not None and tokenizer.architecture == "bidirectional" and tokenizer.selection != "all":
+        wrong.append(
+            f"config.model.image_tokenizer.selection is {tokenizer.selection!r}; it must be 'all', because a "
+            "bidirectional image tokenizer has no selector"
+        )
     return wrong
 
 

@@ -174,6 +174,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         rate = optim.schedule(config.optimizer, config.train.steps, config.optimizer.learning_rate)
         of_peak = hardware.share_of_peak(objective, objective_class.batch_spec(config, size), jax.devices())
         last: dict[str, float] = {}
+        warned: set[str] = set()
         metrics: dict[str, jax.Array] = {}
         traced = config.train.profile if jax.process_index() == 0 else 0
         profiler = Profiler(workdir / "profile", start, config.train.profile_start, traced)
@@ -261,6 +262,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                     counts = {k: n * jax.process_count() for k, n in counts.items()}
                     counts["examples"] = data.rows.batch_size
                     last = writer.scalars(step, values, counts | ({"mfu": of_peak} if of_peak else {}))
+                    new = {k: text for k, text in objective.warnings(step, last).items() if k not in warned}
+                    warned |= set(new)
+                    for text in new.values() if jax.process_index() == 0 else ():
+                        print(f"{config.name}: warning: {text}", flush=True)
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
                 is_drawn = step % config.train.image_every == 0 or step == config.train.steps

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -6,12 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import ROOT, TEXT_VOCAB, command, free_port, tiny, xla_flags
 
 from unimm_jax.data import pipeline
 from unimm_jax.data.records import RAGGED, Records
 from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.inference import pretokenization
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.loading import load_companions, load_image_tokenizer, load_model
+from unimm_jax.models.tokenizer import ImageTokenizer
 
 ARGUMENTS = ("", "", TEXT_VOCAB, 32)  # sources as trained on, a text tokenizer of its own, 32 images at a time
 
@@ -98,6 +104,56 @@ def test_finished_records_are_kept_and_others_refused(run, capsys):
     assert "already in" in capsys.readouterr().out
     with pytest.raises(DataError, match="another tokenizer or of other data"):
         pretokenization.pretokenize(str(run / "tokenizer"), str(run / "records"), "scenes:count=5", *ARGUMENTS[1:])
+
+
+# ---- Sampled masks ---------------------------------------------------------------------------------------------------
+
+
+def _with_selection(tokenizer, selection, keep_probability=None, **changes):
+    """The tokenizer with another selection, and with one keep probability for every patch if given."""
+    config, params = tokenizer.config, tokenizer.params
+    section = dataclasses.replace(config.model["image_tokenizer"], selection=selection)
+    config = dataclasses.replace(config, model=config.model | {"image_tokenizer": section}, **changes)
+    if keep_probability is not None:
+        last = params["selector"]["out3"]
+        bias = np.log([keep_probability, 1 - keep_probability]).astype(np.float32)
+        params = params | {"selector": params["selector"] | {"out3": {"kernel": last["kernel"] * 0, "bias": bias}}}
+    model = nnx.eval_shape(lambda: ImageTokenizer(config.model["encoder"], section, rngs=nnx.Rngs(params=0)))
+    return dataclasses.replace(tokenizer, config=config, graph=nnx.graphdef(model), params=params)
+
+
+def test_sampled_masks_are_the_same_in_every_batch_and_in_generation(run, tmp_path):
+    tokenizer = _with_selection(load_image_tokenizer(run / "tokenizer"), "sample", 0.4)
+    dataset = pipeline.open_images(tokenizer.config.data, "train", ())[0]
+    words = Records(run / "records").text_tokenizer
+    for batch in (32, 7):
+        encoder = pretokenization.Encoder(tokenizer, batch)
+        pretokenization.write_split(encoder, {0: dataset}, tmp_path / f"{batch}", words, "scenes")
+    same(tmp_path / "32", tmp_path / "7")
+    records = Records(tmp_path / "32")
+    assert 0.3 < records.kept.values.mean() / 16 < 0.5 and len(set(records.kept.values.tolist())) > 3
+    model = load_model(run / "stage3")
+    generator = Generator(model, batch=5, companions=(tokenizer, load_companions(model)[1]))
+    images = np.stack([records.image(i) for i in range(12)])
+    codes, keep = generator.tokenize(images)
+    for i in range(12):
+        assert np.array_equal(keep[i], records[i].keep[0])
+
+
+def test_an_argmax_rate_off_the_target_is_reported_at_the_end(run, tmp_path, monkeypatch, capsys):
+    tokenizer = load_image_tokenizer(run / "tokenizer")
+    selector = tiny("selector").loss.keep_rate
+    assert pretokenization.target_keep_rate(tokenizer.config, run / "tokenizer") == selector[-1]
+    assert pretokenization.target_keep_rate(tokenizer.config, shutil.copytree(run / "tokenizer", tmp_path / "x")) == 0
+    for selection, warns in (("argmax", True), ("sample", False)):
+        changed = _with_selection(tokenizer, selection, 1 / 3, init_from=())  # its own target is 1/3
+        assert math.isclose(changed.config.loss.keep_rate[-1], 1 / 3)
+        monkeypatch.setattr(pretokenization, "load_image_tokenizer", lambda path, changed=changed: changed)
+        pretokenization.pretokenize(str(run / "tokenizer"), str(tmp_path / selection), *ARGUMENTS)
+        printed = capsys.readouterr().out.splitlines()
+        text = "records: warning: the selector keeps 6.2% of the patches, its target is 33.3%"
+        assert any(line.startswith(text) for line in printed) == warns
+        assert sum("warning" in line for line in printed) == warns
 
 
 def test_a_checkpoint_of_another_stage_is_refused_in_one_line(run, tmp_path):

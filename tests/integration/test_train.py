@@ -97,7 +97,7 @@ def test_each_function_compiles_once(run, tmp_path, caplog):
 def test_a_run_says_and_writes_what_it_does(run):
     rows = metrics.read(run / "tokenizer")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert {"loss", "perplexity", "codes_used", "kept", "cosine", "learning_rate", "step_ms"} <= rows[-1].keys()
+    assert {"loss", "perplexity", "codebook_usage", "kept", "cosine", "learning_rate", "step_ms"} <= rows[-1].keys()
     assert {"keep_rate_sampled", "keep_rate_argmax"} <= metrics.read(run / "selector")[-1].keys()
     assert {"text_ce", "code_ce", "fill", "examples_per_step"} <= metrics.read(run / "stage3")[-1].keys()
     assert (run / "tokenizer" / "images" / "kept_patches.png").exists()

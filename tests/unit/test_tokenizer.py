@@ -9,8 +9,10 @@ from unimm_jax.models.tokenizer.merger import Merger, compact
 from unimm_jax.models.tokenizer.quantizer import Quantizer, cosine_kmeans, ema_update, l2_normalize, restart_dead
 from unimm_jax.models.tokenizer.selector import (
     argmax_mask,
+    bernoulli_mask,
     clip_mask_gradient,
     sample_mask,
+    selection_noise,
     straight_through,
     top_k_mask,
 )
@@ -79,6 +81,20 @@ def test_masks():
     assert set(np.unique(np.round(np.asarray(draws), 6))) == {0.0, 1.0}
 
 
+def test_sampled_masks_have_the_keep_probabilities_and_depend_on_the_image_alone():
+    images = np.random.default_rng(0).integers(0, 256, (600, 4, 4, 3), dtype=np.uint8)
+    noise = selection_noise(images, 16)
+    assert noise.shape == (600, 16) and noise.dtype == np.float32 and 0 <= noise.min() < noise.max() < 1
+    order = np.random.default_rng(1).permutation(600)
+    assert np.array_equal(selection_noise(images[order], 16), noise[order])
+    assert np.array_equal(selection_noise(images[7:8], 16), noise[7:8])
+    keep = jax.random.uniform(jax.random.key(0), (16,))
+    log_probs = jnp.broadcast_to(jnp.log(jnp.stack([keep, 1 - keep], -1)), (600, 16, 2))
+    assert jnp.abs(bernoulli_mask(log_probs, noise).mean(0) - keep).max() < 0.08
+    nothing = jnp.log(jnp.stack([keep, 1 - keep], -1) * 0 + jnp.array([1e-9, 1.0])).at[5, 0].set(-3.0)
+    assert bernoulli_mask(nothing[None], jnp.full((1, 16), 0.99))[0].tolist() == [i == 5 for i in range(16)]
+
+
 def test_straight_through_has_the_softmaxs_gradient():
     logits = jax.random.normal(jax.random.key(0), (2, 4, 2))
     w = jax.random.normal(jax.random.key(1), (2, 4))
@@ -95,6 +111,20 @@ def test_quantizer_finds_the_nearest_row():
     assert jnp.allclose(jnp.linalg.norm(z, axis=-1), 1, atol=1e-5)
     distance = jnp.linalg.norm(z[:, None] - q.codebook[...][None], axis=-1)
     assert jnp.array_equal(q.lookup(z), distance.argmin(-1))
+
+
+def test_simvqs_codes_are_a_frozen_sample_times_a_matrix():
+    q = Quantizer(16, 4096, 8, rngs=nnx.Rngs(params=0), kind="simvq")
+    assert q.codebook[...].var() == pytest.approx(1 / 8, rel=0.05)  # N(0, 1/C)
+    assert jnp.array_equal(q.vectors, q.codebook[...])  # the matrix starts as the identity
+    q.code_map.kernel[...] = jax.random.normal(jax.random.key(1), (8, 8))
+    vectors = q.codebook[...] @ q.code_map.kernel[...]
+    assert jnp.allclose(q.vectors, vectors, atol=1e-5)
+    z = q.project(jax.random.normal(jax.random.key(0), (5, 16)))
+    assert not jnp.allclose(jnp.linalg.norm(z, axis=-1), 1, atol=1e-2)
+    ids = q.lookup(z)
+    assert jnp.array_equal(ids, jnp.linalg.norm(z[:, None] - vectors[None], axis=-1).argmin(-1))
+    assert jnp.allclose(q.rows(ids), vectors[ids], atol=1e-5)
 
 
 def test_ema_moves_hit_codes_only_and_counts():
@@ -122,7 +152,7 @@ def test_kmeans_finds_separated_directions():
     assert jnp.allclose(means, centres, atol=0.05)
 
 
-@pytest.mark.parametrize("selection", ["argmax", "top_k", "all"])
+@pytest.mark.parametrize("selection", ["argmax", "sample", "top_k", "all"])
 @pytest.mark.parametrize("positions", ["order", "grid"])
 def test_every_selection_encodes_and_decodes(selection, positions):
     vit = ViTConfig(image_size=32, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, scan=False)
@@ -131,7 +161,9 @@ def test_every_selection_encodes_and_decodes(selection, positions):
         selection=selection, top_k=5, positions=positions, scan=False,
     )  # fmt: skip
     tokenizer = ImageTokenizer(vit, config, rngs=nnx.Rngs(params=0))
-    keep, codes = tokenizer.encode(jax.random.normal(jax.random.key(0), (3, 32, 32, 3)))
+    noise = config.noise(np.zeros((3, 32, 32, 3), np.uint8), 16)
+    assert (noise is None) == (selection != "sample")
+    keep, codes = tokenizer.encode(jax.random.normal(jax.random.key(0), (3, 32, 32, 3)), noise)
     assert keep.shape == codes.shape == (3, 16) and (keep.sum(-1) >= 1).all()
     assert {"all": (keep.sum(-1) == 16).all(), "top_k": (keep.sum(-1) == 5).all()}.get(selection, True)
     features = tokenizer.decode(codes, keep)
@@ -139,6 +171,33 @@ def test_every_selection_encodes_and_decodes(selection, positions):
     # what dropped patches hold is not read
     other = tokenizer.decode(jnp.where(keep, codes, (codes + 1) % 16), keep)
     assert jnp.allclose(features, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("quantizer", ["ema", "simvq"])
+def test_a_bidirectional_tokenizer_keeps_and_reads_all_patches(quantizer, scan):
+    vit = ViTConfig(image_size=32, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, scan=False)
+    config = ImageTokenizerConfig(
+        architecture="bidirectional", quantizer=quantizer, heads=2, mlp_width=64, merger_depth=1, decoder_depth=1,
+        codes=16, code_width=8, selection="all", scan=scan,
+    )  # fmt: skip
+    tokenizer = ImageTokenizer(vit, config, rngs=nnx.Rngs(params=0))
+    assert tokenizer.selector is None and tokenizer.merger is None
+    images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
+    keep, codes = tokenizer.encode(images)
+    assert keep.all() and codes.shape == (3, 16)
+    features = tokenizer.decode(codes, keep)
+    assert features.shape == (3, 16, 32)
+    for x in (features, tokenizer.features(images)):  # both have mean 0 and variance 1
+        assert jnp.abs(x.mean(-1)).max() < 1e-5 and jnp.abs(x.var(-1) - 1).max() < 1e-2
+    # the last patch reaches the first position, before and after the quantizer, and equal codes differ by position
+    x = tokenizer.features(images)
+    changed = tokenizer.project(x.at[:, -1].add(jnp.roll(x[:, -1], 1, -1)), keep)
+    assert not jnp.array_equal(changed[:, 0], tokenizer.project(x, keep)[:, 0])
+    other = tokenizer.decode(codes.at[:, -1].add(1) % 16, keep)
+    assert not jnp.array_equal(features[:, 0], other[:, 0])
+    same = tokenizer.decode(jnp.zeros_like(codes), keep)
+    assert not jnp.allclose(same[:, 0], same[:, 1], atol=1e-2)
 
 
 def test_order_positions_forget_where_a_token_stood():

@@ -64,16 +64,19 @@ class Generator:
         decoding = Decoding(self.objective, self.vocabulary, self.text_tokenizer, max_codes, fixed, answer_length)
         self._run = jax.jit(decoding, static_argnames=("drawing", "sampling"))
 
-    def _encode_images(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _encode_images(
+        self, params: Any, images_and_noise: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        images, noise = images_and_noise
         tokenizer = self.image_tokenizer.module(params)
-        return tokenizer.encode(tokenizer.encoder.normalize(images))
+        return tokenizer.encode(tokenizer.encoder.normalize(images), noise)
 
     def _encode_with_mask(
         self, params: Any, images_and_keep: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         images, keep = images_and_keep
         tokenizer = self.image_tokenizer.module(params)
-        return keep, tokenizer.codes_of(tokenizer.encoder(tokenizer.encoder.normalize(images)), keep)
+        return keep, tokenizer.codes_of(tokenizer.features(tokenizer.encoder.normalize(images)), keep)
 
     # ---- Images --------------------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class Generator:
         Args:
           keep: keep masks to use instead of the selector's.
         """
-        x = images if keep is None else (images, keep)
+        x = (images, self.image_tokenizer.noise(images) if keep is None else keep)
         encode = self._encode if keep is None else self._encode_kept
         keeps, codes = [], []
         for at in range(0, len(images), self.batch):

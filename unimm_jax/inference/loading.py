@@ -53,6 +53,11 @@ class LoadedTokenizer:
         """The tokenizer with the given parameters."""
         return nnx.merge(self.graph, params)
 
+    def noise(self, images: np.ndarray) -> np.ndarray | None:
+        """The noise that `ImageTokenizer.encode` needs beside images uint8 [N, S, S, 3]: float32 [N, P] or None."""
+        m = self.config.model
+        return m["image_tokenizer"].noise(images, m["encoder"].num_patches)
+
 
 def workdir_of(step: pathlib.Path) -> pathlib.Path:
     """The workdir that a step directory belongs to."""

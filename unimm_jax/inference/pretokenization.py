@@ -14,14 +14,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from unimm_jax import resolve, sharding, text_tokenizer
-from unimm_jax.checkpoint import read_meta
+from unimm_jax.checkpoint import find, read_meta
+from unimm_jax.config import Config
 from unimm_jax.data import pipeline
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.records import Records, RecordWriter
 from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
-from unimm_jax.errors import DataError, EmptySplitError
-from unimm_jax.inference.loading import LoadedTokenizer, load_image_tokenizer, text_tokenizer_of
+from unimm_jax.errors import CheckpointError, DataError, EmptySplitError
+from unimm_jax.inference.loading import (
+    LoadedTokenizer,
+    load_image_tokenizer,
+    stage_config,
+    text_tokenizer_of,
+    workdir_of,
+)
+from unimm_jax.interop.settings import components_read
+from unimm_jax.objectives.tokenization import keep_rate_warning
 from unimm_jax.text_tokenizer import TextTokenizer
 
 BLOCK = 4096  # records per block; an interrupted run loses at most one block per process
@@ -60,6 +69,7 @@ def pretokenize(
         print(f"records: {header['records']} are already in {output}")
         return
     words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
+    target = target_keep_rate(tokenizer.config, image_tokenizer)  # in every process: Orbax reads collectively
     encoder = Encoder(tokenizer, batch)
     try:
         held_out = _open(sources, data, "test")
@@ -72,6 +82,33 @@ def pretokenize(
         seconds = round(time.perf_counter() - started, 1)
         (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
         print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
+        rate = mean / tokenizer.config.model["encoder"].num_patches
+        text = keep_rate_warning(rate, target) if target and rate else None
+        if text is not None:
+            print(f"records: warning: {text}", flush=True)
+
+
+def target_keep_rate(config: Config, checkpoint: str | pathlib.Path) -> float:
+    """The share of the patches that the selector of a tokenizer stage was trained to keep; 0 if it is not known.
+
+    It is the last value of `config.loss.keep_rate` in the stage that the selector came from. A tokenizer whose selector
+    came from no other stage (an imported LaVIT) has it itself.
+
+    Args:
+      config: of the tokenizer stage. checkpoint: its workdir or step directory.
+    """
+    if config.model["image_tokenizer"].selection not in ("argmax", "sample"):
+        return 0.0
+    readers = [entry for entry in config.init_from if components_read(entry, ["selector/x"])]
+    if not readers:
+        return config.loss.keep_rate[-1]
+    workdir = workdir_of(find(resolve.local_path(checkpoint)))
+    source = resolve.at_workdir(readers[-1]["checkpoint"], workdir)
+    try:
+        found = stage_config(read_meta(source), source)
+    except CheckpointError:  # it was moved, or holds imported weights
+        return 0.0
+    return found.loss.keep_rate[-1] if found.objective == "tokenization" else 0.0
 
 
 def _open(sources: str, data: Any, split: str) -> dict[int, DecodedDataset]:
@@ -120,14 +157,15 @@ class Encoder:
         self._split = sharding.batch_sharding(mesh)
         self._encode = jax.jit(self._encode_images)
 
-    def _encode_images(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _encode_images(self, params: Any, images: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         module = self.tokenizer.module(params)
-        return module.encode(module.encoder.normalize(images))
+        return module.encode(module.encoder.normalize(images), noise)
 
     def start(self, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """At most `batch` images → (keep boolean, codes int32), both [batch, P]; does not wait for the devices."""
         padded = np.pad(images, ((0, self.batch - len(images)), (0, 0), (0, 0), (0, 0)))
-        return self._encode(self._params, jax.device_put(padded, self._split))
+        inputs = jax.device_put((padded, self.tokenizer.noise(padded)), self._split)
+        return self._encode(self._params, *inputs)
 
 
 def write_split(

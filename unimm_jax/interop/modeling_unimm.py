@@ -13,9 +13,11 @@ import importlib
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -219,18 +221,27 @@ class Merger(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Nearest code of a low-dimensional unit vector."""
+    """Nearest code of a low-dimensional vector, which is a unit vector unless the quantizer is SimVQ."""
 
     def __init__(self, width: int, t: dict[str, Any]):
         super().__init__()
         self.proj1, self.proj2 = nn.Linear(width, width), nn.Linear(width, t["code_width"])
         self.codebook = nn.Parameter(torch.zeros(t["codes"], t["code_width"]))
         self.count = nn.Parameter(torch.zeros(t["codes"]))
+        self.is_simvq = t["quantizer"] == "simvq"
+        if self.is_simvq:
+            self.code_map = nn.Linear(t["code_width"], t["code_width"], bias=False)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The codes' vectors [K, C]."""
+        return self.code_map(self.codebook) if self.is_simvq else self.codebook
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → codes [...]."""
-        z = F.normalize(self.proj2(torch.tanh(self.proj1(x))).float(), dim=-1)
-        book = self.codebook.float()
+        z = self.proj2(torch.tanh(self.proj1(x))).float()
+        z = z if self.is_simvq else F.normalize(z, dim=-1)
+        book = self.vectors.float()
         return ((z * z).sum(-1, keepdim=True) + (book * book).sum(-1) - 2 * z @ book.T).argmin(-1)
 
 
@@ -275,41 +286,100 @@ class FeatureDecoder(nn.Module):
         return self.out2(torch.tanh(self.out1(self.norm(q))))
 
 
+class BidirectionalEncoder(nn.Module):
+    """Blocks before the quantizer of a bidirectional tokenizer."""
+
+    def __init__(self, width: int, t: dict[str, Any]):
+        super().__init__()
+        shape = (width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(Block(*shape, biases="qv") for _ in range(t["merger_depth"]))
+        self.norm = nn.LayerNorm(width, 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, P, D] → [B, P, D]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class BidirectionalDecoder(nn.Module):
+    """Code rows of all patches → the encoder's normalized features."""
+
+    def __init__(self, width: int, patches: int, t: dict[str, Any]):
+        super().__init__()
+        self.inner = nn.Linear(t["code_width"], width)
+        self.positions = nn.Parameter(torch.zeros(patches, width))
+        shape = (width, t["heads"], t["mlp_width"])
+        self.blocks = nn.ModuleList(Block(*shape, biases="qv") for _ in range(t["decoder_depth"]))
+        self.norm, self.out = nn.LayerNorm(width, 1e-5), nn.Linear(width, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Rows [B, P, C] → [B, P, D]."""
+        x = self.inner(z) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return F.layer_norm(self.out(self.norm(x)), x.shape[-1:], eps=1e-5)
+
+
+def feature_decoder(width: int, patches: int, t: dict[str, Any]) -> nn.Module:
+    """The decoder of a tokenizer with the settings `t`."""
+    kind: Any = BidirectionalDecoder if t["architecture"] == "bidirectional" else FeatureDecoder
+    return kind(width, patches, t)
+
+
+def selection_noise(images: Tensor, patches: int) -> Tensor:
+    """Uniform numbers [N, P] that are a function of the pixels of each image, uint8 [N, H, W, 3]."""
+    seeds = [zlib.crc32(image.cpu().contiguous().numpy().tobytes()) for image in images]
+    rows = [np.random.default_rng(seed).random(patches, np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).to(images.device)
+
+
 class ImageTokenizer(nn.Module):
     """Images to codes, codes to features."""
 
     def __init__(self, encoder: dict[str, Any], t: dict[str, Any]):
         super().__init__()
         self.t, width = t, encoder["width"]
-        patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
-        self.encoder, self.selector = ViT(encoder), Selector(width)
-        self.merger, self.quantizer = Merger(width, t), Quantizer(width, t)
-        self.decoder = FeatureDecoder(width, patches, t)
+        self.patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
+        self.encoder, self.is_bidirectional = ViT(encoder), t["architecture"] == "bidirectional"
+        if self.is_bidirectional:
+            self.feature_encoder = BidirectionalEncoder(width, t)
+        else:
+            self.selector, self.merger = Selector(width), Merger(width, t)
+        self.quantizer = Quantizer(width, t)
+        self.decoder = feature_decoder(width, self.patches, t)
 
-    def decide(self, x: Tensor) -> Tensor:
-        """The keep mask, boolean [B, P]; keeps at least the most likely patch."""
+    def decide(self, x: Tensor, images: Tensor) -> Tensor:
+        """The keep mask, boolean [B, P], of features [B, P, D] of images, uint8; keeps at least the likeliest patch."""
         if self.t["selection"] == "all":
             return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         keep, drop = self.selector(x).unbind(-1)
         if self.t["selection"] == "top_k":
             order = torch.argsort(-keep, dim=-1, stable=True)
             return torch.argsort(order, dim=-1, stable=True) < self.t["top_k"]
-        mask = keep > drop
+        sampled = self.t["selection"] == "sample"
+        mask = keep.exp() > selection_noise(images, self.patches).to(x.device) if sampled else keep > drop
         best = F.one_hot(keep.argmax(-1), keep.shape[-1]).bool()
         return torch.where(mask.any(-1, keepdim=True), mask, best)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized pixels → (keep [B, P], codes [B, P])."""
-        x = self.encoder(images)
-        keep = self.decide(x)
+        """Images, uint8 → (keep [B, P], codes [B, P])."""
+        x = self.encoder(self.encoder.normalize(images))
+        if self.is_bidirectional:
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
+            return self.decide(x, images), self.quantizer(self.feature_encoder(x))
+        keep = self.decide(x, images)
         return keep, self.quantizer(self.merger.dense(x, keep))
 
     def decode(self, codes: Tensor, keep: Tensor, decoder: nn.Module | None = None) -> Tensor:
         """Codes at their patches → features [B, P, D], by the tokenizer's own decoder or another."""
+        rows = self.quantizer.vectors[codes]
+        if self.is_bidirectional:
+            return (decoder or self.decoder)(rows)
         index = torch.arange(keep.shape[1], device=keep.device).expand_as(codes)
         if self.t["positions"] != "grid":
             index = (keep.long().cumsum(-1) - 1).clamp(min=0)
-        return (decoder or self.decoder)(self.quantizer.codebook[codes], index, keep)
+        return (decoder or self.decoder)(rows, index, keep)
 
 
 class PixelDecoder(nn.Module):
@@ -556,7 +626,7 @@ class LatentDecoder(nn.Module):
     def __init__(self, encoder: dict[str, Any], tokenizer: dict[str, Any], conditioner: dict[str, Any]):
         super().__init__()
         patches = (encoder["image_size"] // encoder["patch_size"]) ** 2
-        self.decoder = FeatureDecoder(encoder["width"], patches, tokenizer)
+        self.decoder = feature_decoder(encoder["width"], patches, tokenizer)
         self.conditioner = Conditioner(encoder["width"], patches, conditioner)
 
 
@@ -625,8 +695,7 @@ class UniMM(nn.Module):
     @torch.no_grad()
     def tokenize(self, images: Any) -> tuple[Tensor, Tensor]:
         """Images of any kind that the processor takes → (keep boolean [B, P], codes [B, P])."""
-        pixels = self.processor(images)["pixel_values"]
-        return self.image_tokenizer.encode(self.image_tokenizer.encoder.normalize(pixels))
+        return self.image_tokenizer.encode(self.processor(images)["pixel_values"])
 
     def features(self, image: Tensor, keep: Tensor) -> Tensor:
         """What the language model reads of one image, uint8 [H, W, 3]: [S, D]."""

@@ -16,6 +16,7 @@ SECTIONS = {
     "language": "language",
     "selector": "image_tokenizer",
     "merger": "image_tokenizer",
+    "feature_encoder": "image_tokenizer",
     "quantizer": "image_tokenizer",
     "decoder": "image_tokenizer",
     "pixel_decoder": "pixel_decoder",
@@ -29,8 +30,9 @@ EXECUTION = ("scan", "remat")
 COMPONENTS = {
     "selector": ("selection", "top_k"),
     "merger": ("heads", "mlp_width", "merger_depth", "eps", "sink"),
-    "quantizer": ("codes", "code_width"),
-    "decoder": ("heads", "mlp_width", "decoder_depth", "code_width", "positions", "decoder_sink"),
+    "feature_encoder": ("heads", "mlp_width", "merger_depth"),
+    "quantizer": ("codes", "code_width", "quantizer"),
+    "decoder": ("architecture", "heads", "mlp_width", "decoder_depth", "code_width", "positions", "decoder_sink"),
 }
 
 

@@ -159,6 +159,17 @@ class Objective:
         del params, batch
         return {}
 
+    def warnings(self, step: int, metrics: dict[str, float]) -> dict[str, str]:
+        """What the logged metrics show to be wrong: name → one line with the cause and the remedy.
+
+        The training loop calls it at each log line and prints each name once.
+
+        Args:
+          step: number of completed steps. metrics: means over the steps since the last log line.
+        """
+        del step, metrics
+        return {}
+
     # ---- Accounting ----------------------------------------------------------------------------------------------
 
     def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:

@@ -76,8 +76,7 @@ class ImageDecoding(Objective):
 
     def features(self, model: Any, batch: Batch) -> jax.Array:
         """Reconstructed features [B, P, D] of the batch's codes in the activation dtype, without gradient."""
-        found = model.image_tokenizer.decode(batch["codes"], batch["keep"])
-        return jax.lax.stop_gradient(found).astype(self.dtype)
+        return jax.lax.stop_gradient(model.image_tokenizer.decode(batch["codes"], batch["keep"], self.dtype))
 
     def _decode(
         self, params: Tree, codes: jax.Array, keep: jax.Array, key: jax.Array, size: tuple[int, int] | None = None

@@ -142,6 +142,11 @@ class LanguageModeling(Objective):
                 f"config.model.unified.connector is {config.model['unified'].connector!r}; it is one of "
                 f"{', '.join(CONNECTORS)}"
             )
+        if config.model["unified"].connector == "merger" and config.model["image_tokenizer"].architecture != "dynamic":
+            found.append(
+                "config.model.unified.connector is 'merger', which a bidirectional image tokenizer does not have; use "
+                "'mlp'"
+            )
         return found
 
     @classmethod

@@ -1,4 +1,6 @@
-"""The quantizer: nearest-code lookup in a low-dimensional, l2-normalized space, EMA codebook (LaVIT §3.1; BEiT-2)."""
+"""The quantizer: nearest-code lookup in a low-dimensional space, EMA codebook (LaVIT §3.1; BEiT-2) or SimVQ."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +14,58 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def _identity(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    del key
+    return jnp.eye(*shape)
+
+
 class Quantizer(nnx.Module):
     """Projects to the code space and looks up the nearest code.
 
-    `codebook` [K, C] and `count` [K] (EMA cluster sizes) are updated by `ema_update`, not by the optimizer. Lookups use
-    the codebook vectors as stored, without normalization (as LaVIT).
+    Kinds:
+
+    - "ema": inputs and codes are unit vectors; `codebook` [K, C] is updated by `ema_update`, not by the optimizer.
+      Lookups use the codebook as stored, without normalization (as LaVIT).
+    - "simvq" (arXiv 2411.02038; ILLUME+'s code): `codebook` is a frozen sample of N(0, 1/C), and the codes are its rows
+      times the trained matrix `code_map` [C, C], which starts as the identity. Inputs are not normalized. An update of
+      the matrix moves all codes, so codes without hits do not stay behind.
+
+    `count` [K] are the EMA cluster sizes; the objective updates them.
+
+    Args (constructor):
+      kind: "ema" or "simvq".
     """
 
-    def __init__(self, width: int, codes: int, code_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, codes: int, code_width: int, *, rngs: nnx.Rngs, kind: str = "ema"):
         self.proj1 = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
         self.proj2 = Linear(width, code_width, axes=("embed", None), rngs=rngs)
-        start = l2_normalize(jax.random.normal(rngs.params(), (codes, code_width)))
+        start = jax.random.normal(rngs.params(), (codes, code_width))
+        start = l2_normalize(start) if kind == "ema" else start * code_width**-0.5
         self.codebook = nnx.Param(start, axes=(None, None))
         self.count = nnx.Param(jnp.ones((codes,)), axes=(None,))
+        options: dict[str, Any] = dict(axes=(None, None), rngs=rngs, bias=False, init=_identity)
+        self.code_map = Linear(code_width, code_width, **options) if kind == "simvq" else None
+
+    @property
+    def vectors(self) -> jax.Array:
+        """The codes' vectors [K, C], which lookups and decoders use; every reader of the codebook uses this."""
+        book = self.codebook[...]
+        return book if self.code_map is None else self.code_map(book)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """[..., D] → unit vectors [..., C], float32."""
-        return l2_normalize(self.proj2(jnp.tanh(self.proj1(x))).astype(jnp.float32))
+        """[..., D] → vectors to look up [..., C], float32; unit vectors unless the kind is "simvq"."""
+        z = self.proj2(jnp.tanh(self.proj1(x))).astype(jnp.float32)
+        return l2_normalize(z) if self.code_map is None else z
 
     def lookup(self, z: jax.Array) -> jax.Array:
         """[..., C] → ids of the nearest codes, int32 [...], by squared distance; ties go to the lower id."""
-        book = self.codebook[...]
+        book = self.vectors
         distance = (z * z).sum(-1, keepdims=True) + (book * book).sum(-1) - 2 * jnp.einsum("...c,kc->...k", z, book)
         return distance.argmin(-1).astype(jnp.int32)
 
     def rows(self, codes: jax.Array) -> jax.Array:
-        """Code ids [...] → codebook vectors [..., C]."""
-        return self.codebook[...][codes]
+        """Code ids [...] → vectors of the codes [..., C]."""
+        return self.vectors[codes]
 
 
 def ema_update(
@@ -64,6 +91,11 @@ def ema_update(
     moved_KC = l2_normalize(codebook_KC * decay + mean_KC * (1 - decay))
     codebook_KC = jnp.where(hits_K[:, None] > 0, moved_KC, codebook_KC)
     return codebook_KC, count_K * decay + hits_K * (1 - decay), hits_K
+
+
+def code_hits(ids_M: jax.Array, weight_M: jax.Array, codes: int) -> jax.Array:
+    """How often each of K = `codes` codes occurs in `ids_M`, weighted by `weight_M`: float32 [K]."""
+    return jnp.zeros((codes,)).at[ids_M].add(weight_M)
 
 
 def restart_dead(

@@ -1,7 +1,10 @@
 """The selector: predicts which patches to keep (LaVIT §3.1; the predictor of DynamicViT)."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from unimm_jax.models.transformer import LayerNorm, Linear
@@ -38,9 +41,35 @@ class Selector(nnx.Module):
 
 def argmax_mask(log_probs_BP2: jax.Array) -> jax.Array:
     """Keeps patches that are more likely kept than dropped, at least the most probable one: boolean [B, P]."""
-    keep_BP = log_probs_BP2[..., KEEP] > log_probs_BP2[..., 1]
+    return _at_least_one(log_probs_BP2[..., KEEP] > log_probs_BP2[..., 1], log_probs_BP2)
+
+
+def bernoulli_mask(log_probs_BP2: jax.Array, noise_BP: jax.Array) -> jax.Array:
+    """Keeps each patch with its keep probability, at least the most probable patch: boolean [B, P].
+
+    LaVIT's code selects like this at inference (by Gumbel-max, which has the same distribution).
+
+    Args:
+      noise_BP: uniform numbers in [0, 1), for images from `selection_noise`.
+    """
+    return _at_least_one(jnp.exp(log_probs_BP2[..., KEEP]) > noise_BP, log_probs_BP2)
+
+
+def _at_least_one(keep_BP: jax.Array, log_probs_BP2: jax.Array) -> jax.Array:
     best = jax.nn.one_hot(log_probs_BP2[..., KEEP].argmax(-1), keep_BP.shape[-1], dtype=bool)
     return jnp.where(keep_BP.any(-1, keepdims=True), keep_BP, best)
+
+
+def selection_noise(images: np.ndarray, num_patches: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for `bernoulli_mask`, float32 [N, P].
+
+    They are a function of the pixels of each image, so its mask is the same in every batch, process, run and program.
+
+    Args:
+      images: uint8 [N, S, S, 3]. num_patches: P.
+    """
+    seeds = [zlib.crc32(image.tobytes()) for image in images]
+    return np.stack([np.random.default_rng(seed).random(num_patches, np.float32) for seed in seeds])
 
 
 def top_k_mask(log_probs_BP2: jax.Array, k: int) -> jax.Array:
