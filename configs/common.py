@@ -1,6 +1,7 @@
 """Settings that all stages share: sizes, model shapes, and which parameters train in which stage.
 
-The published sizes are `7b` (default), `lavit-7b` and `illume-7b`; `lavit-7b` equals `7b` today. The small sizes are
+The published sizes are `7b` (default: LaVIT's tokenizer under ILLUME's schedule), `lavit-7b` and `illume-7b` (each
+paper's own recipe; what is not published is marked in docs/decisions.md). The small sizes are
 `one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores), with
 the variants `laptop-lavit` and `laptop-illume`: the published choices of LaVIT's tokenizer, and ILLUME's recipe, at the
 scale of `laptop`.
@@ -79,6 +80,7 @@ PUBLISHED_RULES = {
     ],
     ("illume", "stage1"): [(_ENCODER, FROZEN), (_ADAPTER, 5.0), (_VISUAL_ROWS, 1.0), (_LANGUAGE_REST, FROZEN)],
     ("lavit", "stage2"): [(_ENCODER, FROZEN), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
+    ("lavit-7b", "stage2"): [(_ENCODER, FROZEN), (_MERGER, 10.0), (_ADAPTER, 10.0), (_LANGUAGE, 1.0)],
     ("illume", "stage2"): [(_ENCODER, FROZEN), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
     ("lavit", "stage3"): [(_ENCODER, 0.1), (_MERGER, 1.0), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
     ("illume", "stage3"): [(_ENCODER, 0.1), (_ADAPTER, 1.0), (_LANGUAGE, 1.0)],
@@ -180,8 +182,24 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     if stage == "text":
         c.optimizer.rules = [(_LANGUAGE, 1.0)]
     else:
-        c.optimizer.rules = SCRATCH_RULES[flavor(size)] if small else PUBLISHED_RULES[flavor(size), stage]
+        published = PUBLISHED_RULES.get((size, stage)) or PUBLISHED_RULES[flavor(size), stage]
+        c.optimizer.rules = SCRATCH_RULES[flavor(size)] if small else published
+    if size == "illume-7b" and stage != "text":
+        c.data.template = "vicuna_v1"  # of Vicuna-7B, ILLUME's language model
     return c
+
+
+def refuse_lavit(stage: str, size: str | None) -> None:
+    """Refuses LaVIT's recipe for a stage that it does not have.
+
+    Raises:
+      ConfigError: the size is `lavit-7b`.
+    """
+    if check_size(size) == "lavit-7b":
+        raise ConfigError(
+            f"LaVIT trains its language model in one stage and has no {stage}; use configs/stage2.py:lavit-7b, or "
+            f"configs/{stage}.py:7b for LaVIT's tokenizer under ILLUME's schedule"
+        )
 
 
 def start_from_tokenizer(size: str) -> dict[str, Any]:

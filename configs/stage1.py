@@ -18,7 +18,12 @@ SIZES = {
 
 
 def get_config(size=None):
-    """Config of stage 1."""
+    """Config of stage 1.
+
+    Raises:
+      ConfigError: LaVIT's own recipe, which has no such stage.
+    """
+    common.refuse_lavit("stage1", size)
     c = common.language_stage("stage1", size)
     c.train.update(common.of_size(c.size, SIZES))
     c.data.images_per_row = 5 if common.from_nothing(c.size) else 8

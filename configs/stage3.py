@@ -18,7 +18,12 @@ SIZES = {
 
 
 def get_config(size=None):
-    """Config of stage 3."""
+    """Config of stage 3.
+
+    Raises:
+      ConfigError: LaVIT's own recipe, which has no such stage.
+    """
+    common.refuse_lavit("stage3", size)
     c = common.language_stage("stage3", size)
     small = common.from_nothing(c.size)
     c.train.update(common.of_size(c.size, SIZES))

@@ -54,8 +54,8 @@ TINY = {
 
 
 def has_stage(stage: str, size: str) -> bool:
-    """Whether a size has a stage: ILLUME's image tokenizer has no selector."""
-    return stage != "selector" or "illume" not in size
+    """Whether a size has a stage: ILLUME's tokenizer has no selector, LaVIT's language model has a single stage."""
+    return not (stage == "selector" and "illume" in size) and not (stage in ("stage1", "stage3") and size == "lavit-7b")
 
 
 def tiny_dict(stage: str, variant: str = "laptop", **changes: Any) -> ConfigDict:

@@ -76,6 +76,20 @@ def test_published_rates_are_table_5s():
     assert three["encoder/.*"] == pytest.approx(2e-6) and three["language/.*"] == pytest.approx(2e-5)
 
 
+def test_lavits_recipe_is_one_stage_with_the_rates_of_its_authors():
+    config = resolve.parse(resolve.load("stage2:lavit-7b"))
+    rates = {pattern: config.optimizer.learning_rate * (m or 0) for pattern, m in config.optimizer.rules}
+    assert rates["language/.*"] == pytest.approx(1e-5) and rates["encoder/.*"] == 0
+    assert rates["merger/.*"] == rates["adapter.*"] == pytest.approx(1e-4)
+    tasks = config.data.tasks
+    assert tasks["text"] == pytest.approx(2 * (tasks["caption"] + tasks["text_to_image"]))
+    assert tasks["caption"] / tasks["text_to_image"] == pytest.approx(0.93)
+    assert [entry["checkpoint"] for entry in config.init_from] == ["../tokenizer", "../text"]
+    for stage in ("stage1", "stage3"):
+        with pytest.raises(ConfigError, match=f"has no {stage}; use configs/stage2.py:lavit-7b"):
+            resolve.load(f"{stage}:lavit-7b")
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_both_optimizers_learn_a_linear_map(name):
     changes = dict(name=name, learning_rate=0.05, muon_learning_rate=0.2, weight_decay=0.0)
