@@ -1,4 +1,4 @@
-"""Stage 1, visual embedding initialization: captions and image reconstruction (ILLUME §4, Table 5).
+"""Stage 1, visual embedding initialization: captions, conversations and image reconstruction (ILLUME §4, Table 5).
 
 Published sizes train the adapter (learning rate 1e-3) and the visual rows of the embedding and the head (2e-4) for
 5,000 steps with batch size 256.

@@ -1,4 +1,6 @@
-"""Stage 2, unified image-text alignment: captions, text to image, and text (ILLUME §4, Table 5; LaVIT §3.2).
+"""Stage 2, unified image-text alignment (ILLUME §4, Table 5; LaVIT §3.2).
+
+Captions, text to image and text; conversations, edits and interleaved documents where the records have them.
 
 ILLUME's schedule (`7b`, `illume-7b`) trains the language model and the adapter, and with LaVIT's connector also its
 merger, at learning rate 5e-5 for 15,000 steps with 1,024 examples each. `lavit-7b` is LaVIT's single stage: it starts

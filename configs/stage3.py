@@ -1,4 +1,6 @@
-"""Stage 3, supervised fine-tuning on questions, text to image and captions (ILLUME §4, Table 5).
+"""Stage 3, supervised fine-tuning (ILLUME §4, Table 5).
+
+Questions, text to image and captions; conversations, edits and interleaved documents where the records have them.
 
 Published sizes train everything but the image tokenizer for 8,000 steps with batch size 1,024: the encoder at learning
 rate 2e-6, the rest at 2e-5.

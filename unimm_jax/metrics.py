@@ -18,9 +18,9 @@ from unimm_jax.evals.base import Result
 from unimm_jax.sharding import flatten
 
 # Logged, but left out of the console line or shown there in another form
-_NOT_ON_CONSOLE = {"examples_per_step", 
-    "loss", "step_ms", "learning_rate", "grad_norm", "goodput", "input_stall", "checkpoint_seconds",
-    "checkpoint_blocking",
+_NOT_ON_CONSOLE = {
+    "examples_per_step", "loss", "step_ms", "learning_rate", "grad_norm", "goodput", "input_stall",
+    "checkpoint_seconds", "checkpoint_blocking",
 }  # fmt: skip
 
 

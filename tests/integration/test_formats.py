@@ -2,13 +2,16 @@
 
 import io
 import json
+import signal
+import subprocess
 import tarfile
 
+import jax
 import numpy as np
 import pytest
-from helpers import TEXT_VOCAB, link, tiny
+from helpers import ROOT, TEXT_VOCAB, link, main_command, tiny
 
-from unimm_jax import metrics, text_tokenizer
+from unimm_jax import checkpoint, metrics, objectives, text_tokenizer
 from unimm_jax.data import pipeline, scenes, transforms
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import DecodedDataset, open_source
@@ -172,6 +175,54 @@ def test_every_format_gives_the_same_rows(run, tmp_path):
 def test_every_format_gives_the_same_rows_and_losses_at_600_scenes(run, tmp_path):
     """Five minutes: 600 scenes and 20 steps for each of 12 sources."""
     _check(run, tmp_path / "all", 600, 20)
+
+
+def _sources(root, count):
+    """Every source, with the scenes written in its format."""
+    root.mkdir()
+    items = list(_scenes(count))
+    return [description for write, _ in KINDS.values() for description in write(root, items)]
+
+
+def test_every_format_is_read_in_the_same_order_by_any_number_of_processes(tmp_path):
+    """The shares of 1, 2 and 4 processes put together are the global batch."""
+    for description in _sources(tmp_path / "all", 24):
+        config = tiny("tokenizer", data__sources=description, data__held_out=0.0)
+        data = objectives.get(config.objective).open_input(config)
+        for index in (0, 5):
+            whole = data.batch(index)
+            for count in (1, 2, 4):
+                shares = [lambda size, i=i, n=count: np.arange(size).reshape(n, -1)[i] for i in range(count)]
+                parts = [data.batch(index, share) for share in shares]
+                found = np.concatenate([part["images"] for part in parts])
+                assert found.tobytes() == whole["images"].tobytes(), (description, count)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_format_resumes_to_the_same_bits_after_sigkill(run, tmp_path):
+    """Five minutes: the tokenizer stage reads each of 12 sources, is killed at an arbitrary step and resumes."""
+    link(run, tmp_path, "selector")
+    for number, description in enumerate(_sources(tmp_path / "all", 40)):
+        changes = dict(data__sources=description, train__steps=24, train__checkpoint_every=4)
+        whole, broken = tmp_path / f"whole_{number}", tmp_path / f"broken_{number}"
+        train(tiny("tokenizer", **changes), whole)
+        command = main_command("tokenizer", broken, **changes)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            done = line.split("/24")[0].split()
+            if line.startswith("tokenizer") and done[-1].isdigit() and int(done[-1]) >= 6 + number % 5:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        assert not (broken / "done.json").exists(), description
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert finished.returncode == 0 and "resumes from step" in finished.stdout, finished.stdout + finished.stderr
+        a, b = (jax.tree.leaves(checkpoint.read_params(workdir)) for workdir in (whole, broken))
+        assert all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(a, b, strict=True)), description
+        losses = [[row["loss"] for row in metrics.read(workdir)] for workdir in (whole, broken)]
+        assert losses[0] == losses[1] and len(losses[0]) == 24, description
 
 
 def test_rows_hold_images_that_are_read_and_written(run, tmp_path):
