@@ -35,9 +35,8 @@ ENCODER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
     "7b": dict(remat="full"),  # LaVIT's
-    "illume-7b": dict(  # ILLUME+'s depths and quantizer
-        architecture="bidirectional", quantizer="simvq", mlp_width=5120, merger_depth=4, decoder_depth=4,
-        selection="all", remat="full",
+    "illume-7b": dict(  # ILLUME+'s depths
+        architecture="bidirectional", mlp_width=5120, merger_depth=4, decoder_depth=4, selection="all", remat="full",
     ),
     "one_gpu": dict(
         heads=8, mlp_width=1024, merger_depth=2, decoder_depth=4, codes=1024, positions="grid", eps=0.0, sink=1.0,
@@ -49,8 +48,8 @@ IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
     ),
     "laptop-lavit": dict(heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128, scan=False),
     "laptop-illume": dict(
-        architecture="bidirectional", quantizer="simvq", heads=4, mlp_width=256, merger_depth=1, decoder_depth=2,
-        codes=128, selection="all", scan=False,
+        architecture="bidirectional", heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128,
+        selection="all", scan=False,
     ),
 }  # fmt: skip
 LANGUAGE: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """Tokenizer stage, second phase: trains the codes with a frozen selector (LaVIT Eq. 4).
 
 The codebook is initialized by k-means and updated by an exponential moving average (EMA). The sizes of ILLUME's flavor
-have a bidirectional tokenizer with SimVQ's codebook instead. It has no selector phase and starts from the encoder.
+have a bidirectional tokenizer, which has no selector phase and starts from the encoder.
 
 Command: python -m unimm_jax.main --config=configs/tokenizer.py:laptop --workdir=runs/tokenizer
 At laptop: 65 s on two cores of an AMD EPYC of family 25; cosine above 0.99, all 128 codes used.
@@ -32,10 +32,8 @@ def get_config(size=None):
         c.init_from = (dict(checkpoint="../selector", rename=[("(?!quantizer/(codebook|count))", "")]),)
     c.loss.phase = "codes"
     c.loss.reconstruction = "cosine+smooth_l1" if common.flavor(size) == "illume" else "cosine"
-    is_simvq = c.model.image_tokenizer.get("quantizer", "ema") == "simvq"
-    if small or is_simvq:
-        c.loss.commitment = 0.25  # SimVQ's value
     if small:
+        c.loss.commitment = 0.25
         c.loss.ema_decay = 0.97
-        c.loss.restart_below = 0.0 if is_simvq else 0.05
+        c.loss.restart_below = 0.05
     return c

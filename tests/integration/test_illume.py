@@ -1,4 +1,4 @@
-"""ILLUME's recipe at the tiny scale: a bidirectional tokenizer, an MLP connector, no selector."""
+"""ILLUME's recipe at the tiny scale, with SimVQ: a bidirectional tokenizer, an MLP connector, no selector."""
 
 import numpy as np
 import pytest
@@ -17,16 +17,17 @@ from unimm_jax.sharding import flatten
 from unimm_jax.train import train
 
 VARIANT = "laptop-illume"
+SIMVQ = dict(model__image_tokenizer__quantizer="simvq")
 
 
 @pytest.fixture(scope="module")
 def stages(run, tmp_path_factory):
     """Its stages up to stage 1; encoder and text are those of the other tests."""
     root = link(run, tmp_path_factory.mktemp("illume"), "encoder", "text")
-    train(tiny("tokenizer", VARIANT, train__steps=12), root / "tokenizer")
+    train(tiny("tokenizer", VARIANT, train__steps=12, loss__restart_below=0.0, **SIMVQ), root / "tokenizer")
     pretokenize(str(root / "tokenizer"), str(root / "records"), "", "", TEXT_VOCAB, 32)
     for stage in ("pixel_decoder", "stage1"):
-        train(tiny(stage, VARIANT, train__steps=3, evals={}), root / stage)
+        train(tiny(stage, VARIANT, train__steps=3, evals={}, **SIMVQ), root / stage)
     return root
 
 

@@ -160,7 +160,7 @@ def test_a_size_without_a_selector_says_so():
     [
         ("tokenizer", dict(model__image_tokenizer__selection="argmax"), "it must be 'all'"),
         ("tokenizer", dict(loss__phase="selector"), "config.loss.phase is 'selector'"),
-        ("tokenizer", dict(loss__restart_below=0.1), "config.loss.restart_below is 0.1"),
+        ("tokenizer", dict(model__image_tokenizer__quantizer="simvq"), "config.loss.restart_below is 0.05"),
         ("stage1", dict(model__unified__connector="merger"), "config.model.unified.connector is 'merger'"),
     ],
 )

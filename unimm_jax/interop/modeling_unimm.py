@@ -221,7 +221,7 @@ class Merger(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Nearest code of a low-dimensional vector, which is a unit vector unless the quantizer is SimVQ."""
+    """Nearest code of a low-dimensional unit vector."""
 
     def __init__(self, width: int, t: dict[str, Any]):
         super().__init__()
@@ -239,8 +239,7 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → codes [...]."""
-        z = self.proj2(torch.tanh(self.proj1(x))).float()
-        z = z if self.is_simvq else F.normalize(z, dim=-1)
+        z = F.normalize(self.proj2(torch.tanh(self.proj1(x))).float(), dim=-1)
         book = self.vectors.float()
         return ((z * z).sum(-1, keepdim=True) + (book * book).sum(-1) - 2 * z @ book.T).argmin(-1)
 

@@ -28,7 +28,7 @@ from unimm_jax.plotting import grid, kept_patches
 from unimm_jax.text_tokenizer import TextTokenizer
 
 USED = 0.01  # a code is in use if its EMA count exceeds this share of the mean count (of uniform use)
-COLLAPSED = 0.1  # share of the largest possible perplexity below which training warns
+COLLAPSED = 0.05  # share of the largest possible perplexity below which training warns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,15 @@ def collapse_warning(metrics: dict[str, float], settings: ImageTokenizerConfig, 
       metrics: `perplexity` and `codebook_usage`. tokens: per batch; the perplexity of a batch is at most their number.
     """
     codes, perplexity = settings.codes, metrics["perplexity"]
-    if perplexity >= COLLAPSED * min(codes, tokens):
+    largest = min(codes, tokens)
+    if perplexity >= COLLAPSED * largest:
         return None
     remedies = ["lower config.optimizer.learning_rate", "use fewer codes (config.model.image_tokenizer.codes)"]
     if settings.quantizer == "ema":
-        remedies += ["restart unused codes (config.loss.restart_below=0.05)", "use quantizer=simvq"]
+        remedies.insert(0, "restart unused codes (config.loss.restart_below=0.05)")
     return (
         f"codebook collapse: {metrics['codebook_usage']:.1%} of the {codes} codes are used, with a perplexity of "
-        f"{perplexity:.0f}. Remedies: {', '.join(remedies)}"
+        f"{perplexity:.0f} of at most {largest:.0f}. Remedies: {', '.join(remedies)}"
     )
 
 
@@ -230,7 +231,7 @@ class Tokenization(Objective):
             if done >= 0.5 and np.allclose(targets, targets[-1]):
                 text = keep_rate_warning(metrics["keep_rate_argmax"], float(targets[-1]))
             return {"keep_rate": text} if text else {}
-        if "perplexity" in metrics and done > self.config.optimizer.warmup:
+        if "perplexity" in metrics and done >= 0.5:  # a codebook can spread out late
             tokens = metrics["kept"] * self.config.train.batch_size
             text = collapse_warning(metrics, self.settings, tokens)
         return {"codebook": text} if text else {}

@@ -20,15 +20,16 @@ def _identity(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 class Quantizer(nnx.Module):
-    """Projects to the code space and looks up the nearest code.
+    """Projects to unit vectors of the code space and looks up the nearest code.
 
     Kinds:
 
-    - "ema": inputs and codes are unit vectors; `codebook` [K, C] is updated by `ema_update`, not by the optimizer.
-      Lookups use the codebook as stored, without normalization (as LaVIT).
+    - "ema": the codes are unit vectors; `codebook` [K, C] is updated by `ema_update`, not by the optimizer. Lookups use
+      the codebook as stored, without normalization (as LaVIT).
     - "simvq" (arXiv 2411.02038; ILLUME+'s code): `codebook` is a frozen sample of N(0, 1/C), and the codes are its rows
-      times the trained matrix `code_map` [C, C], which starts as the identity. Inputs are not normalized. An update of
-      the matrix moves all codes, so codes without hits do not stay behind.
+      times the trained matrix `code_map` [C, C], which starts as the identity. An update of the matrix moves all codes,
+      so codes without hits do not stay behind. SimVQ's code does not normalize inputs; here their norm is that of the
+      codes from the first step on.
 
     `count` [K] are the EMA cluster sizes; the objective updates them.
 
@@ -53,9 +54,8 @@ class Quantizer(nnx.Module):
         return book if self.code_map is None else self.code_map(book)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """[..., D] → vectors to look up [..., C], float32; unit vectors unless the kind is "simvq"."""
-        z = self.proj2(jnp.tanh(self.proj1(x))).astype(jnp.float32)
-        return l2_normalize(z) if self.code_map is None else z
+        """[..., D] → unit vectors [..., C], float32."""
+        return l2_normalize(self.proj2(jnp.tanh(self.proj1(x))).astype(jnp.float32))
 
     def lookup(self, z: jax.Array) -> jax.Array:
         """[..., C] → ids of the nearest codes, int32 [...], by squared distance; ties go to the lower id."""
