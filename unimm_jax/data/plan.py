@@ -57,6 +57,34 @@ def permuted(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
     return found.astype(np.int64)
 
 
+class Turns:
+    """Which source each place of the stream of examples takes its example from.
+
+    The places of a cycle of `CYCLE` take turns in bit-reversed order, so that every stretch of the stream has the
+    shares of the weights, up to a few examples. Every source has at least one place in a cycle.
+    """
+
+    CYCLE = 1 << 16
+
+    def __init__(self, weights: Sequence[float]):
+        ends = np.round(np.cumsum(weights) / np.sum(weights) * self.CYCLE).astype(np.int64)
+        ends = np.maximum(ends, np.arange(1, len(weights) + 1))
+        reversed_bits, places = np.zeros(self.CYCLE, np.int64), np.arange(self.CYCLE)
+        for bit in range(16):
+            reversed_bits |= ((places >> bit) & 1) << (15 - bit)
+        self._sources = np.searchsorted(ends, reversed_bits, side="right")
+        self._counts = np.bincount(self._sources, minlength=len(weights))
+        self._ranks = np.zeros(self.CYCLE, np.int64)
+        for i, count in enumerate(self._counts.tolist()):
+            self._ranks[self._sources == i] = np.arange(count)
+
+    def of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, number of earlier places of the same source) of each place, int [N]."""
+        cycle, inside = np.divmod(places, self.CYCLE)
+        sources = self._sources[inside]
+        return sources, cycle * self._counts[sources] + self._ranks[inside]
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """Examples with their sizes, as arrays [N].
@@ -126,6 +154,7 @@ class Plan:
         self.names = sorted({*dict(packing.weights), *dict(packing.weights_end), *_tasks_of(packing.sources)})
         self.sources = packing.sources or (SourceShare(-1, 1.0),)
         self.unused: dict[str, int] = {}
+        self._turns = Turns([source.weight for source in self.sources])
         self._members = self._find_members()
         self._lock = threading.Lock()
         self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
@@ -264,21 +293,17 @@ class Plan:
         return {reason: int(mask.sum()) for reason, mask in found.items() if mask.any()}
 
     def _draw(self, start: int, count: int, rng: np.random.Generator) -> Drawn:
-        """Examples of the stream as drawn. Each source has its share of every window, to one example."""
-        weights = np.array([source.weight for source in self.sources])
-        weights = weights / weights.sum()
-        firsts, lasts = np.floor(start * weights).astype(int), np.floor((start + count) * weights).astype(int)
-        largest = int(weights.argmax())  # takes what rounding leaves
-        for ends, total in ((firsts, start), (lasts, start + count)):
-            ends[largest] += total - ends.sum()
-        records, shares = [], []
-        for i, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist(), strict=True)):
-            passes, places = np.divmod(np.arange(first, last), self._count(i))
+        """Examples of the stream as drawn."""
+        shares, turns = self._turns.of(np.arange(start, start + count))
+        records = np.zeros(count, np.int64)
+        for i in np.unique(shares).tolist():
+            mine = np.flatnonzero(shares == i)
+            passes, places = np.divmod(turns[mine], self._count(i))
             for number in np.unique(passes).tolist():
-                key = [self.seed, 3, i, number]
-                records.append(self._member(i, permuted(places[passes == number], self._count(i), key)))
-            shares.append(np.full(last - first, i))
-        return self._measure(np.concatenate(records), np.concatenate(shares), start, rng)
+                inside = passes == number
+                found = permuted(places[inside], self._count(i), [self.seed, 3, i, number])
+                records[mine[inside]] = self._member(i, found)
+        return self._measure(records, shares, start, rng)
 
     def _measure(self, records: np.ndarray, shares: np.ndarray, start: int, rng: np.random.Generator) -> Drawn:
         """Draws a task and a variant for each record, in proportion to the shares of the tasks that apply to it."""
@@ -409,10 +434,14 @@ def pack(tokens: np.ndarray, images: np.ndarray, seq_len: int, images_per_row: i
     best = _place(tokens, images, order, seq_len, images_per_row)
     assert best is not None
     least = max(-(-int(tokens.sum()) // seq_len), -(-int(images.sum()) // images_per_row) if images.any() else 1)
-    for rows in range(least, int(best.max()) + 1):
+    most = int(best.max()) + 1
+    while least < most:
+        rows = (least + most) // 2
         spread = _place(tokens, images, order, seq_len, images_per_row, rows)
-        if spread is not None:
-            return spread
+        if spread is None:
+            least = rows + 1
+        else:
+            best, most = spread, rows
     return best
 
 
