@@ -137,7 +137,7 @@ def case(kept: np.ndarray, max_image_tokens: int, images_per_row: int, size: Siz
     records: Any = pairs
     text_tokenizer: Any = FixedTextTokenizer()
     layout = Layout(VOCABULARY, text_tokenizer, max_image_tokens)
-    packed = Plan(records, settings, layout, seed=0).rows(0)[:-1]  # the last row is not full
+    packed = Plan(records, settings, layout, seed=0).rows(0)
     lengths = [sum(packing.example_size(records, e, settings, layout)[0] for e in row) for row in packed]
     fill, examples = np.sum(lengths) / (LENGTH * len(packed)), np.mean([len(row) for row in packed])
     rows = []

@@ -140,7 +140,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
         table = parameter_table(stage.state["params"], stage.multipliers)
         (workdir / "parameters.txt").write_text(table + "\n")
         print(f"{config.name}: {table.splitlines()[-1]}, mesh {dict(mesh.shape)}", flush=True)
-        for note in data.notes():
+        for note in data.notes(multiple):
             print(f"{config.name}: {note}", flush=True)
 
     # ---- Start: own checkpoint, else other stages' weights, else from nothing ----------------------------------
@@ -240,8 +240,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                             save(step)
                 # while devices still work on earlier steps, waiting for a batch costs nothing
                 with clock.on("input" if metrics else "start", counts=functools.partial(_done, metrics)):
-                    host_batch = next(batches)
-                batch = sharding.put_batch(host_batch, mesh, data.size(step, multiple))
+                    host_batch, rows = next(batches), data.size(step, multiple)
+                batch = sharding.put_batch(host_batch, mesh, rows)
                 with profiler.step(step), jax.transfer_guard("disallow"):
                     state, metrics = stage.step(state, batch)
                     window.add(metrics)
@@ -255,12 +255,12 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                     clock.read()
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     values = window.read() | {"learning_rate": rate(step)} | clock.read() | checkpoints.read_clock()
-                    values |= data.counters(step - 1)
                     if step <= start + config.train.log_every:
                         values["compile_seconds"] = compile_seconds
-                    counts = objective.throughput_counts(host_batch)
-                    counts = {k: n * jax.process_count() for k, n in counts.items()}
-                    counts["examples"] = data.rows.batch_size
+                    counts = data.counts(step - 1)
+                    values["examples_per_step"] = counts["examples"]
+                    if replaced := data.replaced_share(step - 1):
+                        values["replaced_share"] = replaced
                     last = writer.scalars(step, values, counts | ({"mfu": of_peak} if of_peak else {}))
                     new = {k: text for k, text in objective.warnings(step, last).items() if k not in warned}
                     warned |= set(new)

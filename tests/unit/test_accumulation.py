@@ -7,6 +7,7 @@ from helpers import opened, tiny, with_records
 
 from unimm_jax import resolve, sharding, train
 from unimm_jax.errors import ConfigError
+from unimm_jax.objectives.accumulation import value_and_grad
 
 
 def _unequal(batch):
@@ -42,6 +43,27 @@ def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch(run):
             assert found[parts][1][name] == pytest.approx(value, rel=1e-5), name
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(found[parts][2]), strict=True):
             assert np.abs(a - b).max() < 1e-6
+
+
+def test_micro_batches_of_padding_rows_change_nothing(run):
+    """With 16 parts some micro-batches have no example at all."""
+    found = {}
+    for parts in (1, 16):
+        config = with_records("stage3", run, train__micro_batches=parts)
+        data, objective = opened(config)
+        batch = data.batch(0, multiple=16)
+        assert data.size(0, 16) == 16 and not batch["segments"][-1].any()
+        params = objective.init(jax.random.key(0))
+
+        def run_once(params, batch, objective=objective, parts=parts):
+            loss = lambda params, rows: objective.loss(params, rows, jax.random.key(0), np.int32(0))
+            return value_and_grad(loss, params, batch, parts)
+
+        (value, _), gradient = jax.jit(run_once)(params, batch)
+        found[parts] = float(value), jax.tree.leaves(gradient)
+    assert found[16][0] == pytest.approx(found[1][0], rel=1e-6)
+    for a, b in zip(found[1][1], found[16][1], strict=True):
+        assert np.isfinite(b).all() and np.abs(a - b).max() < 1e-6
 
 
 def test_objectives_whose_loss_needs_the_whole_batch_refuse(run):

@@ -91,6 +91,18 @@ def test_the_compiled_step_is_that_of_training():
     assert fit.lower_step(*fit.abstract_step(config, mesh), mesh).as_text() == trained
 
 
+def test_the_batch_of_a_language_stage_is_estimated_and_padded():
+    mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)
+    config = tiny("stage3", train__batch_size=40, train__micro_batches=3)
+    _, batch = fit.abstract_step(config, mesh)
+    rows = batch["tokens"].shape[0]
+    assert rows % 12 == 0 and rows >= objectives.get(config.objective).batch_rows(config) > 5
+    _, batch = fit.abstract_step(config, mesh, rows=2)
+    assert batch["tokens"].shape[0] == 2 * 4 * 3  # rows per device and micro-batch
+    stage1 = resolve.parse(resolve.load("stage1:7b"))
+    assert objectives.get("language_modeling").batch_rows(stage1) == 256 // 8  # each example reads an image
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     config = tiny("tokenizer", train__batch_size=6)
     mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)

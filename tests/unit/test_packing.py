@@ -218,7 +218,9 @@ def test_an_example_longer_than_a_row_is_replaced_and_counted(records, layout):
     assert plan.replaced_share(0) == sum(plan.replaced.values()) / 96 > 0
     assert all(sum(map(len, plan.rows(step))) == 16 for step in range(6))
     assert all(example_size(records, e, short, layout)[0] <= short.seq_len for e in examples_of(plan, 6))
-    with pytest.raises(UserError, match=r"no example fits a row of 3 tokens .*96 × longer than 3 tokens"):
+    with pytest.raises(
+        UserError, match=r"no example of the records fits a row of 3 tokens .*96 × longer than 3 tokens"
+    ):
         Plan(records, dataclasses.replace(CAPTIONS, seq_len=3), layout, 0)
 
 
@@ -251,7 +253,7 @@ def test_vocabulary_writes_and_reads_images():
 class Synthetic:
     """Records of several sources, with a caption each; those of source `texts` have a text only."""
 
-    path = "memory"
+    path, header = "memory", dict(sources="a;b;c")
 
     def __init__(self, sizes, texts=-1):
         self.source = np.repeat(np.arange(len(sizes)), sizes)
@@ -295,10 +297,13 @@ def test_a_mixture_has_the_shares_of_its_weights():
         assert mine.max() - mine.min() <= 1
 
 
-@pytest.mark.parametrize("weights", [[1.0], [3.0, 1.0, 1.0], [1e-9, 5.0], [1.0] * 32, list(range(1, 20))])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [3.0, 1.0, 1.0], [1e-9, 5.0], [5.0, 1e-9], [5.0, 1e-9, 5.0], [1.0] * 32, list(range(1, 20))]
+)
 def test_sources_take_turns(weights):
     turns, places = Turns(weights), np.arange(200_000)
     sources, ranks = turns.of(places)
+    assert set(sources) == set(range(len(weights)))
     shares = np.array(weights) / sum(weights)
     for i, share in enumerate(shares):
         assert (ranks[sources == i] == np.arange((sources == i).sum())).all()
@@ -308,13 +313,39 @@ def test_sources_take_turns(weights):
     assert (turns.of(places[5:9])[1] == ranks[5:9]).all()
 
 
+def test_replacements_come_from_the_same_source():
+    records, tasks = Synthetic((300, 100)), (("caption", 1.0),)
+    records.texts.values[:290] = 500  # of the first source, 10 records are left
+    sources = (SourceShare(0, 1.0), SourceShare(1, 1.0))
+    plan = Plan(records, PackingConfig(30, 96, 4, 16, tasks, sources=sources), SYNTHETIC, 0, steps=10)
+    drawn = [example.record for example in examples_of(plan, 10)]
+    assert len(drawn) == 300 and np.mean(records.source[drawn] == 0) == pytest.approx(0.5, abs=0.02)
+    assert set(drawn) & set(range(300)) <= set(range(290, 300))
+    assert plan.replaced_share(0) == pytest.approx(0.5, abs=0.1)
+    records.texts.values[:300] = 500
+    with pytest.raises(DataError, match=r"no example of the source 'a' fits a row .* × longer than 96 tokens"):
+        Plan(records, PackingConfig(30, 96, 4, 16, tasks, sources=sources), SYNTHETIC, 0)
+
+
+def test_a_source_without_a_task_is_an_error_or_left_out():
+    records = Synthetic((300, 100), texts=1)
+    sources = (SourceShare(0, 1.0), SourceShare(1, 1.0, (("text", 0.0), ("caption", 1.0))))
+    config = PackingConfig(30, 96, 4, 16, (("caption", 1.0),), sources=sources)
+    with pytest.raises(DataError, match="applies to any record of the source 'b'"):
+        Plan(records, config, SYNTHETIC, 0)
+    plan = Plan(records, config, SYNTHETIC, 0, steps=10, skip_empty=True)
+    assert set(records.source[[example.record for example in examples_of(plan, 10)]]) == {0}
+    alone = dataclasses.replace(config, sources=sources[:1])
+    assert list(Plan(records, alone, SYNTHETIC, 0).unused) == ["config.data.mixture does not name their source"]
+
+
 def test_records_without_a_task_are_never_drawn():
     records = Synthetic((300, 100), texts=1)
     plan = Plan(records, PackingConfig(30, 96, 4, 16, (("caption", 1.0),)), SYNTHETIC, 0, steps=10)
     assert plan.unused == {"no task of config.data.tasks applies": 100}
     assert "100 of 400 records are never read: no task" in plan.notes()[1] and not plan.replaced
     assert sorted(example.record for example in examples_of(plan, 10)) == list(range(300))
-    with pytest.raises(DataError, match="no task of config.data.tasks applies to any of the records"):
+    with pytest.raises(DataError, match="no task of config.data.tasks applies to any record of the records"):
         Plan(records, PackingConfig(30, 96, 4, 16, (("edit", 1.0),)), SYNTHETIC, 0)
 
 

@@ -29,7 +29,7 @@ class Report:
     """What a compiled program takes on one chip, in bytes and seconds; floating-point operations are of all chips.
 
     Attributes:
-      rows: rows of the batch per device.
+      rows: rows of a micro-batch per device. batch: rows of the whole batch.
       arguments: parameters, optimizer state and batch. temporaries: all buffers, also those never alive together.
       passes: number of times that a step moves its arguments at least; training reads and writes them.
     """
@@ -166,7 +166,8 @@ def compile_step(
     flops, size = stage.objective.step_flops(batch), next(iter(batch.values())).shape[0]
     began = time.perf_counter()
     compiled = _compile(lower_step(stage, batch, mesh), mesh)
-    return _report(compiled, config.name, topology, mesh, size, flops, time.perf_counter() - began)
+    seconds, parts = time.perf_counter() - began, config.train.micro_batches
+    return _report(compiled, config.name, topology, mesh, size, flops, seconds, parts=parts)
 
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
@@ -282,6 +283,7 @@ def _report(
     flops: float,
     seconds: float,
     passes: int = 2,
+    parts: int = 1,
 ) -> Report:
     memory = _memory(compiled)
     return Report(
@@ -289,7 +291,7 @@ def _report(
         topology=str(topology),
         chips=mesh.size,
         chip=_chip(mesh),
-        rows=batch // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        rows=batch // (sharding.batch_ways(mesh) * parts),
         batch=batch,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

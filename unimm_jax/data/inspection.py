@@ -521,14 +521,12 @@ def dropped_list(found: Survey) -> list[str]:
 
 
 def without_task(plan: Plan, limit: int) -> list[int]:
-    """The first `limit` records to which no task applies."""
-    default = plan.packing.shares(0)
-    shares = {source.number: dict(source.tasks) or default for source in plan.packing.sources}
+    """The first `limit` records of the plan's sources to which no task applies."""
+    tasks = {source.number: plan.tasks_of(i) for i, source in enumerate(plan.sources)}
     found = []
     for i in spaced(len(plan.records), COUNTED):
-        number = int(plan.records.source[i])
-        is_read = not shares or number in shares
-        if is_read and not applicable(shares.get(number, default), plan.records.outline(i)):
+        names = tasks.get(int(plan.records.source[i]), tasks.get(-1))
+        if names is not None and not any(get(name).applies(plan.records.outline(i)) for name in names):
             found.append(i)
             if len(found) == limit:
                 break

@@ -54,15 +54,23 @@ class Input:
     records: Records | None = None
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def notes(self) -> list[str]:
-        """Sentences about the data that a user should read, for example how many examples are replaced."""
-        return self.rows.plan.notes() if isinstance(self.rows, PackedRows) else []
+    def notes(self, multiple: int = 1) -> list[str]:
+        """Sentences about the data that a user should read, for example how many examples are replaced.
 
-    def counters(self, index: int) -> dict[str, float]:
-        """Values about a batch for the log: its number of examples and, if any, the share of replaced examples."""
-        found = {"examples_per_step": float(self.rows.batch_size)}
-        replaced = self.rows.plan.replaced_share(index) if isinstance(self.rows, PackedRows) else 0.0
-        return found | ({"replaced_share": replaced} if replaced else {})
+        Args:
+          multiple: see `size`.
+        """
+        return self.rows.plan.notes(self.rows.size(0, multiple)) if isinstance(self.rows, PackedRows) else []
+
+    def counts(self, index: int) -> dict[str, float]:
+        """What a global batch holds: examples, images and, if it is packed, tokens that are not padding."""
+        if isinstance(self.rows, PackedRows):
+            return self.rows.plan.counts(index)
+        return {"examples": self.rows.batch_size, "images": self.rows.batch_size}
+
+    def replaced_share(self, index: int) -> float:
+        """Share of the examples around a batch that did not fit and were replaced by others."""
+        return self.rows.plan.replaced_share(index) if isinstance(self.rows, PackedRows) else 0.0
 
     def size(self, index: int = 0, multiple: int = 1) -> int:
         """Number of rows of a global batch, padding rows included.
@@ -288,7 +296,7 @@ def packed_input(config: Config, split: str = "train") -> Input:
     records = Records.open(config.data.records, split)
     packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)
-    plan = Plan(records, packing, layout, config.seed, config.train.steps)
+    plan = Plan(records, packing, layout, config.seed, config.train.steps, skip_empty=split == "test")
     rows = PackedRows(plan, config.train.steps + 10_000)
     return Input(rows, records.text_tokenizer, layout.vocabulary, records, records.header | {"order": ORDER})
 

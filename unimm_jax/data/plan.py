@@ -16,6 +16,7 @@ from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import Outline
 from unimm_jax.data.packing import Example, PackingConfig, SourceShare, example_size
 from unimm_jax.data.records import Records
+from unimm_jax.data.sources import split_sources
 from unimm_jax.data.tasks import get
 from unimm_jax.errors import DataError
 
@@ -67,15 +68,15 @@ class Turns:
     CYCLE = 1 << 16
 
     def __init__(self, weights: Sequence[float]):
-        ends = np.round(np.cumsum(weights) / np.sum(weights) * self.CYCLE).astype(np.int64)
-        ends = np.maximum(ends, np.arange(1, len(weights) + 1))
+        counts = np.maximum(np.round(np.array(weights) / np.sum(weights) * self.CYCLE).astype(np.int64), 1)
+        counts[counts.argmax()] += self.CYCLE - counts.sum()
         reversed_bits, places = np.zeros(self.CYCLE, np.int64), np.arange(self.CYCLE)
         for bit in range(16):
             reversed_bits |= ((places >> bit) & 1) << (15 - bit)
-        self._sources = np.searchsorted(ends, reversed_bits, side="right")
-        self._counts = np.bincount(self._sources, minlength=len(weights))
+        self._sources = np.searchsorted(np.cumsum(counts), reversed_bits, side="right")
+        self._counts = counts
         self._ranks = np.zeros(self.CYCLE, np.int64)
-        for i, count in enumerate(self._counts.tolist()):
+        for i, count in enumerate(counts.tolist()):
             self._ranks[self._sources == i] = np.arange(count)
 
     def of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +138,7 @@ class Plan:
 
     Args (constructor):
       steps: number of steps of the run, for the choice of `rows_per_step`.
+      skip_empty: whether to leave out sources without a record to which a task applies, instead of raising an error.
 
     Attributes:
       batch: examples per step B.
@@ -149,15 +151,30 @@ class Plan:
       DataError: no task applies to any record of a source, or no example fits a row.
     """
 
-    def __init__(self, records: Records, packing: PackingConfig, layout: Layout, seed: int, steps: int = 1):
+    def __init__(
+        self,
+        records: Records,
+        packing: PackingConfig,
+        layout: Layout,
+        seed: int,
+        steps: int = 1,
+        skip_empty: bool = False,
+    ):
         self.records, self.packing, self.layout, self.seed = records, packing, layout, seed
         self.names = sorted({*dict(packing.weights), *dict(packing.weights_end), *_tasks_of(packing.sources)})
-        self.sources = packing.sources or (SourceShare(-1, 1.0),)
+        self.sources: list[SourceShare] = list(packing.sources) or [SourceShare(-1, 1.0)]
         self.unused: dict[str, int] = {}
-        self._turns = Turns([source.weight for source in self.sources])
         self._members = self._find_members()
+        empty = [i for i in range(len(self.sources)) if not self._count(i)]
+        if empty and (not skip_empty or len(empty) == len(self.sources)):
+            names = ", ".join(map(self._name, empty))
+            raise DataError(f"{NO_TASK} to any record of {names} in {records.path}; raise the share of one that does")
+        self.sources = [source for i, source in enumerate(self.sources) if i not in empty]
+        self._members = [members for i, members in enumerate(self._members) if i not in empty]
+        self._turns = Turns([source.weight for source in self.sources])
         self._lock = threading.Lock()
         self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
+        self._replaced: dict[int, float] = {}  # share of replaced examples of every window so far
         self._rows: collections.OrderedDict[int, list[list[Example]]] = collections.OrderedDict()
         self.batch = packing.batch
         if packing.batch_unit == "tokens":
@@ -181,25 +198,39 @@ class Plan:
 
     def replaced_share(self, step: int) -> float:
         """Share of the examples in the window of a step that were replaced by others."""
+        number = step // self.window
+        with self._lock:
+            if number not in self._replaced:
+                self._window(number)
+            return self._replaced[number]
+
+    def counts(self, step: int) -> dict[str, float]:
+        """Examples, input images and tokens of a step."""
         with self._lock:
             window = self._window(step // self.window)
-        return len(window.rejected.records) / window.steps.size
+        drawn = window.drawn.take(window.steps[step % self.window])
+        return dict(examples=len(drawn.tokens), images=int(drawn.images.sum()), tokens=int(drawn.tokens.sum()))
 
     def first_window(self) -> Window:
         """The examples of the first `window` steps."""
         with self._lock:
             return self._window(0)
 
-    def notes(self) -> list[str]:
-        """What a user should know about the data: shares of the tasks, fill, and what is replaced or never read."""
+    def notes(self, rows: int = 0) -> list[str]:
+        """What a user should know about the data: shares of the tasks, fill, and what is replaced or never read.
+
+        Args:
+          rows: rows of a step with padding rows; 0 is `rows_per_step`.
+        """
+        rows = rows or self.rows_per_step
         window = self.first_window()
         counts = np.bincount(window.drawn.tasks, minlength=len(self.names))
         ranked = sorted(zip(counts, self.names, strict=True), reverse=True)
         shares = ", ".join(f"{name} {count / counts.sum():.1%}" for count, name in ranked if count)
         mean = window.drawn.tokens.mean()
-        fill = self.batch * mean / (self.rows_per_step * self.packing.seq_len)
+        fill = self.batch * mean / (rows * self.packing.seq_len)
         found = [
-            f"{self.batch} examples per step of {mean:.1f} tokens on average, in {self.rows_per_step} rows of "
+            f"{self.batch} examples per step of {mean:.1f} tokens on average, in {rows} rows of "
             f"{self.packing.seq_len} tokens ({fill:.0%} full): {shares}"
         ]
         found += [f"{n} of {len(self.records)} records are never read: {why}" for why, n in self.unused.items()]
@@ -235,6 +266,7 @@ class Plan:
     def _plan_window(self, number: int) -> Window:
         rng = np.random.default_rng([self.seed, 2, number])
         drawn, rejected = self._usable(number * self.window * self.batch, self.window * self.batch, rng)
+        self._replaced[number] = len(rejected.records) / len(drawn.records)
         return Window(drawn, deal(drawn.tokens, self.window, rng), rejected)
 
     def _pack(self, window: Window, index: int) -> list[list[Example]]:
@@ -266,14 +298,19 @@ class Plan:
             records = np.array([self._member(i, rng.integers(self._count(i), size=1))[0] for i in shares.tolist()])
             drawn.put(bad, self._measure(records, shares, start, rng))
             bad = bad[~self.fits(drawn.take(bad))]
-        good = np.flatnonzero(self.fits(drawn))
-        if not len(good):
-            reasons = "; ".join(f"{count} × {reason}" for reason, count in self.reasons(rejected).items())
-            raise DataError(
-                f"no example fits a row of {self.packing.seq_len} tokens and {self.packing.images_per_row} images "
-                f"({reasons}); raise config.data.seq_len or images_per_row, or choose other tasks in config.data.tasks"
-            )
-        drawn.put(bad, drawn.take(rng.choice(good, len(bad))))
+        good, shares = np.flatnonzero(self.fits(drawn)), drawn.shares[bad]
+        for i in np.unique(shares).tolist():
+            fitting = good[drawn.shares[good] == i]
+            if not len(fitting):
+                found = self.reasons(rejected.take(rejected.shares == i))
+                reasons = "; ".join(f"{count} × {reason}" for reason, count in found.items())
+                raise DataError(
+                    f"no example of {self._name(i)} fits a row of {self.packing.seq_len} tokens and "
+                    f"{self.packing.images_per_row} images ({reasons}); raise config.data.seq_len or images_per_row, "
+                    "or choose other tasks in config.data.tasks"
+                )
+            mine = bad[shares == i]
+            drawn.put(mine, drawn.take(rng.choice(fitting, len(mine))))
         return drawn, rejected
 
     def fits(self, drawn: Drawn) -> np.ndarray:
@@ -329,6 +366,16 @@ class Plan:
                 tokens[place], images[place] = example_size(self.records, example, self.packing, self.layout)
         return Drawn(records, shares, variants, tasks, tokens, images)
 
+    def tasks_of(self, source: int) -> set[str]:
+        """The tasks that examples of a source can have, in any pass."""
+        shares = (self._shares(0)[source], self._shares(self.packing.epochs)[source])
+        return {name for each in shares for name, share in each.items() if share > 0}
+
+    def _name(self, source: int) -> str:
+        number = self.sources[source].number
+        listed = split_sources(self.records.header.get("sources", ""))
+        return f"the source {listed[number]!r}" if 0 <= number < len(listed) else "the records"
+
     def _shares(self, epoch: int) -> list[dict[str, float]]:
         """task → share in pass `epoch`, per source."""
         default = self.packing.shares(epoch)
@@ -349,38 +396,34 @@ class Plan:
 
         Whether a task applies is found once for every set of outline codes, on up to 64 records that have it.
         """
-        names = [
-            {name for shares in (self._shares(0)[i], self._shares(self.packing.epochs)[i]) for name in shares}
-            for i in range(len(self.sources))
-        ]
         readable = [np.full(1 << 16, -1, np.int8) for _ in self.sources]  # by set of codes: -1 unknown, 0 no, 1 yes
         found: list[list[np.ndarray | None]] = [[] for _ in self.sources]  # by chunk; None is the whole chunk
-        outlines, without_task = self.records.outlines, 0
+        outlines, without_task, not_listed = self.records.outlines, 0, 0
         for start in range(0, len(self.records), CHUNK):
             ends = np.asarray(outlines.ends[start : start + CHUNK + 1])
             codes = np.left_shift(np.uint16(1), np.asarray(outlines.values[ends[0] : ends[-1]]).astype(np.uint16))
             sets = np.bitwise_or.reduceat(codes, ends[:-1] - ends[0])
             present = np.flatnonzero(np.bincount(sets))
             numbers = np.asarray(self.records.source[start : start + CHUNK])
+            listed, read = np.zeros(len(sets), bool), np.zeros(len(sets), bool)
             for i, source in enumerate(self.sources):
                 for each in present.tolist():
                     if readable[i][each] <= 0:
                         some = (start + np.flatnonzero(sets == each)[:64]).tolist()
                         readable[i][each] = any(
-                            get(name).applies(self.records.outline(record)) for record in some for name in names[i]
+                            get(name).applies(self.records.outline(record))
+                            for record in some
+                            for name in self.tasks_of(i)
                         )
                 mine = np.ones(len(sets), bool) if source.number < 0 else numbers == source.number
                 usable = mine & (readable[i][sets] > 0)
-                without_task += int(mine.sum() - usable.sum())
+                listed, read = listed | mine, read | usable
                 found[i].append(None if usable.all() else (start + np.flatnonzero(usable)).astype(np.uint32))
-        if without_task:
-            self.unused[NO_TASK] = without_task
-        members = [self._joined(parts) for parts in found]
-        for source, records in zip(self.sources, members, strict=True):
-            if records is not None and not len(records):
-                what = "the records" if source.number < 0 else f"source {source.number} of the records"
-                raise DataError(f"{NO_TASK} to any of {what} in {self.records.path}; raise the share of one that does")
-        return members
+            without_task += int((listed & ~read).sum())
+            not_listed += int((~listed).sum())
+        found_unused = {NO_TASK: without_task, "config.data.mixture does not name their source": not_listed}
+        self.unused = {reason: count for reason, count in found_unused.items() if count}
+        return [self._joined(parts) for parts in found]
 
     def _joined(self, parts: list[np.ndarray | None]) -> np.ndarray | None:
         """The records of all chunks, uint32; None is all records."""

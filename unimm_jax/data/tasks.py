@@ -54,7 +54,8 @@ class Task:
     """One way to make a document of a record.
 
     Attributes:
-      applies: whether a record with this outline can be an example of the task.
+      applies: whether a record with this outline can be an example of the task. It may depend on the kinds of texts
+        and images in the outline, not on their number: the planner asks once for all records with the same kinds.
       build: (outline, variant, settings) → document. All random choices come from the integer `variant`.
     """
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from unimm_jax.config import one_of, ranged
+from unimm_jax.config import ImageDataConfig, one_of, ranged
 from unimm_jax.data import pipeline
 from unimm_jax.data.outlines import Message, Part
-from unimm_jax.data.sources import split_sources
+from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.data.tasks import Spoken, TaskSettings, converse, question_prompt
 from unimm_jax.errors import CheckpointError, DataError, EmptySplitError
@@ -28,7 +28,8 @@ class AnswersOptions(Options):
 
     Attributes:
       images: maximum number of records, evenly spaced over the split.
-      split: "test" is the held-out split, "train" what the model was trained on, "all" every record of `sources`.
+      split: "test" is the held-out split, or training records if it is empty; "train" what the model was trained on;
+        "all" every record of the training split of `sources`, nothing held out.
       sources: data sources; empty for those of the model that have conversations, or all if none has.
     """
 
@@ -50,19 +51,19 @@ class Asked:
 class Answers(GeneratingEvaluator):
     """Answers to the questions and in the conversations of the data, compared with those of the data.
 
-    Every assistant turn that is a text is asked for, after the turns before it as they are in the data. Case and a
-    final full stop do not count. Records that generate images are left out.
+    Every assistant turn that answers a user turn is asked for, after the turns before it as they are in the data. Case
+    and a final full stop do not count. Records that generate images are left out.
     """
 
     options = AnswersOptions
 
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""
-        items = self._items(generator, context)
+        items, split = self._items(generator, context)
         settings = pipeline.task_settings(context.config)
         asked = [(i, question) for i, item in enumerate(items) for question in questions_of(item, settings)]
         if not asked:
-            raise DataError(f"no record of the {self.settings.split} split has an answer that is a text")
+            raise DataError(f"no record of the {split} split has an answer that is a text")
         right: dict[int, list[bool]] = {}
         rows: list[dict[str, Any]] = []
         shown = set(evenly(len(asked), SHOWN))
@@ -78,10 +79,10 @@ class Answers(GeneratingEvaluator):
         every = [found for values in right.values() for found in values]
         scores = {"exact": float(np.mean(every)), "number": len(every)}
         scores |= {f"turn_{turn}": float(np.mean(values)) for turn, values in sorted(right.items())}
-        return Result({"split": self.settings.split, "answers": scores}, examples={"questions": rows})
+        return Result({"split": split, "answers": scores}, examples={"questions": rows})
 
-    def _items(self, generator: Generator, context: Context) -> list[Decoded]:
-        """The records that are asked about."""
+    def _items(self, generator: Generator, context: Context) -> tuple[list[Decoded], str]:
+        """The records that are asked about, and their split."""
         options: AnswersOptions = self.settings
         listed = split_sources(options.sources or context.header.get("sources") or "")
         if not listed:
@@ -90,16 +91,25 @@ class Answers(GeneratingEvaluator):
             )
         if not options.sources:
             listed = [source for source in listed if evaluator_of(source) == "answers"] or listed
-        data, split = generator.image_tokenizer.config.data, options.split
-        if split == "all":
-            data, split = dataclasses.replace(data, held_out=0.0), "train"
-        datasets = []
+        data = generator.image_tokenizer.config.data
+        if options.split == "all":
+            return self._read(listed, dataclasses.replace(data, held_out=0.0), "train"), "all"
+        if options.split == "test":
+            items = self._read(listed, data, "test")
+            if items:
+                return items, "test"
+            print("answers: the scores are of training images", flush=True)
+        return self._read(listed, data, "train"), "train"
+
+    def _read(self, listed: list[str], data: ImageDataConfig, split: str) -> list[Decoded]:
+        """Records of one split, evenly spaced; none if it is empty."""
+        datasets: list[DecodedDataset] = []
         for source in listed:
             try:
                 datasets += pipeline.open_images(dataclasses.replace(data, sources=source), split, ("images",))
             except EmptySplitError as error:
                 print(f"answers: {error}", flush=True)
-        places = evenly(sum(map(len, datasets)), options.images) if datasets else []
+        places = evenly(sum(map(len, datasets)), self.settings.images) if datasets else []
         return [item for place in places if (item := load(datasets, place)) is not None]
 
 
@@ -116,7 +126,7 @@ def questions_of(item: Decoded, settings: TaskSettings) -> list[Asked]:
         return found
     turn = 0
     for end, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or not end or messages[end - 1].role != "user":
             continue
         turn += 1
         turns = [
@@ -125,7 +135,7 @@ def questions_of(item: Decoded, settings: TaskSettings) -> list[Asked]:
         ]
         images = sum(not isinstance(part, str) for m in messages[:end] for part in m.content)
         prompt = Prompt(converse(turns, settings), np.stack(item.pixels[:images]) if images else None)
-        asked = " ".join(part for part in messages[end - 1].content if isinstance(part, str)) if end else ""
+        asked = " ".join(part for part in messages[end - 1].content if isinstance(part, str))
         found.append(Asked(prompt, asked, " ".join(map(str, message.content)), turn))
     return found
 

@@ -17,6 +17,8 @@ STAGES = (
     "encoder", "selector", "tokenizer", "records", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2",
     "stage3",
 )  # fmt: skip
+# directories with the answers to own questions → title
+ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 TRAINING_COLOR, HELD_OUT_COLOR = "#2457c5", "#d9622b"
 STYLE = """
@@ -51,13 +53,16 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     free = run / "evaluation_free" / "scores.json"
     if free.exists():
         scores["free_placement"] = json.loads(free.read_text())
+    for name in ANSWERS:
+        if (run / name / "scores.json").exists():
+            scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
-    if (folder / "answers" / "examples.json").exists():
-        split = SPLIT_NAMES[scores["answers"]["split"]]
-        parts += [f"<h1>Answers, {split}</h1>", *evaluation_images(folder / "answers")]
+    for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
+        if (where / "examples.json").exists():
+            parts += [f"<h1>{name}</h1>", *evaluation_images(where)]
     parts += [*curves(run), *time_table(scores["seconds"]), versions(), commands(run)]
     page = run / "report.html"
     page.write_text("\n".join(parts))
@@ -101,9 +106,10 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
         )
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
-    if found := answers_of(scores):
-        rows = "".join(row(name, f"{value:.3f}") for name, value in answer_scores(found))
-        parts.append(f"<h3>Answers</h3><table>{head('answers', 'correct')}{rows}</table>")
+    for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
+        if found:
+            rows = "".join(row(name, f"{value:.3f}") for name, value in answer_scores(found))
+            parts.append(f"<h3>{title}</h3><table>{head('answers', 'correct')}{rows}</table>")
     if "loss" in scores.get("held_out", {}):
         parts.append(f"<p>Held-out loss of the last stage: {scores['held_out']['loss']:.3f}</p>")
     return parts

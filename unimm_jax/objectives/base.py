@@ -172,10 +172,6 @@ class Objective:
 
     # ---- Accounting ----------------------------------------------------------------------------------------------
 
-    def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """Counts of a host batch for throughput metrics: images and, in language stages, tokens."""
-        return {"images": len(batch["images"])}
-
     def trained_parts(self) -> set[str]:
         """First path components of all trained parameters ("language", "merger", ...)."""
         paths = [path for path, _ in flatten(jax.eval_shape(self.init, jax.random.key(0)))]

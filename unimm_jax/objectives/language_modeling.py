@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from unimm_jax import text_tokenizer as text_tokenizer_lib
@@ -174,6 +173,11 @@ class LanguageModeling(Objective):
             image = 2 + kept * (2 if tokenizer.positions == "grid" else 1) if config.data.images_per_row else 0
             tokens *= image + TEXT_TOKENS
         rows = math.ceil(tokens / (FILL * config.data.seq_len))
+        if config.data.images_per_row and config.data.batch_unit == "examples":
+            tasks, readers = config.data.tasks, ("caption", "reconstruct", "question")
+            shares = {name: tasks[name] for name in (*readers, "text_to_image", "text")}  # those of captioned images
+            reading = sum(shares[name] for name in readers) / (sum(shares.values()) or 1.0)
+            rows = max(rows, math.ceil(config.train.batch_size * reading / config.data.images_per_row))
         return -(-rows // multiple) * multiple
 
     @classmethod
@@ -217,11 +221,6 @@ class LanguageModeling(Objective):
         hidden_BTD = model.language(x_BTD, batch["positions"], batch["segments"])
         head_VD = model.language.head(self.dtype)  # gathered once instead of per chunk
         return chunked_cross_entropy(hidden_BTD, head_VD, batch["targets"], self.used, self.config.loss.chunk)
-
-    def throughput_counts(self, batch: dict[str, np.ndarray]) -> dict[str, float]:
-        """Counts input images, and tokens that are not padding."""
-        images = int(batch["images"].any((2, 3, 4)).sum()) if batch["images"].size else 0
-        return {"images": images, "tokens": int((batch["segments"] > 0).sum())}
 
     def step_flops(self, batch: Batch) -> float:
         """See `Objective.step_flops`; sums the formulas of the parts.
