@@ -162,7 +162,7 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     if batch % ways:
         raise ConfigError(
             f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change "
-            "config.train.batch_size or micro_batches"
+            "config.train.batch_size"
         )
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
