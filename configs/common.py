@@ -172,8 +172,9 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     c.companions = ConfigDict(
         dict(image_tokenizer="../tokenizer", pixel_decoder="../pixel_decoder", unet_decoder="../unet_decoder")
     )
-    c.data.seq_len = 64 if small else 2048
-    c.data.images_per_row = 3 if small else 8
+    whole = size == "laptop-illume"  # reads and writes all 16 patches of an image
+    c.data.seq_len = 128 if whole else 64 if small else 2048
+    c.data.images_per_row = 5 if whole else 3 if small else 8
     c.data.image_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0
     c.data.text_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0  # ILLUME: assistant tokens only
     if not small:

@@ -14,6 +14,7 @@ SIZES = {
     "7b": dict(steps=5000, batch_size=256),
     "one_gpu": dict(steps=2000, batch_size=576),
     "laptop": dict(steps=150, batch_size=72),
+    "laptop-illume": dict(steps=150, batch_size=30),
 }
 
 

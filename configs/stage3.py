@@ -16,6 +16,7 @@ SIZES = {
     "7b": dict(steps=8000, batch_size=1024),
     "one_gpu": dict(steps=8000, batch_size=320),
     "laptop": dict(steps=4200, batch_size=40),
+    "laptop-illume": dict(steps=4200, batch_size=28),
 }
 
 

@@ -161,8 +161,7 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     ways = batch_ways(mesh)
     if batch % ways:
         raise ConfigError(
-            f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change "
-            "config.train.batch_size"
+            f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change config.train.batch_size"
         )
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
