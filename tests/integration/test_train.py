@@ -11,6 +11,7 @@ from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, w
 
 from unimm_jax import checkpoint, metrics
 from unimm_jax.compile import hardware
+from unimm_jax.data.plan import Plan
 from unimm_jax.errors import CheckpointError, NonFiniteLossError
 from unimm_jax.train import train
 
@@ -92,6 +93,23 @@ def test_each_function_compiles_once(run, tmp_path, caplog):
         jax.config.update("jax_log_compiles", False)
     compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage() and "step_fn" in r.getMessage()]
     assert len(compiled) == 1, compiled
+
+
+def test_steps_that_need_more_rows_than_surveyed_train_the_same(run, tmp_path, monkeypatch):
+    """Padding rows have no loss weight, so the number of rows changes no loss; every other number compiles once more."""
+    link(run, tmp_path, "records", "stage2")
+    config = tiny("stage3", train__steps=4)
+    train(config, tmp_path / "whole")
+    survey = Plan._survey
+
+    def too_few(plan, steps):
+        survey(plan, steps)
+        plan.rows_per_step = 1
+
+    monkeypatch.setattr(Plan, "_survey", too_few)
+    train(config, tmp_path / "few")
+    losses = [[row["loss"] for row in metrics.read(tmp_path / name)] for name in ("whole", "few")]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_run_says_and_writes_what_it_does(run):
