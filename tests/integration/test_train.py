@@ -96,7 +96,7 @@ def test_each_function_compiles_once(run, tmp_path, caplog):
 
 
 def test_steps_that_need_more_rows_than_surveyed_train_the_same(run, tmp_path, monkeypatch):
-    """Padding rows have no loss weight, so the number of rows changes no loss; every other number compiles once more."""
+    """Padding rows have no loss weight, so the number of rows changes no loss; each new number compiles once more."""
     link(run, tmp_path, "records", "stage2")
     config = tiny("stage3", train__steps=4)
     train(config, tmp_path / "whole")
