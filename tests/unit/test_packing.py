@@ -215,7 +215,7 @@ def test_an_example_longer_than_a_row_is_replaced_and_counted(records, layout):
     plan = Plan(records, short, layout, 0, steps=6)
     assert list(plan.replaced) == [f"longer than {short.seq_len} tokens"] and plan.surveyed == 96
     assert "examples were replaced by others: longer than" in plan.notes()[1]
-    assert plan.replaced_share(0) == sum(plan.replaced.values()) / 96 > 0
+    assert plan.step(0).replaced_share == sum(plan.replaced.values()) / 96 > 0
     assert all(sum(map(len, plan.rows(step))) == 16 for step in range(6))
     assert all(example_size(records, e, short, layout)[0] <= short.seq_len for e in examples_of(plan, 6))
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_replacements_come_from_the_same_source():
     drawn = [example.record for example in examples_of(plan, 10)]
     assert len(drawn) == 300 and np.mean(records.source[drawn] == 0) == pytest.approx(0.5, abs=0.02)
     assert set(drawn) & set(range(300)) <= set(range(290, 300))
-    assert plan.replaced_share(0) == pytest.approx(0.5, abs=0.1)
+    assert plan.step(0).replaced_share == pytest.approx(0.5, abs=0.1)
     records.texts.values[:300] = 500
     with pytest.raises(DataError, match=r"no example of the source 'a' fits a row .* × longer than 96 tokens"):
         Plan(records, PackingConfig(30, 96, 4, 16, tasks, sources=sources), SYNTHETIC, 0)

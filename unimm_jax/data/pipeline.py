@@ -65,12 +65,12 @@ class Input:
     def counts(self, index: int) -> dict[str, float]:
         """What a global batch holds: examples, images and, if it is packed, tokens that are not padding."""
         if isinstance(self.rows, PackedRows):
-            return self.rows.plan.counts(index)
+            return self.rows.plan.step(index).counts
         return {"examples": self.rows.batch_size, "images": self.rows.batch_size}
 
     def replaced_share(self, index: int) -> float:
         """Share of the examples around a batch that did not fit and were replaced by others."""
-        return self.rows.plan.replaced_share(index) if isinstance(self.rows, PackedRows) else 0.0
+        return self.rows.plan.step(index).replaced_share if isinstance(self.rows, PackedRows) else 0.0
 
     def size(self, index: int = 0, multiple: int = 1) -> int:
         """Number of rows of a global batch, padding rows included.

@@ -127,6 +127,20 @@ class Window:
     rejected: Drawn
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step takes.
+
+    Attributes:
+      rows: its packed rows, as lists of examples. counts: its number of examples, input images and tokens.
+      replaced_share: share of the examples in its window that were replaced by others.
+    """
+
+    rows: list[list[Example]]
+    counts: dict[str, float]
+    replaced_share: float
+
+
 class Plan:
     """Assigns examples to an endless sequence of steps. Step s is a function of (records, packing, seed, s).
 
@@ -174,8 +188,7 @@ class Plan:
         self._turns = Turns([source.weight for source in self.sources])
         self._lock = threading.Lock()
         self._windows: collections.OrderedDict[int, Window] = collections.OrderedDict()
-        self._replaced: dict[int, float] = {}  # share of replaced examples of every window so far
-        self._rows: collections.OrderedDict[int, list[list[Example]]] = collections.OrderedDict()
+        self._steps: collections.OrderedDict[int, Step] = collections.OrderedDict()
         self.batch = packing.batch
         if packing.batch_unit == "tokens":
             drawn, _ = self._usable(0, min(4096, WINDOW), np.random.default_rng([seed, 1]))
@@ -186,30 +199,23 @@ class Plan:
 
     # ---- What a step takes ---------------------------------------------------------------------------------------
 
+    def step(self, number: int) -> Step:
+        """What a step takes. The last `CACHED_STEPS` steps are kept, so that logging one plans nothing again."""
+        with self._lock:
+            if number not in self._steps:
+                window = self._window(number // self.window)
+                drawn = window.drawn.take(window.steps[number % self.window])
+                counts = dict(examples=len(drawn.tokens), images=drawn.images.sum(), tokens=drawn.tokens.sum())
+                share = len(window.rejected.records) / window.steps.size
+                rows = self._pack(window, number % self.window)
+                self._steps[number] = Step(rows, {name: float(count) for name, count in counts.items()}, share)
+                while len(self._steps) > CACHED_STEPS:
+                    self._steps.popitem(last=False)
+            return self._steps[number]
+
     def rows(self, step: int) -> list[list[Example]]:
         """The packed rows of a step, as lists of examples; at least one row, none of them empty."""
-        with self._lock:
-            if step not in self._rows:
-                window = self._window(step // self.window)
-                self._rows[step] = self._pack(window, step % self.window)
-                while len(self._rows) > CACHED_STEPS:
-                    self._rows.popitem(last=False)
-            return self._rows[step]
-
-    def replaced_share(self, step: int) -> float:
-        """Share of the examples in the window of a step that were replaced by others."""
-        number = step // self.window
-        with self._lock:
-            if number not in self._replaced:
-                self._window(number)
-            return self._replaced[number]
-
-    def counts(self, step: int) -> dict[str, float]:
-        """Examples, input images and tokens of a step."""
-        with self._lock:
-            window = self._window(step // self.window)
-        drawn = window.drawn.take(window.steps[step % self.window])
-        return dict(examples=len(drawn.tokens), images=int(drawn.images.sum()), tokens=int(drawn.tokens.sum()))
+        return self.step(step).rows
 
     def first_window(self) -> Window:
         """The examples of the first `window` steps."""
@@ -266,7 +272,6 @@ class Plan:
     def _plan_window(self, number: int) -> Window:
         rng = np.random.default_rng([self.seed, 2, number])
         drawn, rejected = self._usable(number * self.window * self.batch, self.window * self.batch, rng)
-        self._replaced[number] = len(rejected.records) / len(drawn.records)
         return Window(drawn, deal(drawn.tokens, self.window, rng), rejected)
 
     def _pack(self, window: Window, index: int) -> list[list[Example]]:
@@ -396,6 +401,7 @@ class Plan:
 
         Whether a task applies is found once for every set of outline codes, on up to 64 records that have it.
         """
+        names = [self.tasks_of(i) for i in range(len(self.sources))]
         readable = [np.full(1 << 16, -1, np.int8) for _ in self.sources]  # by set of codes: -1 unknown, 0 no, 1 yes
         found: list[list[np.ndarray | None]] = [[] for _ in self.sources]  # by chunk; None is the whole chunk
         outlines, without_task, not_listed = self.records.outlines, 0, 0
@@ -411,9 +417,7 @@ class Plan:
                     if readable[i][each] <= 0:
                         some = (start + np.flatnonzero(sets == each)[:64]).tolist()
                         readable[i][each] = any(
-                            get(name).applies(self.records.outline(record))
-                            for record in some
-                            for name in self.tasks_of(i)
+                            get(name).applies(self.records.outline(record)) for record in some for name in names[i]
                         )
                 mine = np.ones(len(sets), bool) if source.number < 0 else numbers == source.number
                 usable = mine & (readable[i][sets] > 0)
