@@ -33,8 +33,8 @@ def get_config(size=None):
     c.data.tasks = dict(question=0.6, text_to_image=0.35, caption=0.05, **common.OTHER_TASKS)
     if small:
         # Answers that need a match (existence, color, shape) are learned late and suddenly: more questions first.
-        c.data.tasks.update(question=0.75, text_to_image=0.2)
-        c.data.tasks_end = c.data.tasks.to_dict() | dict(question=0.5, text_to_image=0.45)
+        c.data.tasks.update(question=0.8, text_to_image=0.15)
+        c.data.tasks_end = c.data.tasks.to_dict() | dict(question=0.6, text_to_image=0.35)
         c.data.tasks_epochs = 15 if common.scale(c.size) == "laptop" else 100
         c.data.code_targets = 0.5  # at full weight the many codes outweigh the answers
     c.data.image_targets = 0.0  # fine-tuning masks image positions, as Video-LaVIT's does

@@ -61,7 +61,11 @@ def test_an_old_run_resumes_as_it_did(old):
     assert names == {"pixel_decoder", "image_tokenizer"}
     config = resolve.from_json(read_meta(old / "pixel_decoder")["config"])
     assert ("pixel_decoder/.*", 1.0) in config.optimizer.rules
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=4),
+        data=dataclasses.replace(config.data, records=str(old / "records")),
+    )
     train(config, old / "pixel_decoder")
     found = [row["loss"] for row in metrics.read(old / "pixel_decoder")]
     assert np.allclose(found, np.load(old / "expected.npz")["resumed"], rtol=1e-4)

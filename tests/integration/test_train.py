@@ -163,6 +163,7 @@ def test_a_finished_run_does_nothing_more(run, tmp_path):
     assert checkpoint.find(tmp_path / "selector").name == str(STEPS)
 
 
+@pytest.mark.slow
 def test_illumes_semantic_variant_trains_with_the_same_code(run, tmp_path):
     """Every patch kept, smooth-L1 + cosine, all features through an MLP adapter."""
     from unimm_jax.inference.pretokenization import pretokenize

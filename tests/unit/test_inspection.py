@@ -62,7 +62,7 @@ def test_the_page_counts_what_the_plan_packs(stage3):
 def test_targets_are_the_shares_of_the_tasks_that_apply(stage3):
     _, data = stage3
     found = inspection.target_shares(data.rows.plan)
-    assert found["question"] == pytest.approx(0.75) and found["caption"] == pytest.approx(0.05)
+    assert found["question"] == pytest.approx(0.8) and found["caption"] == pytest.approx(0.05)
     assert found["edit"] == 0 and sum(found.values()) == pytest.approx(1)
 
 

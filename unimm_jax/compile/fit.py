@@ -335,8 +335,9 @@ def _attempts(config: Config, topology: Topology, rows: int) -> Iterator[tuple[s
     if "language" in config.model and config.model["language"].remat != "full":
         remat, config = "--remat=full ", with_remat(config, "full")
         yield remat.strip(), config, topology, rows
-    objective, mesh = objectives.get(config.objective), sharding.make_mesh(config.mesh, topology.devices())
-    parts = objective.batch_rows(config, sharding.batch_ways(mesh)) // sharding.batch_ways(mesh)
+    objective = objectives.get(config.objective)
+    data, fsdp, _ = sharding.mesh_shape(config.mesh, topology.chips, topology.slices)
+    parts = objective.batch_rows(config, data * fsdp) // (data * fsdp)
     if not rows and objective.accumulates and parts > config.train.micro_batches:
         changed = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
         yield f"{remat}--config.train.micro_batches={parts}", changed, topology, 0

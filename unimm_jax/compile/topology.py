@@ -51,6 +51,11 @@ class Topology:
     def __str__(self) -> str:
         return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
 
+    @property
+    def chips(self) -> int:
+        """Number of chips of all slices, by the name."""
+        return self.slices * _chips(self.name.partition(":")[2])
+
     def devices(self) -> list[Any]:
         """The devices, slice by slice.
 

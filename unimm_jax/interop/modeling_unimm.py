@@ -237,11 +237,15 @@ class Quantizer(nn.Module):
         """The codes' vectors [K, C]."""
         return self.code_map(self.codebook) if self.is_simvq else self.codebook
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → codes [...]."""
+    def distances(self, x: Tensor) -> Tensor:
+        """[..., D] → squared distances to the codes [..., K]."""
         z = F.normalize(self.proj2(torch.tanh(self.proj1(x))).float(), dim=-1)
         book = self.vectors.float()
-        return ((z * z).sum(-1, keepdim=True) + (book * book).sum(-1) - 2 * z @ book.T).argmin(-1)
+        return (z * z).sum(-1, keepdim=True) + (book * book).sum(-1) - 2 * z @ book.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → codes [...]."""
+        return self.distances(x).argmin(-1)
 
 
 class DecoderBlock(nn.Module):
