@@ -23,8 +23,8 @@ SIZES = {
         dict(image_size=224, patch_size=14, width=768, depth=12, heads=12, mlp_width=3072),
         dict(heads=12, mlp_width=3072, merger_depth=2),
         224,
-        64,
         16,
+        8,
     ),
 }
 ROUNDS = 3

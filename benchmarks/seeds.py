@@ -21,8 +21,12 @@ def main(runs: list[str]) -> None:
         for key in found[0][section]:
             row(f"{section} {key}".replace("_", " "), [scores[section][key] for scores in found])
     for key in ("reconstruction", "reconstruction_random_selection", "tokens_per_image", "tokens_follow_objects"):
-        row(key.replace("_", " "), [scores[key] for scores in found])
-    selector = [(pathlib.Path(run) / "selector" / "metrics.jsonl").read_text().splitlines() for run in runs]
+        if key in found[0]:
+            row(key.replace("_", " "), [scores[key] for scores in found])
+    files = [pathlib.Path(run) / "selector" / "metrics.jsonl" for run in runs]
+    if not files[0].exists():  # ILLUME's tokenizer has no selector
+        return
+    selector = [file.read_text().splitlines() for file in files]
     for key in ("keep_rate_argmax", "keep_rate_sampled"):
         last = [statistics.mean(json.loads(line)[key] for line in lines[-3:]) for lines in selector]
         row(f"selector {key}, mean of the last three logged steps".replace("_", " "), last)

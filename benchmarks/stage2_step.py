@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import dynamic_tokens, lm_step, timing, tokenizer_forward, vit
+from unimm_jax.interop import image_tokenizer_unimm
 
 GPU = dynamic_tokens.Sizes(
     dict(width=768, depth=12, heads=12, mlp_width=3072),
@@ -44,7 +45,7 @@ class Peer(torch.nn.Module):
         super().__init__()
         encoder, language, shape = parts["encoder"], parts["language"], parts["image_tokenizer"]
         self.encoder = vit.peer_model(encoder).requires_grad_(False)
-        self.merger = tokenizer_forward.peer_module().Merger(encoder.width, tokenizer_forward.peer_settings(shape))
+        self.merger = image_tokenizer_unimm.Merger(encoder.width, tokenizer_forward.peer_settings(shape))
         self.adapter = torch.nn.Linear(encoder.width, language.width)
         self.language = lm_step.peer_model(language, ids, use_cache=False)
 

@@ -3,13 +3,10 @@
 python -m benchmarks.tokenizer_forward
 
 The published width (1,408; 12 merger blocks), 256 patches per image, of which 85 are kept and at most 96 computed. On a
-CPU 4 images in float32, on a GPU 64 in bfloat16. The peer is `modeling_unimm.py` of exported models, whose merger
-computes every row, as LaVIT's code does.
+CPU 4 images in float32, on a GPU 64 in bfloat16. The peer is `image_tokenizer_unimm.py` of exported models, whose
+merger computes every row, as LaVIT's code does.
 """
 
-import importlib.util
-import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ import torch
 from flax import nnx
 
 from benchmarks import timing
+from unimm_jax.interop import image_tokenizer_unimm as peer
 from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger
 from unimm_jax.models.tokenizer.quantizer import Quantizer
@@ -37,18 +35,8 @@ class Parts(nnx.Module):
         self.quantizer = Quantizer(width, shape.codes, shape.code_width, rngs=rngs)
 
 
-def peer_module() -> Any:
-    """The model file of exports, as a module."""
-    file = pathlib.Path(__file__).parent.parent / "unimm_jax" / "interop" / "modeling_unimm.py"
-    spec = importlib.util.spec_from_file_location("modeling_unimm", file)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile looks it up here
-    spec.loader.exec_module(module)
-    return module
-
-
 def peer_settings(shape: ImageTokenizerConfig) -> dict[str, Any]:
-    """The settings of the modules of `peer_module`."""
+    """The settings of the modules of `image_tokenizer_unimm`."""
     names = ("heads", "mlp_width", "merger_depth", "eps", "sink", "codes", "code_width", "quantizer")
     return {name: getattr(shape, name) for name in names}
 
@@ -70,7 +58,7 @@ def main(images: int, dtype: str, width: int = WIDTH, shape: ImageTokenizerConfi
         rows = m.merger.kept(x, keep, MAX_TOKENS)
         return log_probs, m.quantizer.lookup(m.quantizer.project(rows))
 
-    peer, t, device = peer_module(), peer_settings(shape), timing.peer_device()
+    t, device = peer_settings(shape), timing.peer_device()
     parts = (peer.Selector(width), peer.Merger(width, t), peer.Quantizer(width, t))
     selector, merger, quantizer = (part.to(device, getattr(torch, dtype)) for part in parts)
     x, mask = torch.tensor(features, device=device).to(getattr(torch, dtype)), torch.tensor(keep, device=device)

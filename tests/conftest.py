@@ -11,7 +11,9 @@ from unimm_jax import process
 
 # Tests compile much and run little.
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
+)
 process.prepare(keep_memory=False)
 os.environ.setdefault("UNIMM_TRACEBACK", "1")
 

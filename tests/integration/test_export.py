@@ -37,8 +37,12 @@ folder, given, found = sys.argv[1:4]
 g = np.load(given, allow_pickle=True)
 model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 images = torch.tensor(g["images"])
+distances = []
+model.image_tokenizer.quantizer.register_forward_hook(lambda q, x, _: distances.append(q.distances(x[0])))
 keep, codes = model.tokenize(images)
-out = dict(keep=keep.numpy(), codes=codes.numpy())
+out = dict(keep=keep.numpy(), distances=distances[0].numpy())
+assert (distances[0].argmin(-1) == codes).all()
+codes = torch.tensor(g["codes"])
 out["captions"] = np.array(model.describe(g["images"]))
 out["answers"] = np.array(model.describe(images, "is there a red circle?"))
 for guidance in (1.0, 1.5):
@@ -62,7 +66,8 @@ def compare_in_pytorch(checkpoint, folder, scratch, images, prompts):
     size = g.config.data.image_size
     images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(images)])
     texts = [scenes.draw_prompt(scenes.TASKS[i % 6], 5, i).text for i in range(prompts)]
-    given = {"images": images, "prompts": np.array(texts)}
+    codes, keep = g.tokenize(images)
+    given = {"images": images, "prompts": np.array(texts), "codes": codes.astype(np.int64)}
     if "unet_decoder" in g.decoders:
         c = g.decoders["unet_decoder"][0].config
         side = c.data.image_size // c.loss.unshuffle
@@ -73,8 +78,9 @@ def compare_in_pytorch(checkpoint, folder, scratch, images, prompts):
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, cwd=scratch)
     assert done.returncode == 0, done.stderr[-3000:]
     found = np.load(scratch / "found.npz")
-    codes, keep = g.tokenize(images)
-    assert (found["keep"] == keep).all() and (found["codes"][keep] == codes[keep]).all()
+    assert (found["keep"] == keep).all()
+    distances = found["distances"][keep]  # a tiny tokenizer has equal codes, and which of them is nearest is rounding
+    assert (distances[np.arange(len(distances)), codes[keep]] < distances.min(-1) + 1e-5).all()
     assert found["captions"].tolist() == g.generate_text(images, [""] * len(images))
     assert found["answers"].tolist() == g.generate_text(images, ["is there a red circle?"] * len(images))
     for guidance in (1.0, 1.5):

@@ -1,6 +1,6 @@
 """Export as a directory that `transformers` opens.
 
-The language model opens without extra code, the whole model by `modeling_unimm.py` and its processor by
+The language model opens without extra code, the whole model by `MODEL_FILES` and its processor by
 `processing_unimm.py`, which are written beside it. U-Nets of latents and their autoencoders are written in the layout
 of `diffusers`.
 """
@@ -30,6 +30,7 @@ from unimm_jax.sharding import flatten
 from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
+MODEL_FILES = ("modeling_unimm.py", "image_tokenizer_unimm.py", "denoiser_unimm.py")
 LANGUAGE_USAGE = [
     "```python",
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -90,7 +91,8 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     settings = _settings(generator, source) | decoders
     settings["model"] |= settings.pop("decoder_model")
     (folder / "unimm.json").write_text(json.dumps(settings, indent=1))
-    shutil.copy(HERE / "modeling_unimm.py", folder)
+    for file in MODEL_FILES:
+        shutil.copy(HERE / file, folder)
     published = llama.published_config(language, v.text_rows + used, text_tokenizer, dtype)
     published["auto_map"] = {"AutoModel": "modeling_unimm.UniMM"}
     (folder / "config.json").write_text(json.dumps(published, indent=1))
