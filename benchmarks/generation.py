@@ -18,6 +18,7 @@ from flax import nnx
 from benchmarks import lm_step, timing
 from unimm_jax import resolve
 from unimm_jax.inference.sampling import Sampling, sample_token
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 
 PROMPT, NEW = 32, 64
@@ -35,7 +36,7 @@ GPU = {"1.1B": (lm_step.GPU.shape, lm_step.GPU.text_rows)}
 def ours(shape: LanguageConfig, ids: int, tokens: np.ndarray, dtype: str) -> Callable[[], None]:
     """A function that prefills and then decodes token by token in a scan, as `inference.sampling.Decoding` does."""
     batch = len(tokens)
-    graph, params = nnx.split(LanguageModel(shape, ids - 128, 128, rngs=nnx.Rngs(params=0)))
+    graph, params = nnx.split(LanguageModel(shape, ids - 128, 128, rngs=Keys(params=0)))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     greedy = Sampling(temperature=0)
     keys = jax.random.split(jax.random.key(0), batch)

@@ -22,6 +22,7 @@ import transformers
 from flax import nnx
 
 from benchmarks import timing
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.objectives.language_modeling import chunked_cross_entropy
 
@@ -54,7 +55,7 @@ GPU = Case(
 
 def ours(case: Case, tokens: np.ndarray) -> Callable[[], None]:
     """A function that trains one step."""
-    model = LanguageModel(case.shape, case.text_rows, 128, rngs=nnx.Rngs(params=0))
+    model = LanguageModel(case.shape, case.text_rows, 128, rngs=Keys(params=0))
     graph, params = nnx.split(model)
     tx = optax.adamw(1e-4)
     segments = jnp.ones_like(tokens)

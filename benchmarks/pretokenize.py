@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from unimm_jax import process, resolve
+from unimm_jax.models.keys import Keys
 
 SIZES = {
     "laptop": (dict(), dict(), 64, 2048, 256),
@@ -49,7 +50,7 @@ def main() -> None:
         given.model.image_tokenizer.update(tokenizer_shape)
         given.data.image_size = side
         config = resolve.parse(given)
-        make = lambda c=config: ImageTokenizer(c.model["encoder"], c.model["image_tokenizer"], rngs=nnx.Rngs(params=0))
+        make = lambda c=config: ImageTokenizer(c.model["encoder"], c.model["image_tokenizer"], rngs=Keys(params=0))
         graph, state = nnx.split(make())
         encoder = Encoder(LoadedTokenizer(config, graph, nnx.to_pure_dict(state), "benchmark"), batch)
         with tempfile.TemporaryDirectory() as folder:

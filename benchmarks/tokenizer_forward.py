@@ -17,6 +17,7 @@ from flax import nnx
 
 from benchmarks import timing
 from unimm_jax.interop import image_tokenizer_unimm as peer
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger
 from unimm_jax.models.tokenizer.quantizer import Quantizer
@@ -29,7 +30,7 @@ SHAPE = ImageTokenizerConfig()
 class Parts(nnx.Module):
     """What turns encoder features into codes."""
 
-    def __init__(self, shape: ImageTokenizerConfig, width: int, rngs: nnx.Rngs):
+    def __init__(self, shape: ImageTokenizerConfig, width: int, rngs: Keys):
         self.selector = Selector(width, rngs=rngs)
         self.merger = Merger(width, shape.heads, shape.mlp_width, shape.merger_depth, rngs=rngs, scan=False)
         self.quantizer = Quantizer(width, shape.codes, shape.code_width, rngs=rngs)
@@ -48,7 +49,7 @@ def main(images: int, dtype: str, width: int = WIDTH, shape: ImageTokenizerConfi
     keep = np.zeros((images, PATCHES), bool)
     for row in keep:
         row[rng.choice(PATCHES, KEPT, replace=False)] = True
-    graph, params = nnx.split(Parts(shape, width, nnx.Rngs(params=0)))
+    graph, params = nnx.split(Parts(shape, width, Keys(params=0)))
     params = jax.tree.map(lambda w: w.astype(dtype), params)
 
     @jax.jit

@@ -18,6 +18,7 @@ import transformers
 from flax import nnx
 
 from benchmarks import timing
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.vit import ViT, ViTConfig
 
 SHAPE = ViTConfig(patch_size=16, width=768, depth=12, heads=12, mlp_width=3072, biases="qkv", scan=False)
@@ -44,7 +45,7 @@ def main(images: int, dtype: str, shape: ViTConfig = SHAPE, peak: float = 0.0, r
     device, half = timing.peer_device(), dtype == "bfloat16"
     size = (images, shape.image_size, shape.image_size, 3)
     pixels = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-    graph, params = nnx.split(ViT(shape, rngs=nnx.Rngs(params=0)))
+    graph, params = nnx.split(ViT(shape, rngs=Keys(params=0)))
     given = jnp.asarray(pixels, dtype)
     forward = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
     tx = optax.adamw(1e-4)

@@ -19,6 +19,7 @@ from unimm_jax.errors import WeightMismatchError, WeightsFileError
 from unimm_jax.interop import files, llama
 from unimm_jax.interop.files import Tensors, write_safetensors
 from unimm_jax.interop.table import foreign_shapes, to_theirs
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.sharding import flatten
 from unimm_jax.train import train
@@ -73,7 +74,7 @@ def test_a_billion_parameters_come_in_and_go_out_within_their_memory(tmp_path):
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     shape = LanguageConfig(**llama.language_config(config))
-    abstract = nnx.eval_shape(lambda: LanguageModel(shape, 32000, 128, rngs=nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: LanguageModel(shape, 32000, 128, rngs=Keys(params=0)))
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))}
     table = llama.language(shape, 32000, 0, ours="")
     wanted = foreign_shapes(table, shapes)

@@ -17,6 +17,7 @@ from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.inference import pretokenization
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_companions, load_image_tokenizer, load_model
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer import ImageTokenizer
 
 ARGUMENTS = ("", "", TEXT_VOCAB, 32)  # sources as trained on, a text tokenizer of its own, 32 images at a time
@@ -122,7 +123,7 @@ def _with_selection(tokenizer, selection, keep_probability=None, **changes):
         last = params["selector"]["out3"]
         bias = np.log([keep_probability, 1 - keep_probability]).astype(np.float32)
         params = params | {"selector": params["selector"] | {"out3": {"kernel": last["kernel"] * 0, "bias": bias}}}
-    model = nnx.eval_shape(lambda: ImageTokenizer(config.model["encoder"], section, rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: ImageTokenizer(config.model["encoder"], section, rngs=Keys(params=0)))
     return dataclasses.replace(tokenizer, config=config, graph=nnx.graphdef(model), params=params)
 
 

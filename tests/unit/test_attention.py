@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from unimm_jax.models import attention as A
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.models.transformer import Linear, run_stack, stack
 
@@ -85,10 +86,9 @@ def test_rotary_depends_on_relative_positions_only():
 
 @pytest.fixture(scope="module")
 def lm():
-    from flax import nnx
 
     c = LanguageConfig(width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48, scan=False)
-    return LanguageModel(c, 20, 12, rngs=nnx.Rngs(params=0))
+    return LanguageModel(c, 20, 12, rngs=Keys(params=0))
 
 
 def test_the_cache_gives_what_the_whole_sequence_gives(lm):
@@ -107,7 +107,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(lm):
 
 
 def test_gradients_of_scanned_kernels_have_the_dtype_of_activations():
-    layers = stack(lambda r: Linear(8, (8,), axes=(None, None), rngs=r), 3, nnx.Rngs(params=0))
+    layers = stack(lambda r: Linear(8, (8,), axes=(None, None), rngs=r), 3, Keys(params=0))
     graph, kernels = nnx.split(layers)
     x = jax.random.normal(jax.random.key(1), (2, 4, 8), jnp.bfloat16)
     merge = lambda k: nnx.merge(graph, k)
@@ -130,7 +130,7 @@ def test_scanned_and_unrolled_layers_are_the_same_tree_and_function(lm):
 
     from flax import nnx
 
-    scanned = LanguageModel(dataclasses.replace(lm.config, scan=True, remat="full"), 20, 12, rngs=nnx.Rngs(params=0))
+    scanned = LanguageModel(dataclasses.replace(lm.config, scan=True, remat="full"), 20, 12, rngs=Keys(params=0))
     shapes = lambda m: jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(nnx.state(m, nnx.Param)))
     assert shapes(scanned) == shapes(lm)
     x, ones = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.ones((1, 6), jnp.int32)
@@ -181,7 +181,7 @@ def test_no_remat_policy_changes_a_gradient(remat):
     tokens = jnp.asarray([[1, 5, 21, 22, 3, 0]])
 
     def grads(**changes):
-        lm = LanguageModel(dataclasses.replace(config, **changes), 20, 12, rngs=nnx.Rngs(params=0))
+        lm = LanguageModel(dataclasses.replace(config, **changes), 20, 12, rngs=Keys(params=0))
         graph, params = nnx.split(lm)
         loss = lambda p: (lambda m: (m(m.embed(tokens), positions, segments) ** 2).sum())(nnx.merge(graph, p))
         return jax.tree.leaves(jax.jit(jax.grad(loss))(params))

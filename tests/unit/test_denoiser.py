@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import opened, tiny_dict, with_records
 
 from unimm_jax import resolve
 from unimm_jax.models import denoiser as D
+from unimm_jax.models.keys import Keys
 
 
 def test_shuffling_is_undone_and_keeps_neighbours():
@@ -44,7 +44,7 @@ def test_every_block_type_keeps_the_shape_and_reads_its_context(kinds):
         in_channels=12, out_channels=12, block_out_channels=(16, 32), down_block_types=kinds, up_block_types=up,
         layers_per_block=1, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=4,
     )  # fmt: skip
-    unet = D.UNet(config, rngs=nnx.Rngs(params=0))
+    unet = D.UNet(config, rngs=Keys(params=0))
     x, context = jax.random.normal(jax.random.key(0), (2, 8, 8, 12)), jax.random.normal(jax.random.key(1), (2, 5, 8))
     y = unet(x, jnp.array([10, 500]), context)
     assert y.shape == x.shape
@@ -102,7 +102,7 @@ def test_denoising_in_latent_space(run, kind):
 def test_the_negative_is_the_stored_empty_prompt():
     from unimm_jax.models.conditioner import Conditioner, ConditionerConfig
 
-    c = Conditioner(16, 9, ConditionerConfig(context=8, empty=4), rngs=nnx.Rngs(params=0))
+    c = Conditioner(16, 9, ConditionerConfig(context=8, empty=4), rngs=Keys(params=0))
     c.empty[...] = jnp.ones((4, 8))
     context, mask = c.negative(c(jnp.ones((2, 9, 16)))[0])
     assert (context[:, :4] == 1).all() and (context[:, 4:] == 0).all() and mask.sum(-1).tolist() == [4, 4]

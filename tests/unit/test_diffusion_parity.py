@@ -13,6 +13,7 @@ from unimm_jax.errors import UnsupportedConfigError
 from unimm_jax.interop import diffusion
 from unimm_jax.interop.table import compare, foreign_shapes, to_ours, to_theirs
 from unimm_jax.models.denoiser import UNet, UNetConfig, ddim
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.vae import VAE, VAEConfig
 from unimm_jax.sharding import flatten, unflatten
 
@@ -54,7 +55,7 @@ def unets(kind):
     settings = SD15 if kind == "sd15" else SDXL
     peer = randomize(diffusers.UNet2DConditionModel(**settings), 0)
     config, linear = diffusion.unet_config(dict(peer.config))
-    return peer, load(lambda: UNet(UNetConfig(**config), rngs=nnx.Rngs(params=0)), "unet/", peer, linear)
+    return peer, load(lambda: UNet(UNetConfig(**config), rngs=Keys(params=0)), "unet/", peer, linear)
 
 
 def inputs(kind, b=2):
@@ -118,7 +119,7 @@ def test_autoencoder():
     )
     peer = randomize(diffusers.AutoencoderKL(**settings), 2)
     config = VAEConfig(**diffusion.vae_config(dict(peer.config)))
-    ours = load(lambda: VAE(config, rngs=nnx.Rngs(params=0)), "vae/", peer)
+    ours = load(lambda: VAE(config, rngs=Keys(params=0)), "vae/", peer)
     x = np.random.default_rng(3).uniform(-1, 1, (2, 32, 48, 3)).astype(np.float32)
     with torch.no_grad():
         posterior = peer.encode(torch.tensor(x).permute(0, 3, 1, 2)).latent_dist

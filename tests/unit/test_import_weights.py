@@ -34,6 +34,7 @@ from unimm_jax.interop.import_plan import Parts
 from unimm_jax.interop.table import foreign_shapes, to_theirs
 from unimm_jax.models.conditioner import Conditioner, ConditionerConfig
 from unimm_jax.models.denoiser import UNet, UNetConfig
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.models.tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unimm_jax.models.unified import UnifiedConfig, UnifiedModel
@@ -68,7 +69,7 @@ def check_language(peer, folder):
     config = dataclasses.replace(model["language"], scan=False)
     words = peer.config.vocab_size
     rows = params["language"]["embed_visual"].shape[0]
-    abstract = nnx.eval_shape(lambda: LanguageModel(config, words, rows, rngs=nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, words, rows, rngs=Keys(params=0)))
     ours = nnx.merge(nnx.graphdef(abstract), params["language"])
     ids = np.random.default_rng(0).integers(0, words, (2, 23))
     places = jnp.broadcast_to(jnp.arange(23), ids.shape)
@@ -137,7 +138,7 @@ def test_the_checkpoint_holds_the_weights_and_a_second_import_is_the_same(tmp_pa
 def vit(part):
     """The imported encoder."""
     config = dataclasses.replace(part.model["encoder"], scan=False)
-    abstract = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: ViT(config, rngs=Keys(params=0)))
     return nnx.merge(nnx.graphdef(abstract), part.importer.load()["encoder"])
 
 
@@ -214,7 +215,7 @@ def test_timm_names_of_units_encoder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "unit", "mlp_ratio": 4}))
     layout = encoders.get("unit")
     config = ViTConfig(**layout.vit_config(shape), scan=False)
-    params = nnx.to_pure_dict(nnx.state(ViT(config, rngs=nnx.Rngs(params=0)), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(ViT(config, rngs=Keys(params=0)), nnx.Param))
     flat = {f"encoder/{k}": v for k, v in flatten(params)}
     table = layout.table(2, "qkv", "encoder/")
     shapes = foreign_shapes(table, {k: v.shape for k, v in flat.items()})
@@ -235,7 +236,7 @@ def published_keys():
 
 
 def abstract_shapes(make):
-    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: make(rngs=Keys(params=0)))
     state = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
     return {path: tuple(leaf.shape) for path, leaf in flatten(state)}
 

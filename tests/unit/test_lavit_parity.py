@@ -16,6 +16,7 @@ from unimm_jax.interop import lavit, llama
 from unimm_jax.interop.encoders import eva
 from unimm_jax.interop.table import compare, foreign_shapes, to_ours, to_theirs
 from unimm_jax.models.conditioner import Conditioner, ConditionerConfig
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig
 from unimm_jax.models.tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unimm_jax.models.tokenizer.quantizer import cosine_kmeans, ema_update, l2_normalize
@@ -87,7 +88,7 @@ def shapes_of(module):
 
 @functools.cache
 def tokenizer():
-    model = nnx.eval_shape(lambda: ImageTokenizer(ENCODER, TOKENIZER, rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: ImageTokenizer(ENCODER, TOKENIZER, rngs=Keys(params=0)))
     shapes = shapes_of(model)
     source = peers.lavit_weights("visual_tokenizer")
     table = eva.table(ENCODER.depth, theirs="encoder.") + lavit.tokenizer_encoder(TOKENIZER.merger_depth)
@@ -116,7 +117,7 @@ def decoder(kind):
             self.decoder = ImageTokenizer(ENCODER, TOKENIZER, rngs=rngs).decoder
             self.conditioner = Conditioner(ENCODER.width, ENCODER.num_patches, shape, rngs=rngs)
 
-    abstract = nnx.eval_shape(lambda: Both(nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: Both(Keys(params=0)))
     source = peers.lavit_weights("highres_tokenizer_decoder" if kind == "high" else "tokenizer_decoder")
     flat = load(shapes_of(abstract), lavit.feature_decoder(TOKENIZER.decoder_depth, kind), source)
     return nnx.merge(nnx.graphdef(abstract), unflatten(flat))
@@ -313,7 +314,7 @@ def unified():
             config,
             text_rows=text,
             visual_rows=128,
-            rngs=nnx.Rngs(params=0),
+            rngs=Keys(params=0),
         )
     )
     shapes = shapes_of(abstract)

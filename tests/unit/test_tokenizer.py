@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger, compact
 from unimm_jax.models.tokenizer.quantizer import Quantizer, cosine_kmeans, ema_update, l2_normalize, restart_dead
@@ -20,7 +20,7 @@ from unimm_jax.models.vit import ViTConfig, patchify, unpatchify
 
 
 def _merger(eps, sink):
-    return Merger(32, 2, 64, 2, rngs=nnx.Rngs(params=0), eps=eps, sink=sink, scan=False)
+    return Merger(32, 2, 64, 2, rngs=Keys(params=0), eps=eps, sink=sink, scan=False)
 
 
 def _features_and_mask(seed=0, b=4, p=16):
@@ -31,7 +31,7 @@ def _features_and_mask(seed=0, b=4, p=16):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_dense_and_kept_rows_renderings_agree_with_a_sink(scan):
-    merger = Merger(32, 2, 64, 2, rngs=nnx.Rngs(params=0), eps=0.0, sink=1.0, scan=scan)
+    merger = Merger(32, 2, 64, 2, rngs=Keys(params=0), eps=0.0, sink=1.0, scan=scan)
     x, keep = _features_and_mask()
     dense = merger.dense(x, keep.astype(jnp.float32))
     kept = merger.kept(x, keep, 16)
@@ -106,7 +106,7 @@ def test_straight_through_has_the_softmaxs_gradient():
 
 
 def test_quantizer_finds_the_nearest_row():
-    q = Quantizer(16, 24, 8, rngs=nnx.Rngs(params=0))
+    q = Quantizer(16, 24, 8, rngs=Keys(params=0))
     z = q.project(jax.random.normal(jax.random.key(0), (5, 16)))
     assert jnp.allclose(jnp.linalg.norm(z, axis=-1), 1, atol=1e-5)
     distance = jnp.linalg.norm(z[:, None] - q.codebook[...][None], axis=-1)
@@ -114,7 +114,7 @@ def test_quantizer_finds_the_nearest_row():
 
 
 def test_simvqs_codes_are_a_frozen_sample_times_a_matrix():
-    q = Quantizer(16, 4096, 8, rngs=nnx.Rngs(params=0), kind="simvq")
+    q = Quantizer(16, 4096, 8, rngs=Keys(params=0), kind="simvq")
     assert q.codebook[...].var() == pytest.approx(1 / 8, rel=0.05)  # N(0, 1/C)
     assert jnp.array_equal(q.vectors, q.codebook[...])  # the matrix starts as the identity
     q.code_map.kernel[...] = jax.random.normal(jax.random.key(1), (8, 8))
@@ -159,7 +159,7 @@ def test_every_selection_encodes_and_decodes(selection, positions):
         heads=2, mlp_width=64, merger_depth=1, decoder_depth=1, codes=16, code_width=8,
         selection=selection, top_k=5, positions=positions, scan=False,
     )  # fmt: skip
-    tokenizer = ImageTokenizer(vit, config, rngs=nnx.Rngs(params=0))
+    tokenizer = ImageTokenizer(vit, config, rngs=Keys(params=0))
     noise = config.noise(np.zeros((3, 32, 32, 3), np.uint8), 16)
     assert (noise is None) == (selection != "sample")
     keep, codes = tokenizer.encode(jax.random.normal(jax.random.key(0), (3, 32, 32, 3)), noise)
@@ -180,7 +180,7 @@ def test_a_bidirectional_tokenizer_keeps_and_reads_all_patches(quantizer, scan):
         architecture="bidirectional", quantizer=quantizer, heads=2, mlp_width=64, merger_depth=1, decoder_depth=1,
         codes=16, code_width=8, selection="all", scan=scan,
     )  # fmt: skip
-    tokenizer = ImageTokenizer(vit, config, rngs=nnx.Rngs(params=0))
+    tokenizer = ImageTokenizer(vit, config, rngs=Keys(params=0))
     assert tokenizer.selector is None and tokenizer.merger is None
     images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
     keep, codes = tokenizer.encode(images)
@@ -204,7 +204,7 @@ def test_order_positions_forget_where_a_token_stood():
     config = ImageTokenizerConfig(
         heads=2, mlp_width=64, merger_depth=1, decoder_depth=1, codes=16, code_width=8, scan=False
     )
-    tokenizer = ImageTokenizer(vit, config, rngs=nnx.Rngs(params=0))
+    tokenizer = ImageTokenizer(vit, config, rngs=Keys(params=0))
     keep = jnp.zeros((2, 16), bool).at[0, jnp.array([2, 9])].set(True).at[1, jnp.array([5, 6])].set(True)
     codes = jnp.zeros((2, 16), jnp.int32).at[0, jnp.array([2, 9])].set(jnp.array([3, 4]))
     codes = codes.at[1, jnp.array([5, 6])].set(jnp.array([3, 4]))

@@ -15,6 +15,7 @@ from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.config import DECODERS, Config
 from unimm_jax.data import pipeline, transforms
 from unimm_jax.errors import CheckpointError, ConfigError
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer import ImageTokenizer
 from unimm_jax.text_tokenizer import TextTokenizer
 
@@ -133,7 +134,7 @@ def load_image_tokenizer(workdir: str | pathlib.Path) -> LoadedTokenizer:
     if config.objective != "tokenization" or config.loss.phase != "codes":
         raise CheckpointError(f"{workdir} is a checkpoint of {config.name}; give the workdir of the stage tokenizer")
     m = config.model
-    model = nnx.eval_shape(lambda: ImageTokenizer(m["encoder"], m["image_tokenizer"], rngs=nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: ImageTokenizer(m["encoder"], m["image_tokenizer"], rngs=Keys(params=0)))
     params = read_params(step)
     digest = hashlib.sha256(transforms.PREPROCESSING.encode())
     for leaf in jax.tree.leaves(params):

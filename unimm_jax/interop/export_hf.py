@@ -25,6 +25,7 @@ from unimm_jax.inference.loading import load_model
 from unimm_jax.interop import chat_template, llama, unimm
 from unimm_jax.interop.exporter import HERE, Source, Writer, verify_in_pytorch, write_card, write_diffusers
 from unimm_jax.interop.lavit import PIXEL_FOLDERS
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.sharding import flatten
 from unimm_jax.text_tokenizer import TextTokenizer
@@ -198,7 +199,7 @@ def _language(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     if not verify:
         return []
     visual = flat["language/embed_visual"].shape[0]
-    abstract = nnx.eval_shape(lambda: LanguageModel(language, rows, visual, rngs=nnx.Rngs(params=0)))
+    abstract = nnx.eval_shape(lambda: LanguageModel(language, rows, visual, rngs=Keys(params=0)))
     ids = np.random.default_rng(0).integers(0, rows, (2, 24))
     model = nnx.merge(nnx.graphdef(abstract), params["language"])
     return verify_in_pytorch(folder, {"ids": ids, "logits": _logits(model, ids, rows)}, dtype)

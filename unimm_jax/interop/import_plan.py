@@ -12,6 +12,7 @@ from unimm_jax import sharding
 from unimm_jax.errors import WeightMismatchError
 from unimm_jax.interop.files import Tensors
 from unimm_jax.interop.table import Entry, Shape, compare, foreign_shapes, to_ours
+from unimm_jax.models.keys import Keys
 
 
 class Parts(nnx.Module):
@@ -21,7 +22,7 @@ class Parts(nnx.Module):
       makers: name → what builds the module.
     """
 
-    def __init__(self, *, rngs: nnx.Rngs, **makers: Callable[..., nnx.Module]):
+    def __init__(self, *, rngs: Keys, **makers: Callable[..., nnx.Module]):
         for name, make in makers.items():
             setattr(self, name, make(rngs=rngs))
 
@@ -45,7 +46,7 @@ class Importer:
     """
 
     def __init__(self, make: Callable[..., nnx.Module]):
-        abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(params=0)))
+        abstract = nnx.eval_shape(lambda: make(rngs=Keys(params=0)))
         mesh = sharding.make_mesh((1, -1, 1))
         self.shardings = dict(sharding.flatten(sharding.param_shardings(abstract, mesh)))
         state = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.attention import attention
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Attention, Linear, truncated
 
 
@@ -31,7 +32,7 @@ class ConditionerConfig:
 class AttentionPool(nnx.Module):
     """CLIP's attention pool: the mean of the patches attends to all patches."""
 
-    def __init__(self, width: int, heads: int, d_out: int, num_patches: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, d_out: int, num_patches: int, *, rngs: Keys):
         self.positions = nnx.Param(truncated(rngs.params(), (num_patches + 1, width)), axes=(None, "embed"))
         self.attention = Attention(width, heads, rngs=rngs, d_out=d_out)
 
@@ -45,7 +46,7 @@ class AttentionPool(nnx.Module):
 class Conditioner(nnx.Module):
     """Maps reconstructed features [B, P, D] to the U-Net's context and, for SDXL, to a pooled vector."""
 
-    def __init__(self, width: int, num_patches: int, config: ConditionerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_patches: int, config: ConditionerConfig, *, rngs: Keys):
         c = self.config = config
         if c.pooled:
             self.context1 = Linear(width, c.context, axes=("embed", "mlp"), rngs=rngs)

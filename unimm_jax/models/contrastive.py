@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.attention import segment_mask
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer.quantizer import l2_normalize
 from unimm_jax.models.transformer import Block, LayerNorm, Linear, run_stack, stack, truncated
 from unimm_jax.models.vit import ViT, ViTConfig
@@ -26,7 +27,7 @@ class TextTowerConfig:
 class ContrastiveModel(nnx.Module):
     """Embeds images and captions in one space (CLIP); a linear head predicts pixels from the patch features."""
 
-    def __init__(self, encoder: ViTConfig, text: TextTowerConfig, text_rows: int, *, rngs: nnx.Rngs):
+    def __init__(self, encoder: ViTConfig, text: TextTowerConfig, text_rows: int, *, rngs: Keys):
         t = self.text_config = text
         self.encoder = ViT(encoder, rngs=rngs)
         self.image_head = Linear(encoder.width, t.joint_width, axes=("embed", None), rngs=rngs)

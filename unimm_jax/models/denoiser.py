@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from unimm_jax.models.attention import attention
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.partitioning import constrain, weight
 from unimm_jax.models.transformer import REMAT, LayerNorm, Linear, OutputProjection
 
@@ -53,7 +54,7 @@ class UNetConfig:
 class Conv(nnx.Module):
     """Convolution with an odd kernel size and "same" padding; kernel [h, w, in, out]."""
 
-    def __init__(self, c_in: int, c_out: int, *, rngs: nnx.Rngs, size: int = 3, stride: int = 1, zero: bool = False):
+    def __init__(self, c_in: int, c_out: int, *, rngs: Keys, size: int = 3, stride: int = 1, zero: bool = False):
         self.stride = stride
         init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out)), axes=(None, None, "embed", "mlp"))
@@ -92,7 +93,7 @@ class ResnetBlock(nnx.Module):
       time: width of the time embedding; 0 is none.
     """
 
-    def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
+    def __init__(self, c_in: int, c_out: int, time: int, groups: int, *, rngs: Keys, eps: float = 1e-5):
         self.norm1, self.conv1 = GroupNorm(c_in, groups, eps=eps), Conv(c_in, c_out, rngs=rngs)
         self.time_emb_proj = Linear(time, c_out, axes=("embed", "mlp"), rngs=rngs) if time else None
         self.norm2, self.conv2 = GroupNorm(c_out, groups, eps=eps), Conv(c_out, c_out, rngs=rngs)
@@ -111,7 +112,7 @@ class ResnetBlock(nnx.Module):
 class CrossAttention(nnx.Module):
     """Stable Diffusion's attention: q, k and v have no biases."""
 
-    def __init__(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, context: int, *, rngs: Keys):
         shape, axes = (heads, width // heads), ("embed", "heads", None)
         self.to_q = Linear(width, shape, axes=axes, rngs=rngs, bias=False)
         self.to_k = Linear(context, shape, axes=axes, rngs=rngs, bias=False)
@@ -127,7 +128,7 @@ class CrossAttention(nnx.Module):
 class SpatialBlock(nnx.Module):
     """Self-attention, cross-attention and GEGLU feed-forward, each with pre-norm and a residual."""
 
-    def __init__(self, width: int, heads: int, context: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, context: int, *, rngs: Keys):
         self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
         self.attn1 = CrossAttention(width, heads, width, rngs=rngs)
         self.attn2 = CrossAttention(width, heads, context, rngs=rngs)
@@ -146,7 +147,7 @@ class SpatialBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """GroupNorm, projection in, transformer blocks over all positions, projection out, residual."""
 
-    def __init__(self, channels: int, c: UNetConfig, level: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, c: UNetConfig, level: int, *, rngs: Keys):
         heads = c.level("attention_head_dim", level)
         self.norm = GroupNorm(channels, c.norm_num_groups, eps=1e-6)
         self.proj_in = Linear(channels, channels, axes=("embed", "mlp"), rngs=rngs)
@@ -172,7 +173,7 @@ class UNet(nnx.Module):
     of the crop, height and width of the target.
     """
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNetConfig, *, rngs: Keys):
         c = self.config = config
         widths, groups, time = c.block_out_channels, c.norm_num_groups, 4 * c.block_out_channels[0]
 

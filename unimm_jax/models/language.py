@@ -16,6 +16,7 @@ from unimm_jax.models.attention import (
     rope_cos_sin,
     rope_table,
 )
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.partitioning import constrain, weight
 from unimm_jax.models.transformer import Linear, OutputProjection, RMSNorm, run_stack, stack, truncated, unstacked
 
@@ -70,7 +71,7 @@ class LanguageConfig:
 class SelfAttention(nnx.Module):
     """Causal self-attention with rotary position embeddings and grouped queries."""
 
-    def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: LanguageConfig, *, rngs: Keys):
         axes = ("embed", "heads", None)
         self.q = Linear(c.width, (c.heads, c.head_width), axes=axes, rngs=rngs, bias="q" in c.biases)
         self.k = Linear(c.width, (c.kv_heads, c.head_width), axes=axes, rngs=rngs, bias="k" in c.biases)
@@ -106,7 +107,7 @@ class SelfAttention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """RMSNorm, attention, RMSNorm, SwiGLU."""
 
-    def __init__(self, c: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: LanguageConfig, *, rngs: Keys):
         self.norm1, self.norm2 = RMSNorm(c.width, eps=c.eps), RMSNorm(c.width, eps=c.eps)
         self.attention = SelfAttention(c, rngs=rngs)
         self.gate = Linear(c.width, c.mlp_width, axes=("embed", "mlp"), rngs=rngs, bias=c.mlp_bias)
@@ -131,7 +132,7 @@ class LanguageModel(nnx.Module):
     Ids below `text_rows` are text, the others visual. A tied model has no separate head parameters.
     """
 
-    def __init__(self, config: LanguageConfig, text_rows: int, visual_rows: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageConfig, text_rows: int, visual_rows: int, *, rngs: Keys):
         c = self.config = config
         self.text_rows, self.visual_rows = text_rows, visual_rows
 

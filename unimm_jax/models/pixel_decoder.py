@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Block, Linear, run_stack, stack
 from unimm_jax.models.vit import unpatchify
 
@@ -22,7 +23,7 @@ class PixelDecoderConfig:
 class PixelDecoder(nnx.Module):
     """Transformer blocks over the features and a linear head per patch."""
 
-    def __init__(self, config: PixelDecoderConfig, feature_width: int, patch_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: PixelDecoderConfig, feature_width: int, patch_size: int, *, rngs: Keys):
         c = config
         self.patch_size = patch_size
         self.inner = Linear(feature_width, c.width, axes=(None, "embed"), rngs=rngs)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from unimm_jax.models.attention import attention, policy_attention
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.partitioning import constrain, weight
 
 Initializer = Callable[..., jax.Array]
@@ -59,7 +60,7 @@ class Linear(nnx.Module):
         out: int | tuple[int, ...],
         *,
         axes: tuple[str | None, ...],
-        rngs: nnx.Rngs,
+        rngs: Keys,
         bias: bool = True,
         init: Initializer = truncated,
     ):
@@ -81,7 +82,7 @@ class Linear(nnx.Module):
 class OutputProjection(nnx.Module):
     """The output projection of attention, kernel [N, H, D]."""
 
-    def __init__(self, heads: int, head_width: int, d_out: int, *, rngs: nnx.Rngs, bias: bool = True):
+    def __init__(self, heads: int, head_width: int, d_out: int, *, rngs: Keys, bias: bool = True):
         kernel = truncated(rngs.params(), (heads * head_width, d_out)).reshape(heads, head_width, d_out)
         self.kernel = nnx.Param(kernel, axes=("heads", None, "embed"))
         self.bias = nnx.Param(jnp.zeros((d_out,)), axes=(None,)) if bias else None
@@ -137,7 +138,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nnx.Module):
     """Two linear layers with an activation (a name of `ACTIVATIONS`) between them."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, activation: str = "gelu"):
+    def __init__(self, width: int, hidden: int, *, rngs: Keys, activation: str = "gelu"):
         self.activation = activation
         self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
         self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
@@ -160,7 +161,7 @@ class Attention(nnx.Module):
         width: int,
         heads: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         biases: str = "qkv",
         kv_width: int | None = None,
         d_out: int | None = None,
@@ -195,7 +196,7 @@ class Block(nnx.Module):
         heads: int,
         hidden: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         eps: float = 1e-6,
         biases: str = "qkv",
         activation: str = "gelu",
@@ -211,9 +212,9 @@ class Block(nnx.Module):
         return constrain(x_BTD + self.mlp(self.norm2(x_BTD)), "batch", None, None)
 
 
-def stack(make: Callable[[nnx.Rngs], Any], layers: int, rngs: nnx.Rngs) -> Any:
+def stack(make: Callable[[Keys], Any], layers: int, rngs: Keys) -> Any:
     """Builds `layers` identical modules as one module whose parameters are [L, ...]."""
-    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), layers))
+    return jax.vmap(lambda key: make(Keys(params=key)))(jax.random.split(rngs.params(), layers))
 
 
 # Name → checkpoint policy: which values a layer saves for its backward pass. "none" does not recompute anything.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig, LanguageModel
 from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.tokenizer.merger import Merger
@@ -53,7 +54,7 @@ class UnifiedModel(nnx.Module):
         *,
         text_rows: int,
         visual_rows: int,
-        rngs: nnx.Rngs,
+        rngs: Keys,
     ):
         self.config = config
         if encoder is not None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from unimm_jax.models.attention import attention
 from unimm_jax.models.denoiser import Conv, GroupNorm, ResnetBlock
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Attention
 
 
@@ -30,7 +31,7 @@ class VAEConfig:
 class MidAttention(nnx.Module):
     """GroupNorm and single-head attention over all positions, with a residual."""
 
-    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, *, rngs: Keys):
         self.group_norm = GroupNorm(channels, groups, eps=1e-6)
         self.attention = Attention(channels, 1, rngs=rngs)
 
@@ -44,7 +45,7 @@ class MidAttention(nnx.Module):
 class Mid(nnx.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, *, rngs: Keys):
 
         def resnet() -> ResnetBlock:
             return ResnetBlock(channels, channels, 0, groups, rngs=rngs, eps=1e-6)
@@ -59,7 +60,7 @@ class Mid(nnx.Module):
 class Stage(nnx.Module):
     """One resolution: residual blocks and a resampling convolution (or None)."""
 
-    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, sampler: bool, *, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, sampler: bool, *, rngs: Keys):
         self.resnets = nnx.List(
             ResnetBlock(c_in if i == 0 else c_out, c_out, 0, groups, rngs=rngs, eps=1e-6) for i in range(blocks)
         )
@@ -75,7 +76,7 @@ class Stage(nnx.Module):
 class Encoder(nnx.Module):
     """Maps pixels to mean and log-variance of the latents."""
 
-    def __init__(self, c: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: VAEConfig, *, rngs: Keys):
         widths, groups = c.block_out_channels, c.norm_num_groups
         self.conv_in = Conv(c.in_channels, widths[0], rngs=rngs)
         inputs = (widths[0], *widths[:-1])
@@ -103,7 +104,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Maps latents to pixels."""
 
-    def __init__(self, c: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, c: VAEConfig, *, rngs: Keys):
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = Conv(c.latent_channels, widths[0], rngs=rngs)
         self.mid = Mid(widths[0], groups, rngs=rngs)
@@ -128,7 +129,7 @@ class Decoder(nnx.Module):
 class VAE(nnx.Module):
     """The autoencoder. The latents of `encode` and `decode` are scaled by `scaling_factor`, as the U-Net expects."""
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, rngs: Keys):
         c = self.config = config
         self.encoder, self.decoder = Encoder(c, rngs=rngs), Decoder(c, rngs=rngs)
         self.quant_conv = Conv(2 * c.latent_channels, 2 * c.latent_channels, rngs=rngs, size=1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Block, LayerNorm, Linear, run_stack, stack, truncated
 
 # CLIP's pixel mean and standard deviation for pixels in [0, 1] (LaVIT's preprocessing).
@@ -66,7 +67,7 @@ class ViTConfig:
 class ViT(nnx.Module):
     """ViT with an optional class token, learned absolute position embeddings and pre-norm blocks."""
 
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, rngs: Keys):
         c = self.config = config
         patch = c.patch_size * c.patch_size * 3
         self.patch_embed = Linear(patch, c.width, axes=(None, "embed"), rngs=rngs, bias=c.patch_bias)
@@ -75,7 +76,7 @@ class ViT(nnx.Module):
         self.positions = nnx.Param(truncated(rngs.params(), (tokens, c.width)), axes=(None, "embed"))
         self.input_norm = LayerNorm(c.width, eps=c.eps) if c.input_norm else None
 
-        def make(r: nnx.Rngs) -> Block:
+        def make(r: Keys) -> Block:
             return Block(c.width, c.heads, c.mlp_width, rngs=r, eps=c.eps, biases=c.biases, activation=c.activation)
 
         self.blocks = stack(make, c.depth, rngs)

@@ -13,6 +13,7 @@ from unimm_jax import optim
 from unimm_jax.compile.flops import count_flops
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
+from unimm_jax.models.keys import Keys
 from unimm_jax.sharding import flatten
 from unimm_jax.text_tokenizer import TextTokenizer
 
@@ -61,7 +62,7 @@ class Objective:
     Args (constructor):
       config: the stage's config.
       data: the stage's input.
-      make: builds the model from `nnx.Rngs`.
+      make: builds the model from `Keys`.
     """
 
     sections: ClassVar[dict[str, type]] = {}
@@ -71,11 +72,11 @@ class Objective:
     non_gradient_params: ClassVar[frozenset[str]] = frozenset()
     accumulates: ClassVar[bool] = False
 
-    def __init__(self, config: Config, data: Input, make: Callable[[nnx.Rngs], nnx.Module]):
+    def __init__(self, config: Config, data: Input, make: Callable[[Keys], nnx.Module]):
         self.config, self.data = config, data
         self.make = make
         self.dtype = jnp.dtype(config.dtype)
-        self.abstract = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
+        self.abstract = nnx.eval_shape(lambda: make(Keys(params=0)))
         self.graph = nnx.graphdef(self.abstract)
 
     # ---- Config and input ----------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Objective:
 
     def init(self, key: jax.Array) -> Tree:
         """Initialized parameters, float32, as a nested dict."""
-        return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self.make(Keys(params=key)), nnx.Param))
 
     def module(self, params: Tree) -> Any:
         """The model with the given parameters."""

@@ -11,6 +11,7 @@ from unimm_jax.config import Config, RecordDataConfig
 from unimm_jax.data import pipeline
 from unimm_jax.models.conditioner import Conditioner
 from unimm_jax.models.denoiser import UNet
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.pixel_decoder import PixelDecoder
 from unimm_jax.models.tokenizer import ImageTokenizer, ImageTokenizerConfig
 from unimm_jax.models.vae import VAE
@@ -27,7 +28,7 @@ class ImageDecoder(nnx.Module):
       m: model sections of the config: name → dataclass.
     """
 
-    def __init__(self, m: dict[str, Any], *, rngs: nnx.Rngs):
+    def __init__(self, m: dict[str, Any], *, rngs: Keys):
         encoder: ViTConfig = m["encoder"]
         self.image_tokenizer = ImageTokenizer(encoder, m["image_tokenizer"], rngs=rngs)
         if "unet" in m:

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from unimm_jax import text_tokenizer as text_tokenizer_lib
 from unimm_jax.config import TASKS, Config, PackedDataConfig, ranged, unknown
 from unimm_jax.data import pipeline
 from unimm_jax.data.packing import build_row
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.language import LanguageConfig
 from unimm_jax.models.partitioning import constrain
 from unimm_jax.models.tokenizer import ImageTokenizerConfig
@@ -112,7 +112,7 @@ class LanguageModeling(Objective):
         v = self.vocabulary = data.vocabulary
         self.used = v.first_position + v.num_position_ids
 
-        def make(rngs: nnx.Rngs) -> UnifiedModel:
+        def make(rngs: Keys) -> UnifiedModel:
             return UnifiedModel(
                 m["encoder"] if config.data.images_per_row else None,
                 m["image_tokenizer"],

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.tokenizer.bidirectional import BidirectionalDecoder, BidirectionalEncoder
 from unimm_jax.models.tokenizer.feature_decoder import FeatureDecoder
 from unimm_jax.models.tokenizer.merger import Merger, compact
@@ -86,7 +87,7 @@ class ImageTokenizer(nnx.Module):
     feature_encoder: BidirectionalEncoder | None
     decoder: FeatureDecoder | BidirectionalDecoder
 
-    def __init__(self, encoder: ViTConfig, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, encoder: ViTConfig, config: ImageTokenizerConfig, *, rngs: Keys):
         c, width = config, encoder.width
         self.config, self.encoder_config = config, encoder
         self.encoder = ViT(encoder, rngs=rngs)

@@ -8,10 +8,11 @@ the decoder instead of two-dimensional RoPE, and no bias of keys, because it has
 import jax
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Block, LayerNorm, Linear, run_stack, stack
 
 
-def _blocks(width: int, heads: int, hidden: int, depth: int, rngs: nnx.Rngs) -> Block:
+def _blocks(width: int, heads: int, hidden: int, depth: int, rngs: Keys) -> Block:
     """A stack of `depth` blocks."""
     return stack(lambda r: Block(width, heads, hidden, rngs=r, biases="qv"), depth, rngs)
 
@@ -30,7 +31,7 @@ class BidirectionalEncoder(nnx.Module):
         hidden: int,
         depth: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         scan: bool = True,
         remat: str = "none",
     ):
@@ -58,7 +59,7 @@ class BidirectionalDecoder(nnx.Module):
         depth: int,
         num_patches: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         scan: bool = True,
         remat: str = "none",
     ):

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Attention, LayerNorm, Linear, Mlp, run_stack, stack
 
 
 class DecoderBlock(nnx.Module):
     """Self-attention of the queries, cross-attention to the code embeddings, feed-forward."""
 
-    def __init__(self, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, hidden: int, *, rngs: Keys):
         self.norm0, self.norm1, self.norm2 = (LayerNorm(width) for _ in range(3))
         self.attention = Attention(width, heads, rngs=rngs)
         self.cross = Attention(width, heads, rngs=rngs)
@@ -44,7 +45,7 @@ class FeatureDecoder(nnx.Module):
         depth: int,
         num_patches: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         sink: float = 0.0,
         scan: bool = True,
         remat: str = "none",

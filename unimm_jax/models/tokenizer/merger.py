@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.partitioning import constrain
 from unimm_jax.models.transformer import Attention, LayerNorm, Mlp, run_stack, stack
 
@@ -11,7 +12,7 @@ from unimm_jax.models.transformer import Attention, LayerNorm, Mlp, run_stack, s
 class MergerBlock(nnx.Module):
     """Causal self-attention of the kept tokens, cross-attention to the dropped ones, feed-forward."""
 
-    def __init__(self, width: int, heads: int, hidden: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, hidden: int, *, rngs: Keys):
         self.norm0, self.norm1, self.norm2 = (LayerNorm(width) for _ in range(3))
         self.causal = Attention(width, heads, rngs=rngs)
         self.cross = Attention(width, heads, rngs=rngs)
@@ -48,7 +49,7 @@ class Merger(nnx.Module):
         hidden: int,
         depth: int,
         *,
-        rngs: nnx.Rngs,
+        rngs: Keys,
         eps: float = 1e-6,
         sink: float = 0.0,
         scan: bool = True,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import Linear
 
 
@@ -37,7 +38,7 @@ class Quantizer(nnx.Module):
       kind: "ema" or "simvq".
     """
 
-    def __init__(self, width: int, codes: int, code_width: int, *, rngs: nnx.Rngs, kind: str = "ema"):
+    def __init__(self, width: int, codes: int, code_width: int, *, rngs: Keys, kind: str = "ema"):
         self.proj1 = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
         self.proj2 = Linear(width, code_width, axes=("embed", None), rngs=rngs)
         start = jax.random.normal(rngs.params(), (codes, code_width))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unimm_jax.models.keys import Keys
 from unimm_jax.models.transformer import LayerNorm, Linear
 
 KEEP = 0  # index of "keep" in the log-probabilities
@@ -18,7 +19,7 @@ class Selector(nnx.Module):
     Half of the hidden width is averaged over all patches, so that each prediction depends on the whole image.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, rngs: Keys):
         half = width // 2
         self.norm = LayerNorm(width, eps=1e-5)
         self.inner = Linear(width, width, axes=("embed", "mlp"), rngs=rngs)
