@@ -23,7 +23,7 @@ SUBJECTS = {
     "hubble_deep_field": "galaxies in deep space",
     "rocket": "a rocket on its launch pad",
 }
-CROPS, SIDE, PATCH, SHOWN_SIDE = 200, 128, 8, 176
+CROPS, SIDE, PATCH, SHOWN_SIDE = 200, 128, 16, 176
 
 
 def photograph(name: str) -> Image.Image:
@@ -57,7 +57,7 @@ def write_crops(folder: pathlib.Path) -> None:
 def train(stage: str, output: pathlib.Path, *settings: str) -> None:
     """Trains a stage as a user would."""
     shape = [f"--config.data.image_size={SIDE}", f"--config.model.encoder.image_size={SIDE}"]
-    shape += [f"--config.model.encoder.patch_size={PATCH}", "--config.train.batch_size=16"]
+    shape += [f"--config.model.encoder.patch_size={PATCH}", "--config.train.batch_size=32"]
     command = [sys.executable, "-m", "unimm_jax.main", f"--config={stage}:laptop", f"--workdir={output / stage}"]
     subprocess.run([*command, f"--config.data.sources={output / 'crops'}", *shape, *settings], check=True)
 
@@ -87,8 +87,8 @@ def main() -> None:
     output = parser.parse_args().output.resolve()
     process.prepare()
     write_crops(output / "crops")
-    train("encoder", output, "--config.train.steps=500")
-    train("selector", output, "--config.train.steps=400", "--config.loss.keep_rate=(1.0,0.6,0.6,0.35)")
+    train("encoder", output)
+    train("selector", output, "--config.loss.keep_rate=(1.0,0.7,0.7,0.5)")
     squares = [center_square(photograph(name)) for name in SUBJECTS]
     keep = kept(output / "selector", np.stack([np.asarray(s.resize((SIDE, SIDE))) for s in squares]))
     large = [np.asarray(square.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)) for square in squares]
