@@ -6,7 +6,7 @@ Published sizes train everything but the image tokenizer for 8,000 steps with ba
 rate 2e-6, the rest at 2e-5.
 
 Command: python -m unimm_jax.main --config=configs/stage3.py:laptop --workdir=runs/stage3
-At laptop: 687 s on two cores of an AMD EPYC of family 25; scores in docs/results.md.
+At laptop: 528 to 687 s on two cores of an AMD EPYC of family 25; scores in docs/results.md.
 At published sizes: planned for a TPU pod; not trained here.
 """
 

@@ -9,7 +9,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import against_commit, dynamic_tokens, generation, lm_step, stage2_step, timing, tokenizer_forward, vit
+from benchmarks import (
+    against_commit,
+    aids,
+    dynamic_tokens,
+    generation,
+    lm_step,
+    stage2_step,
+    timing,
+    tokenizer_forward,
+    vit,
+)
+from unimm_jax import resolve
 from unimm_jax.models.language import LanguageConfig
 from unimm_jax.models.tokenizer import ImageTokenizerConfig
 from unimm_jax.models.vit import ViTConfig
@@ -90,3 +101,14 @@ def test_another_commit_is_compared_by_title(capsys):
     assert against_commit.read(capsys.readouterr().out).keys() == {"a title"}
     old, new = {"x": [1.0, 3.0, 2.0], "gone": [1.0]}, {"x": [1.0, 1.0, 5.0]}
     assert against_commit.table(old, new)[2:] == ["| x | 2.0000 | 1.0000 | 0.500 |", "only in one tree: gone"]
+
+
+def test_all_aids_together_make_laptop():
+    for stage in ("selector", "tokenizer", "pixel_decoder"):
+        given = resolve.load(f"{stage}:laptop-lavit")
+        for name, value in aids.ARMS["all (laptop)"].items():
+            section, _, rest = name.partition(".")
+            if section == "model" or stage == "selector":
+                given[section].update_from_flattened_dict({rest: value})
+        found, wanted = (resolve.parse(c) for c in (given, resolve.load(f"{stage}:laptop")))
+        assert dataclasses.replace(found, name=wanted.name, size=wanted.size) == wanted
