@@ -19,7 +19,7 @@ SIZES = {
     "lavit-7b": dict(steps=30_000, batch_size=2048),
     "one_gpu": dict(steps=8000, batch_size=640),
     "laptop": dict(steps=700, batch_size=80),
-    "laptop-illume": dict(steps=700, batch_size=36),
+    "laptop-illume": dict(steps=2500, batch_size=36),
 }
 
 

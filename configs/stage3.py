@@ -16,7 +16,7 @@ SIZES = {
     "7b": dict(steps=8000, batch_size=1024),
     "one_gpu": dict(steps=8000, batch_size=320),
     "laptop": dict(steps=4200, batch_size=40),
-    "laptop-illume": dict(steps=5500, batch_size=28),
+    "laptop-illume": dict(steps=8000, batch_size=28),
 }
 
 
@@ -35,10 +35,11 @@ def get_config(size=None):
         # Answers that need a match (existence, color, shape) are learned late and suddenly: more questions first.
         c.data.tasks.update(question=0.8, text_to_image=0.15)
         c.data.tasks_end = c.data.tasks.to_dict() | dict(question=0.6, text_to_image=0.35)
+        c.data.tasks_epochs = 15 if common.scale(c.size) == "laptop" else 100
         if c.size == "laptop-illume":  # an image is 16 codes, which take longer to learn than the answers
             c.data.tasks.update(question=0.75, text_to_image=0.2)
             c.data.tasks_end.update(question=0.5, text_to_image=0.45)
-        c.data.tasks_epochs = 15 if common.scale(c.size) == "laptop" else 100
+            c.data.tasks_epochs = 22
         c.data.code_targets = 0.5  # at full weight the many codes outweigh the answers
     c.data.image_targets = 0.0  # fine-tuning masks image positions, as Video-LaVIT's does
     c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-5, "one_gpu": 1e-3, "laptop": 4e-3})
