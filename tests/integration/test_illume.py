@@ -57,6 +57,8 @@ def test_the_exported_model_gives_the_same_codes_and_images(stages, tmp_path):
     images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), 64) for i in range(4)])
     codes, keep = g.tokenize(images)
     found_keep, found_codes = model.tokenize(torch.tensor(images))
-    assert np.array_equal(found_keep, keep) and np.mean(found_codes.numpy() == codes) > 0.95  # the rest are ties
-    decoded = model.decode(torch.tensor(codes.astype(np.int64)), found_keep).numpy()
+    ours = torch.tensor(codes.astype(np.int64))
+    vectors = model.image_tokenizer.quantizer.vectors  # of two nearly equal ones, each library may take another
+    assert np.array_equal(found_keep, keep) and (vectors[found_codes] - vectors[ours]).abs().max() < 5e-3
+    decoded = model.decode(ours, found_keep).numpy()
     assert np.abs(decoded.astype(int) - g.decode(codes, keep)).max() <= 1
