@@ -1,10 +1,10 @@
-"""Draws which patches of photographs the selector keeps. It does not learn to select yet (docs/experiments.md).
+"""Draws which patches of photographs the selector keeps. What it learns is in docs/experiments.md.
 
 python -m benchmarks.photographs --output=runs/photographs
 
 The photographs are those of scikit-image that are in the public domain or CC0. An encoder and a selector are trained
-from scratch on random crops of them, with the stages and the settings of size laptop except for 16 × 16 patches and the
-target keep rate. The drawn images are the whole photographs (center squares); crops of them were in the training data.
+from scratch on random crops of them, with the stages and the settings of size laptop for own images, and 8 × 8 patches
+per image. The drawn images are the whole photographs (center squares); crops of them were in the training data.
 """
 
 import argparse
