@@ -5,41 +5,52 @@ python -m benchmarks.aids --output=runs/aids --seeds 0 1 2
 For each seed it trains an encoder. For each arm it then trains selector, tokenizer and pixel decoder at the size
 `laptop-lavit` with the settings of `ARMS`, and decodes 300 test scenes from their codes. It prints the median over the
 seeds of the share of the objects that are found again, and of the tokens per image (an image has 16 patches and 2.3
-objects). An interrupted run resumes. One arm takes about 4 minutes per seed on two cores of an AMD EPYC of family 25.
+objects). An interrupted run resumes.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 
-GRID = {"model.image_tokenizer.positions": "grid"}
-NO_LEAK = {"model.image_tokenizer.eps": 0.0}
-SINK = {"model.image_tokenizer.sink": 1.0, "model.image_tokenizer.decoder_sink": 1.0}
-KEEP_RATE = {
-    "loss.keep_rate_at": (0.0, 0.3, 0.5, 0.7),
-    "loss.keep_rate": (1.0, 0.35, 0.35, 0.15),
-    "loss.keep_rate_weight": 8.0,
-    "loss.binarization_weight": 8.0,
-    "loss.mask_gradient_clip": 0.01,
-}
-# settings of the stages that have them; settings of the loss are those of the selector
+from unimm_jax import resolve
+
+GRID = ("model.image_tokenizer.positions",)
+NO_LEAK = ("model.image_tokenizer.eps",)
+SINK = ("model.image_tokenizer.sink", "model.image_tokenizer.decoder_sink")
+KEEP_RATE = (
+    "loss.keep_rate_at",
+    "loss.keep_rate",
+    "loss.keep_rate_weight",
+    "loss.binarization_weight",
+    "loss.mask_gradient_clip",
+)
+# settings that an arm takes from `laptop`; those of the loss are the selector's
 ARMS = {
-    "laptop-lavit": {},
+    "laptop-lavit": (),
     "a position before each code": GRID,
     "eps 0": NO_LEAK,
     "attention sinks": SINK,
     "schedule of the keep rate": KEEP_RATE,
-    "all (laptop)": GRID | NO_LEAK | SINK | KEEP_RATE,
+    "all (laptop)": GRID + NO_LEAK + SINK + KEEP_RATE,
 }
 SCENES = 300
 
 
-def train_arm(folder: pathlib.Path, encoder: pathlib.Path, seed: int, settings: dict[str, object]) -> None:
+def overrides(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The values at `laptop` of those settings that a stage has of an arm's."""
+    laptop = resolve.load(f"{stage}:laptop").to_dict()
+    used = [name.split(".") for name in names if name.startswith("model.") or stage == "selector"]
+    return {".".join(path): functools.reduce(dict.__getitem__, path, laptop) for path in used}
+
+
+def train_arm(folder: pathlib.Path, encoder: pathlib.Path, seed: int, names: tuple[str, ...]) -> None:
     """Trains selector, tokenizer and pixel decoder in a folder, from a trained encoder."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "encoder").exists():
@@ -50,8 +61,7 @@ def train_arm(folder: pathlib.Path, encoder: pathlib.Path, seed: int, settings: 
         if stage == "records":
             run("pretokenize", f"--image_tokenizer={folder / 'tokenizer'}", f"--output={folder / 'records'}")
             continue
-        used = {k: v for k, v in settings.items() if k.startswith("model.") or stage == "selector"}
-        train(stage, folder / stage, seed, *[f"--config.{k}={v}" for k, v in used.items()])
+        train(stage, folder / stage, seed, *[f"--config.{k}={v}" for k, v in overrides(stage, names).items()])
 
 
 def train(stage: str, workdir: pathlib.Path, seed: int, *settings: str) -> None:

@@ -21,8 +21,7 @@ def main(runs: list[str]) -> None:
         for key in found[0][section]:
             row(f"{section} {key}".replace("_", " "), [scores[section][key] for scores in found])
     for key in ("reconstruction", "reconstruction_random_selection", "tokens_per_image", "tokens_follow_objects"):
-        if key in found[0]:
-            row(key.replace("_", " "), [scores[key] for scores in found])
+        row(key.replace("_", " "), [scores[key] for scores in found])
     files = [pathlib.Path(run) / "selector" / "metrics.jsonl" for run in runs]
     if not files[0].exists():  # ILLUME's tokenizer has no selector
         return

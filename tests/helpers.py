@@ -138,8 +138,7 @@ def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedPro
 
 def xla_flags(devices: int) -> str:
     """XLA_FLAGS for a process with so many fake CPU devices that compiles fast."""
-    fast = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
-    return f"--xla_force_host_platform_device_count={devices} {fast}"
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # conftest.py sets the rest
 
 
 def free_port() -> int:

@@ -106,9 +106,8 @@ def test_another_commit_is_compared_by_title(capsys):
 def test_all_aids_together_make_laptop():
     for stage in ("selector", "tokenizer", "pixel_decoder"):
         given = resolve.load(f"{stage}:laptop-lavit")
-        for name, value in aids.ARMS["all (laptop)"].items():
+        for name, value in aids.overrides(stage, aids.ARMS["all (laptop)"]).items():
             section, _, rest = name.partition(".")
-            if section == "model" or stage == "selector":
-                given[section].update_from_flattened_dict({rest: value})
+            given[section].update_from_flattened_dict({rest: value})
         found, wanted = (resolve.parse(c) for c in (given, resolve.load(f"{stage}:laptop")))
         assert dataclasses.replace(found, name=wanted.name, size=wanted.size) == wanted

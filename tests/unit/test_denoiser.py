@@ -94,7 +94,7 @@ def test_denoising_in_latent_space(run, kind):
     assert jnp.isfinite(value)
     moved = {part: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads[part])) for part in grads}
     assert set(moved) == {"unet", "conditioner"} and all(v > 0 for v in moved.values()), moved
-    for size in (None, (32, 48)):
+    for size in (None, (32, 48), (64, 16)):
         drawn = objective.decode(params, batch["codes"], batch["keep"], jax.random.key(0), size=size)
         assert drawn.shape == (8, *(size or (32, 32)), 3) and drawn.dtype == jnp.uint8
 
