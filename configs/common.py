@@ -48,7 +48,7 @@ IMAGE_TOKENIZER: dict[str, dict[str, Any]] = {
     ),
     "laptop-lavit": dict(heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128, scan=False),
     "laptop-illume": dict(
-        architecture="bidirectional", heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=128,
+        architecture="bidirectional", heads=4, mlp_width=256, merger_depth=1, decoder_depth=2, codes=64,
         selection="all", scan=False,
     ),
 }  # fmt: skip

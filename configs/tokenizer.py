@@ -36,4 +36,6 @@ def get_config(size=None):
         c.loss.commitment = 0.25
         c.loss.ema_decay = 0.97
         c.loss.restart_below = 0.05
+        if size == "laptop-illume":  # most of its tokens are background; objects need codes of their own
+            c.loss.restart_by = "distance"
     return c

@@ -10,7 +10,7 @@ from helpers import arguments, command, tiny, with_records
 from PIL import Image
 
 from unimm_jax import objectives, text_tokenizer
-from unimm_jax.data import inspection
+from unimm_jax.data import inspection, survey
 from unimm_jax.data.outlines import Message, Question, Record
 from unimm_jax.data.packing import PackingConfig, SourceShare
 from unimm_jax.data.pipeline import Input, layout_of
@@ -61,15 +61,15 @@ def test_the_page_counts_what_the_plan_packs(stage3):
 
 def test_targets_are_the_shares_of_the_tasks_that_apply(stage3):
     _, data = stage3
-    found = inspection.target_shares(data.rows.plan)
+    found = survey.target_shares(data.rows.plan)
     assert found["question"] == pytest.approx(0.8) and found["caption"] == pytest.approx(0.05)
     assert found["edit"] == 0 and sum(found.values()) == pytest.approx(1)
 
 
 def test_documents_show_the_loss(stage3):
     config, data = stage3
-    found = inspection.survey(data.rows.plan)
-    shown = inspection.chosen(found, 5)
+    found = survey.survey(data.rows.plan)
+    shown = survey.chosen(found, 5)
     assert [example.task for example in shown] == ["caption", "question", "text_to_image", "caption", "question"]
     caption, question, image = (inspection.document(found, example) for example in shown[:3])
     item = data.records[shown[0].record]
@@ -82,7 +82,7 @@ def test_documents_show_the_loss(stage3):
 
 
 def test_examples_that_do_not_fit_are_named(run, stage3):
-    limit = max(tokens for tokens, _ in inspection.survey(stage3[1].rows.plan).sizes.values()) - 1
+    limit = max(tokens for tokens, _ in survey.survey(stage3[1].rows.plan).sizes.values()) - 1
     config, data = opened("stage3", run, data__seq_len=limit)
     page = inspection.build(config, data, documents=2, rows=1)
     reason = f"longer than {limit} tokens"
@@ -109,12 +109,12 @@ def test_texts_are_escaped(run, tmp_path):
     config = with_records("stage3", run)
     packing = PackingConfig(1, 64, 2, 4, (("caption", 0.5), ("question", 0.5)))
     plan = Plan(records, packing, layout_of(records.header, tokenizer, config), 0)
-    found = inspection.survey(plan)
+    found = survey.survey(plan)
     parts = [*inspection.summary(config, Input(None), found), *inspection.document_list(found, 9)]
     page = "".join([*parts, *inspection.row_list(found, 9), *inspection.dropped_list(found)])
     assert not re.search(r"<(script|i|u)>", page) and "<b>." not in page and "a&lt;b&gt;.png" in page
     assert cells(page, "no task of config.data.tasks applies") and "skipped 1 of 3 records" in page
-    assert inspection.without_task(plan, 5) == [1]
+    assert survey.without_task(plan, 5) == [1]
 
 
 def test_a_mixture_of_other_tasks(tmp_path):
@@ -137,9 +137,9 @@ def test_a_mixture_of_other_tasks(tmp_path):
     sources = (SourceShare(0, 1.0), SourceShare(1, 3.0, (("edit", 1.0), ("interleaved", 0.5))))
     packing = PackingConfig(5, 200, 4, 2, shares, tasks=TaskSettings(template="chatml"), sources=sources)
     plan = Plan(records, packing, layout, 0)
-    found = inspection.target_shares(plan)
+    found = survey.target_shares(plan)
     assert found == pytest.approx({"conversation": 0.25, "edit": 0.375, "interleaved": 0.375})
-    first = inspection.survey(plan)
+    first = survey.survey(plan)
     page = "".join([*inspection.document_list(first, 9), *inspection.source_table(first)])
     assert {example.task for example in first.packed} == set(found)
     assert "&lt;|im_start|&gt;user" in page and "2 codes, 1 more are cut" in page and "read: 2 of 4 patches" in page

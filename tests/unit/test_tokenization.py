@@ -139,6 +139,21 @@ def test_codebook_usage_shows_collapse_without_restarts():
     assert (params["quantizer"]["count"] > 0).all()
 
 
+@pytest.mark.parametrize("restart_by", ["uniform", "distance"])
+def test_restarts_by_distance_leave_out_what_the_codes_already_represent(restart_by):
+    objective = opened("tokenizer", loss__restart_below=1e9, loss__restart_by=restart_by)  # every code is restarted
+    model = objective.module(objective.init(jax.random.key(0)))
+    book = model.quantizer.codebook[...]
+    far = l2_normalize(jax.random.normal(jax.random.key(1), (4, book.shape[-1])))
+    z = jnp.concatenate([book[jnp.zeros(60, int)], far])  # 60 vectors that equal code 0, and 4 others
+    ids = model.quantizer.lookup(z)
+    updates, _ = objective._update_codebook(model, z, ids, jnp.ones(len(z)), jax.random.key(2))
+    gaps = jnp.linalg.norm(updates["quantizer/codebook"][:, None] - z[None], axis=-1)
+    assert jnp.allclose(gaps.min(-1), 0, atol=1e-3)
+    chosen = np.asarray(gaps.argmin(-1))
+    assert (chosen >= 60).all() if restart_by == "distance" else (chosen < 60).mean() > 0.5
+
+
 def test_collapse_is_one_line_with_cause_and_remedy():
     settings = ImageTokenizerConfig()
     healthy = dict(perplexity=6000.0, codebook_usage=0.9)

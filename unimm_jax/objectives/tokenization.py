@@ -48,6 +48,8 @@ class TokenizationLossConfig:
       commitment: weight of the commitment loss (1 in BEiT-2, 0.25 in SimVQ).
       ema_decay: EMA decay of the codebook and of the counts of its codes.
       restart_below: EMA count below which a code is replaced by a vector of the batch; 0 is never (BEiT-2).
+      restart_by: "uniform" draws these vectors with equal probabilities; "distance" with probabilities proportional to
+        the fourth power of the distance from their code, so that frequent, well represented vectors get few codes.
       kmeans_samples: vectors per code for the k-means initialization of the codebook.
     """
 
@@ -62,6 +64,7 @@ class TokenizationLossConfig:
     commitment: float = ranged(1.0, low=0)
     ema_decay: float = ranged(0.99, low=0, high=1)
     restart_below: float = ranged(0.0, low=0)
+    restart_by: str = one_of("uniform", "uniform", "distance")
     kmeans_samples: int = ranged(8, low=1)
 
 
@@ -218,6 +221,8 @@ class Tokenization(Objective):
             return {"quantizer/count": count * c.ema_decay + hits * (1 - c.ema_decay)}, hits
         book, count, hits = ema_update(book, count, z_MC, ids_M, weight_M, c.ema_decay)
         if c.restart_below:
+            if c.restart_by == "distance":
+                weight_M = weight_M * ((z_MC - model.quantizer.rows(ids_M)) ** 2).sum(-1) ** 2
             book, count = restart_dead(book, count, z_MC, weight_M, c.restart_below, key)
         return {"quantizer/codebook": book, "quantizer/count": count}, hits
 
