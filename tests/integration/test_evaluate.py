@@ -20,7 +20,9 @@ STAGES = ("encoder", "selector", "tokenizer", "records", "pixel_decoder", "text"
 TOP_LEVEL = {
     "text_to_image", "text_to_image_strict", "questions", "caption", "reconstruction", "reconstruction_by_decoder",
     "reconstruction_random_selection", "decoder", "tokens_per_image", "tokens_follow_objects", "sampling",
-    "prompts_per_task", "questions_per_kind", "jitter", "evaluation_seconds",
+    "prompts_per_task", "questions_per_kind", "jitter", "evaluation_seconds", "edit_single", "edit_single_by_kind",
+    "edit_single_copied", "edit_single_without_source", "edit_two_turns", "edit_two_turns_copied",
+    "edit_two_turns_without_source", "edit_first_of_two", "edit_sampling",
 }  # fmt: skip
 
 
@@ -30,8 +32,8 @@ def evaluated(run, tmp_path_factory):
     root = link(run, tmp_path_factory.mktemp("evaluated"), *STAGES)
     shutil.copytree(run / "stage3", root / "stage3")  # its companions are those beside it
     done = command(
-        "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation", "--evals=scenes,captions,loss",
-        "--prompts=2", "--questions=2", "--images=5", "--batches=1",
+        "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation", "--evals=scenes,edits,captions,loss",
+        "--prompts=2", "--questions=2", "--images=5", "--edits=5", "--chains=2", "--batches=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return root, done.stdout
@@ -54,8 +56,20 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
             assert all(Image.open(place / row["file"]).size == (128, 128) for row in rows)
         assert Image.open(place / "kept.png").width > 128
         assert (place / "reconstruction_pixel_decoder.png").exists()
+    edits = json.loads((folder / "edits" / "examples.json").read_text())["edits"]
+    assert [len(row["instructions"]) for row in edits] == [1] * 5 + [2] * 2
+    assert all(len(row["right"]) == len(row["kinds"]) == len(row["instructions"]) for row in edits)
+    assert all(Image.open(folder / "edits" / row["file"]).height == 132 for row in edits)
+    assert scores["edit_single_copied"] == 0 and 0 <= scores["edit_single"] <= 1
     assert json.loads((folder / "done.json").read_text())["seconds"] == scores["evaluation_seconds"]
-    for text in ("text to image", "pixel decoder", "own images", "of 5 held-out images", "held-out loss"):
+    for text in (
+        "text to image",
+        "pixel decoder",
+        "own images",
+        "of 5 held-out images",
+        "held-out loss",
+        "two edits, source copied",
+    ):
         assert text in output
 
 
@@ -66,6 +80,7 @@ def test_the_report_builds_without_a_unet(evaluated):
     assert "of 5 held-out images" in done.stdout and f"report: {root}/report.html" in done.stdout
     page = (root / "report.html").read_text()
     assert "U-Net" not in page and "pixel decoder" in page and "5 held-out images" in page
+    assert "<h2>Edits</h2>" in page and page.count("<figure>") > 30 and "two edits, source not read" in page
     assert "held-out " in page and page.count("<svg") >= 8
     assert page.count("<img") == page.count('src="data:image/png;base64,') > 20
     assert not re.search(r"(src|href)=\"(?!data:)", page)

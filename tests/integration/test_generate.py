@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from unimm_jax import vocabulary as vocab
-from unimm_jax.data import tasks
+from unimm_jax.data import scenes, tasks
+from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
+from unimm_jax.inference import sampling
 from unimm_jax.inference.generator import Generator, Prompt
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
@@ -155,3 +157,61 @@ def test_a_long_prompt_gives_what_a_short_padding_does(generator):
     first = generator.generate_image_tokens([short], Sampling(temperature=0))
     both = generator.generate_image_tokens([short, long], Sampling(temperature=0))
     assert (first[0] == both[0]).all()
+
+
+def test_guidance_is_away_from_the_given_prompts(generator):
+    """With the prompt itself as the one without condition, guidance changes nothing; with [IMG] alone, it does."""
+    prompts = [Prompt(tasks.text_to_image_prompt(text)) for text in ("a red circle", "two crosses", "a square")]
+    plain = generator.continue_with_image(prompts, Sampling(), 5)
+    guided = Sampling(guidance=3.0)
+    assert np.array_equal(generator.continue_with_image(prompts, guided, 5, prompts), plain)
+    alone = generator.continue_with_image(prompts, guided, 5)
+    assert np.array_equal(alone, generator.continue_with_image(prompts, guided, 5, [Prompt(())] * 3))
+    assert not np.array_equal(alone, plain)
+
+
+def test_edits_read_the_results_before_them(generator, monkeypatch):
+    images = np.stack([scenes.render(scenes.draw_scene(0, "test", i)) for i in range(3)])
+    instructions = [["make the circle red", "remove the square"], ["add a cross", "paint it blue"], ["a", "b"]]
+    asked = []
+    rendered = generator._rendered
+    monkeypatch.setattr(generator, "_rendered", lambda prompts: asked.append(list(prompts)) or rendered(prompts))
+    first, second = generator.edit_images(images, instructions, Sampling(guidance=1.5), seed=2)
+    assert first.shape == second.shape == images.shape and first.dtype == np.uint8
+    one, two = asked
+    assert len(one) == len(two) == 6  # with and without condition
+    for i in range(3):
+        assert np.array_equal(one[i].images, images[i : i + 1]) and np.array_equal(one[3 + i].images, images[i : i + 1])
+        assert np.array_equal(two[i].images, np.stack([images[i], first[i]]))
+        assert np.array_equal(two[3 + i].images[0], first[i])
+        texts = [segment.text for segment in two[i].document if isinstance(segment, Text)]
+        assert texts == instructions[i]
+        assert [segment.text for segment in two[3 + i].document if isinstance(segment, Text)] == ["reconstruct"]
+    codes, keep = generator.tokenize(first)
+    kept = generator.layout.vocabulary.write_image(np.flatnonzero(keep[0]), codes[0][keep[0]]).tolist()
+    tokens = rendered(two[:1])[0][0].tolist()
+    assert any(tokens[i : i + len(kept)] == kept for i in range(len(tokens)))  # the result's codes are in the prompt
+    alone = generator.edit_images(images[:1], instructions[:1], Sampling(guidance=1.5), seed=2)
+    assert np.array_equal(alone[1][0], second[0])
+
+
+def test_text_that_ended_is_filled_and_the_loop_stops_when_all_ended(generator, monkeypatch):
+    steps = []
+    sample = sampling.sample_token
+
+    def counted(logits, keys, settings):
+        jax.debug.callback(lambda: steps.append(1))
+        return sample(logits, keys, settings)
+
+    monkeypatch.setattr(sampling, "sample_token", counted)
+    fresh = Generator(generator.model, batch=4, answer_length=37)  # a program of its own, traced with `counted`
+    image = scenes.render(scenes.draw_scene(0, "test", 0))[None]
+    asked = [
+        Prompt(tasks.question_prompt(text, fresh.task_settings), image) for text in ("is there a cross?", "how many?")
+    ]
+    ids = fresh._continue(asked, False, Sampling(temperature=0), 0, 2)
+    jax.effects_barrier()
+    eos = fresh.text_tokenizer.eos
+    ends = [row.index(eos) if eos in row else len(row) for row in ids.tolist()]
+    assert all(set(row[end:]) <= {eos} for row, end in zip(ids.tolist(), ends, strict=True))
+    assert len(steps) == min(max(ends) + 1, 37)

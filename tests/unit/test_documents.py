@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from unimm_jax import text_tokenizer
 from unimm_jax.data import tasks
-from unimm_jax.data.documents import IGNORED, Layout, input_images, length, render
+from unimm_jax.data.documents import IGNORED, ImageStart, Layout, input_images, length, render
 from unimm_jax.data.outlines import Message, Question, Record, flatten, outline
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import InvalidRecordError
@@ -187,6 +187,25 @@ def test_a_prompt_is_its_conversation_up_to_the_answer():
         assert render(whole, texts, keep, codes, layout).ids[: len(start)].tolist() == start.tolist()
     caption, _ = document(record, "caption")
     assert [s.image for s in tasks.caption_prompt()] == [caption[0].image]
+
+
+@pytest.mark.parametrize("template", tasks.TEMPLATES)
+def test_a_prompt_of_edits_is_their_conversation_up_to_the_image(template):
+    edit = Record("k", [PIXELS] * 2, instruction="make it red")
+    turns = [Message("user", (0, "q")), Message("assistant", (1,)), Message("user", ("r",)), Message("assistant", (2,))]
+    layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES)
+    for record, task, asked in (
+        (edit, "edit", ["make it red"]),
+        (Record("k", [PIXELS] * 3, messages=turns), "conversation", ["q", "r"]),
+    ):
+        whole, texts = document(record, task, template=template, prompt_dropout=0.0)
+        keep, codes = contents(record, 0)
+        prompt = (*tasks.edit_prompt(asked, TaskSettings(template=template)), ImageStart())
+        start = render(prompt, (), keep, codes, layout)
+        found = render(whole, texts, keep, codes, layout)
+        n = len(start.ids)
+        assert found.ids[:n].tolist() == start.ids.tolist() and found.feature[:n].tolist() == start.feature.tolist()
+        assert found.weights[n:].any() and found.ids[n] >= TOKENIZER.num_rows  # what follows is the image
 
 
 def test_edits_and_their_dropped_form():

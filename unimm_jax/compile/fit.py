@@ -204,7 +204,8 @@ def compile_generation(
     shapes = [((PROMPT_LENGTH,), dtype) for dtype in (np.int32, bool, np.int32)] + [((0,), np.uint8), ((0,), bool)]
     arguments = [
         stage.state["params"],
-        *(jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place) for shape, dtype in shapes),
+        # with guidance, as many prompts without condition follow
+        *(jax.ShapeDtypeStruct((2 * batch, *shape), dtype, sharding=place) for shape, dtype in shapes),
         jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place),
     ]
     run = jax.jit(decoding, static_argnames=("drawing", "sampling"))

@@ -219,7 +219,7 @@ def relation_phrase(relation: str) -> str:
     return f"{relation} of" if relation in ("left", "right") else relation
 
 
-def _noun(count: int, shape: str, colour: str | None) -> str:
+def noun(count: int, shape: str, colour: str | None) -> str:
     """A noun phrase: "a" (or "an") or the number, the colour if given, and the shape."""
     words = [colour] if colour else []
     if count > 1:
@@ -242,7 +242,7 @@ def _grouped(objects: tuple[SceneObject, ...], with_colour: bool) -> str:
     for item in sorted(objects, key=_reading_order):
         look = (item.shape, item.colour if with_colour else None)
         counts[look] = counts.get(look, 0) + 1
-    return _join([_noun(n, s, c) for (s, c), n in counts.items()])
+    return _join([noun(n, s, c) for (s, c), n in counts.items()])
 
 
 def captions(scene: Scene) -> list[str]:
@@ -254,17 +254,17 @@ def captions(scene: Scene) -> list[str]:
     if scene.kind == "two":
         a, b = sorted(scene.objects, key=_reading_order)
         for relation in relations(a, b)[:1]:
-            phrases = (_noun(1, a.shape, a.colour), relation_phrase(relation), _noun(1, b.shape, b.colour))
+            phrases = (noun(1, a.shape, a.colour), relation_phrase(relation), noun(1, b.shape, b.colour))
             found.insert(0, " ".join(phrases))
         for first, second in ((a, b), (b, a)):
-            found.append(_join([_noun(1, first.shape, first.colour), _noun(1, second.shape, second.colour)]))
+            found.append(_join([noun(1, first.shape, first.colour), noun(1, second.shape, second.colour)]))
             for relation in relations(first, second):
                 phrase = relation_phrase(relation)
-                found.append(f"{_noun(1, first.shape, first.colour)} {phrase} {_noun(1, second.shape, second.colour)}")
+                found.append(f"{noun(1, first.shape, first.colour)} {phrase} {noun(1, second.shape, second.colour)}")
                 if first.shape != second.shape:
-                    found.append(f"{_noun(1, first.shape, None)} {phrase} {_noun(1, second.shape, None)}")
+                    found.append(f"{noun(1, first.shape, None)} {phrase} {noun(1, second.shape, None)}")
             if first.shape != second.shape:
-                found.append(_join([_noun(1, first.shape, None), _noun(1, second.shape, None)]))
+                found.append(_join([noun(1, first.shape, None), noun(1, second.shape, None)]))
     return list(dict.fromkeys(found))
 
 
@@ -318,7 +318,7 @@ def _existence(rng: np.random.Generator, looks: list, positive: bool) -> tuple[s
     else:
         missing = [s for s in SHAPES if s not in shapes]
         shape, colour = missing[rng.integers(len(missing))], ""
-    text = _noun(1, shape, colour if with_colour else None)
+    text = noun(1, shape, colour if with_colour else None)
     return f"is there {text}?", "yes" if positive else "no", "existence"
 
 
@@ -334,18 +334,18 @@ def draw_prompt(task: str, seed: int, index: int) -> Prompt:
     first, second = (SHAPES[i] for i in rng.choice(4, size=2, replace=False))
     colour, other = (list(COLOURS)[i] for i in rng.choice(8, size=2, replace=False))
     if task == "single_object":
-        return Prompt(task, _noun(1, first, None), ((first, None),))
+        return Prompt(task, noun(1, first, None), ((first, None),))
     if task == "two_objects":
-        text = _join([_noun(1, first, None), _noun(1, second, None)])
+        text = _join([noun(1, first, None), noun(1, second, None)])
         return Prompt(task, text, ((first, None), (second, None)))
     if task == "counting":
         count = int(rng.integers(2, 5))
-        return Prompt(task, _noun(count, first, None), ((first, None),) * count)
+        return Prompt(task, noun(count, first, None), ((first, None),) * count)
     if task == "colours":
-        return Prompt(task, _noun(1, first, colour), ((first, colour),))
+        return Prompt(task, noun(1, first, colour), ((first, colour),))
     if task == "position":
         relation = RELATIONS[rng.integers(4)]
-        text = f"{_noun(1, first, None)} {relation_phrase(relation)} {_noun(1, second, None)}"
+        text = f"{noun(1, first, None)} {relation_phrase(relation)} {noun(1, second, None)}"
         return Prompt(task, text, ((first, None), (second, None)), relation)
-    text = _join([_noun(1, first, colour), _noun(1, second, other)])
+    text = _join([noun(1, first, colour), noun(1, second, other)])
     return Prompt(task, text, ((first, colour), (second, other)))

@@ -292,6 +292,14 @@ def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> D
     return converse([Spoken("user", parts)], settings)
 
 
+def edit_prompt(instructions: Sequence[str], settings: TaskSettings) -> Document:
+    """The turns of edits up to the last instruction: image 0 is the source, image i the result of the i-th edit."""
+    turns = [Spoken("user", (Part(True, 0), instructions[0]))]
+    for image, instruction in enumerate(instructions[1:], 1):
+        turns += [Spoken("assistant", (Part(True, image),)), Spoken("user", (instruction,))]
+    return converse(turns, settings)
+
+
 TEXT = Task(lambda o: bool(_any_text(o)) or o.text is not None, _text)
 CAPTION = Task(lambda o: bool(o.captions), _caption)
 RECONSTRUCT = Task(lambda o: o.images > 0, _reconstruct)

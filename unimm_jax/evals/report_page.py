@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unimm_jax.errors import DataError
-from unimm_jax.evals.score_table import DECODER_NAMES, SPLIT_NAMES, answer_scores, answers_of
+from unimm_jax.evals.score_table import DECODER_NAMES, SPLIT_NAMES, answer_scores, answers_of, edit_scores
 from unimm_jax.metrics import read
 
 STAGES = (
@@ -29,6 +29,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.
 td.n,th.n{text-align:right}tr.head th{padding-top:.7rem}
 .images{display:flex;flex-wrap:wrap;gap:8px}figure{margin:0;width:128px;font-size:12px;line-height:1.35}
 figure img{display:block;width:128px;margin-bottom:3px;outline:1px solid #ccd4dd;outline-offset:-1px}
+.strips figure{width:auto;max-width:100%}.strips figure img{width:auto;height:104px;max-width:100%}
 .wide img{max-width:100%;image-rendering:pixelated}.ok{color:#0a7d36}.no{color:#b3261e}
 pre{background:#f4f6f8;padding:.8rem;overflow:auto;font-size:13px}small,.note{color:#5b6675}
 .curves{display:flex;flex-wrap:wrap;gap:10px}svg{background:#f9fafb;border:1px solid #dde3ea}
@@ -58,6 +59,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
+    parts += evaluation_images(folder / "edits")
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
     for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
@@ -104,6 +106,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
             f"{free['questions']['overall']:.3f}, captions {free['caption']['content_words']:.3f}"
             + (f", reconstruction {free['reconstruction']:.3f}.</p>" if "reconstruction" in free else ".</p>")
         )
+    if "edit_single" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in edit_scores(scores))
+        parts.append(f"<table>{head('edits', 'correct')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -186,6 +191,10 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
             parts.append(f'<div class="wide">{image(file)}</div>')
     if examples.get("samples"):
         parts += ["<h2>Text to image</h2>", *sample_figures(folder, examples["samples"])]
+    if examples.get("edits"):
+        parts.append("<h2>Edits</h2>")
+        parts.append('<p class="note">The source, the result of each instruction, and the right result.</p>')
+        parts.append(f'<div class="strips">{figures([edit_figure(folder, item) for item in examples["edits"]])}</div>')
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -217,6 +226,13 @@ def sample_figures(folder: pathlib.Path, samples: list[dict[str, Any]]) -> list[
             found.append(f"<figure>{image(folder / item['file'])}{mark}{html.escape(item['prompt'])}</figure>")
         parts += [f"<h3>{task.replace('_', ' ')}</h3>", figures(found)]
     return parts
+
+
+def edit_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """The images of a chain of edits with its instructions."""
+    marks = [f'<span class="{css(ok)}">{"✓" if ok else "✗"}</span>' for ok in item["right"]]
+    lines = [f"{mark} {html.escape(text)}" for mark, text in zip(marks, item["instructions"], strict=True)]
+    return f"<figure>{image(folder / item['file'])}{'<br>'.join(lines)}</figure>"
 
 
 def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from unimm_jax.errors import ConfigError
 from unimm_jax.evals.base import Context, Result
 from unimm_jax.inference.loading import Model, load_model
 
-# where the scores of an evaluator are, if it is not the only one; others are under their name
-SECTIONS = {"captions": "own_images", "loss": "held_out"}
+# where the scores of an evaluator are, if it is not the only one; "" is the top level, others are under their name
+SECTIONS = {"scenes": "", "edits": "", "captions": "own_images", "loss": "held_out"}
 
 
 def evaluate(
@@ -24,8 +24,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a language stage and returns the content of `scores.json`.
 
-    Scores of a single evaluator are at the top level. Of several, those of the scenes are, and every other evaluator
-    has a section and a subdirectory of its own.
+    Scores of a single evaluator are at the top level. Of several, those of scenes and edits are, and every other
+    evaluator has a section. Every evaluator but the first of these has a subdirectory of its own.
 
     Args:
       checkpoint: workdir or step directory. output: directory for everything that is written.
@@ -50,13 +50,10 @@ def evaluate(
         evaluator = evals.get(name)(evals.options_of(entries[name]))
         with jax.set_mesh(model.mesh):
             result = evaluator.run(context)
-        if name == "scenes" or len(names) == 1:
-            write(result, folder)
-            scores = result.scores | result.settings | scores
-        else:
-            section = SECTIONS.get(name, name)
-            write(result, folder / section)
-            scores[section] = result.scores | result.settings
+        section = SECTIONS.get(name, name) if len(names) > 1 else ""
+        write(result, folder / section if name != "edits" or len(names) == 1 else folder / name)
+        found = result.scores | result.settings
+        scores = found | scores if not section else scores | {section: found}
     scores["evaluation_seconds"] = round(time.perf_counter() - began, 1)
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))
     (folder / "done.json").write_text(json.dumps({"seconds": scores["evaluation_seconds"]}))

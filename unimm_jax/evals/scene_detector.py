@@ -2,17 +2,19 @@
 
 Rules: `judge` is GenEval's (superfluous objects are punished in counting only); strict also wants nothing more.
 Questions are exact matches, captions a multiset overlap of content words, reconstruction the share of objects found
-again with the same shape, color and position.
+again with the same shape, color and position. An edit is right if its image shows the target scene and nothing else.
 """
 
 import collections
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 from skimage.measure import label, regionprops
 
 from unimm_jax.data import scenes
+from unimm_jax.data.scene_edits import SceneEdit
 
 _GREYS = tuple((g, g, g) for g in (150, 170, 190, 210, 230, 250))
 _PALETTE = np.array([*_GREYS, *scenes.COLOURS.values()], np.float32)
@@ -107,13 +109,26 @@ def _is_same(item: scenes.SceneObject, found: Detection) -> bool:
 
 def objects_right(scene: scenes.Scene, found: list[Detection]) -> int:
     """How many objects of a scene are found again: same shape and color, center within 1/16 of the side."""
-    left, right = list(found), 0
-    for item in scene.objects:
+    return len(found) - len(_without(scene.objects, found))
+
+
+def _without(objects: Iterable[scenes.SceneObject], found: list[Detection]) -> list[Detection]:
+    """The detections that are none of the objects."""
+    left = list(found)
+    for item in objects:
         hit = next((d for d in left if _is_same(item, d)), None)
         if hit:
             left.remove(hit)
-            right += 1
-    return right
+    return left
+
+
+def edit_right(edit: SceneEdit, found: list[Detection]) -> bool:
+    """Whether an image shows every object of the edit's target, and nothing else."""
+    objects = edit.target.objects
+    placed = [item for i, item in enumerate(objects) if i not in edit.free]
+    left = _without(placed, found)
+    rest = collections.Counter((objects[i].shape, objects[i].colour) for i in edit.free)
+    return len(found) - len(left) == len(placed) and collections.Counter((d.shape, d.colour) for d in left) == rest
 
 
 def content_words(text: str) -> collections.Counter:

@@ -3,6 +3,7 @@
 from typing import Any
 
 SPLIT_NAMES = {"test": "held-out images", "train": "training images", "all": "all images"}
+EDIT_REFERENCES = {"copied": "source copied", "without_source": "source not read"}
 DECODER_NAMES = {
     "pixel_decoder": "pixel decoder",
     "unet_decoder": "U-Net decoder",
@@ -17,6 +18,9 @@ def table(scores: dict[str, Any]) -> str:
         rows += _scenes(scores)
     elif "images" in scores:
         rows += _captions(scores)
+    if "edit_single" in scores:
+        rows.append(f"{'edits':34s} {'right':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in edit_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -25,6 +29,15 @@ def table(scores: dict[str, Any]) -> str:
     if "loss" in held_out:
         rows.append(f"{'held-out loss':34s} {held_out['loss']:7.3f}")
     return "\n".join(rows)
+
+
+def edit_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `edits`."""
+    found = [(kind, value) for kind, value in scores["edit_single_by_kind"].items() if kind != "overall"]
+    found.append(("one edit", scores["edit_single"]))
+    found += [(f"one edit, {name}", scores[f"edit_single_{key}"]) for key, name in EDIT_REFERENCES.items()]
+    found += [("first of two edits", scores["edit_first_of_two"]), ("two edits", scores["edit_two_turns"])]
+    return found + [(f"two edits, {name}", scores[f"edit_two_turns_{key}"]) for key, name in EDIT_REFERENCES.items()]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

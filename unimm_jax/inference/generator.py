@@ -10,6 +10,7 @@ import numpy as np
 
 from unimm_jax.data import pipeline, tasks
 from unimm_jax.data.documents import Document, ImageStart, input_images, render
+from unimm_jax.data.transforms import to_pixels
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Decoding, Sampling
@@ -91,10 +92,21 @@ class Generator:
         found = [Prompt(tasks.text_to_image_prompt(prompt)) for prompt in prompts]
         return self.continue_with_image(found, sampling, seed)
 
-    def continue_with_image(self, prompts: Sequence[Prompt], sampling: Sampling = SAMPLED, seed: int = 0) -> np.ndarray:
-        """Ids of the image that follows each prompt; see `generate_image_tokens`. Guidance drops the whole prompt."""
-        ended = [p if isinstance(p.document[-1], ImageStart) else _with_start(p) for p in prompts]
-        return self._continue(ended, True, sampling, seed)
+    def continue_with_image(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = SAMPLED,
+        seed: int = 0,
+        free: Sequence[Prompt] | None = None,
+    ) -> np.ndarray:
+        """Ids of the image that follows each prompt; see `generate_image_tokens`.
+
+        Args:
+          free: with guidance, the prompts without condition; [IMG] alone if None.
+        """
+        free = [Prompt(())] * len(prompts) if free is None else free
+        asked = [*prompts, *free] if sampling.guidance != 1 else prompts
+        return self._continue([_with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts))
 
     def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image token ids → (codes int32 [N, P], keep boolean [N, P])."""
@@ -145,6 +157,44 @@ class Generator:
         """Prompts → images uint8 [N, S, S, 3]."""
         return self.decode(*self.codes(self.generate_image_tokens(prompts, sampling, seed)), seed=seed)
 
+    def edit_images(
+        self,
+        images: np.ndarray,
+        instructions: Sequence[Sequence[str]],
+        sampling: Sampling = SAMPLED,
+        seed: int = 0,
+        decoder: str = "",
+    ) -> list[np.ndarray]:
+        """Edits images turn by turn: for each turn, the results uint8 [N, S, S, 3].
+
+        After each turn, the result is read again as the image tokenizer and the encoder see it. Guidance is away from
+        the reconstruction of the image that a turn edits, as in ILLUME+'s code.
+
+        Args:
+          images: uint8 [N, S, S, 3]. instructions: of each image, as many for each.
+
+        Raises:
+          UserError: a prompt longer than `prompt_length`.
+        """
+        seen, results = images[:, None], []
+        for turn in range(len(instructions[0])):
+            asked = [tasks.edit_prompt(each[: turn + 1], self.task_settings) for each in instructions]
+            free = tasks.edit_prompt([tasks.RECONSTRUCT_INSTRUCTION], self.task_settings)
+            ids = self.continue_with_image(
+                [Prompt(document, history) for document, history in zip(asked, seen, strict=True)],
+                sampling,
+                seed + turn,
+                [Prompt(free, history[-1:]) for history in seen],
+            )
+            results.append(self.decode(*self.codes(ids), decoder, seed + turn))
+            seen = np.concatenate([seen, self._input_size(results[-1])[:, None]], 1)
+        return results
+
+    def _input_size(self, images: np.ndarray) -> np.ndarray:
+        """Generated images in the size that the model reads."""
+        size = self.config.data.image_size
+        return images if images.shape[1:3] == (size, size) else np.stack([to_pixels(x, size) for x in images])
+
     # ---- Text ----------------------------------------------------------------------------------------------------
 
     def tokenize(self, images: np.ndarray, keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -185,20 +235,43 @@ class Generator:
         Raises:
           UserError: a prompt longer than `prompt_length`.
         """
-        found = self._continue(prompts, False, sampling, seed)
+        found = self._continue(prompts, False, sampling, seed, len(prompts))
         return [self.text_tokenizer.decode(_until(row, self.text_tokenizer.eos)) for row in found]
 
-    def _continue(self, prompts: Sequence[Prompt], drawing: bool, sampling: Sampling, seed: int) -> np.ndarray:
-        """Renders prompts and continues them: int32 [N, steps]. One compilation per maximum number of images."""
+    def _continue(
+        self, prompts: Sequence[Prompt], drawing: bool, sampling: Sampling, seed: int, number: int
+    ) -> np.ndarray:
+        """Continues the first `number` prompts: int32 [number, steps]. With guidance, as many without condition follow.
+
+        One compilation per maximum number of images.
+        """
+        arrays = self._rendered(prompts)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(number))
+        places = np.arange(len(prompts)).reshape(-1, number)  # with, and perhaps without condition
+        done = []
+        for at in range(0, number, self.batch):
+            part = _pad(places[:, at : at + self.batch].T, self.batch).T
+            batch = [x[part.reshape(-1)] for x in arrays]
+            with jax.set_mesh(self.model.mesh):
+                found = self._run(self.params, *batch, keys[part[0]], drawing=drawing, sampling=sampling)
+            done.append(np.asarray(found))
+        return np.concatenate(done)[:number]
+
+    def _rendered(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, ...]:
+        """Prompts as arrays for `Decoding`: tokens, which are valid, feature indices, images and keep masks.
+
+        Images that a prompt holds as generated are rendered with the codes that the image tokenizer gives them.
+        """
         counts = [0 if p.images is None else len(p.images) for p in prompts]
         slots, num_patches = max(counts), self.header["num_patches"]
         size = self.config.data.image_size
         images = np.zeros((len(prompts), slots, size, size, 3), np.uint8)
         keep = np.zeros((len(prompts), slots, num_patches), bool)
         keep[..., 0] = True  # unused slots
+        codes = np.zeros((len(prompts), slots, num_patches), np.int32)
         if slots:
-            _, found = self.tokenize(np.concatenate([p.images for p in prompts if p.images is not None]))
-            masks = np.split(found, np.cumsum(counts)[:-1])
+            found = self.tokenize(np.concatenate([p.images for p in prompts if p.images is not None]))
+            found_codes, masks = (np.split(x, np.cumsum(counts)[:-1]) for x in found)
         rows = []
         for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
             reads = input_images(prompt.document)
@@ -206,9 +279,8 @@ class Generator:
                 raise UserError(f"a prompt has {count} images and reads {len(reads)}")
             if count:
                 assert prompt.images is not None
-                images[i, :count], keep[i, :count] = prompt.images, masks[i]
-            no_codes = np.zeros((count, num_patches), np.int32)
-            rows.append(row := render(prompt.document, (), keep[i], no_codes, self.layout))
+                images[i, :count], keep[i, :count], codes[i, :count] = prompt.images, masks[i], found_codes[i]
+            rows.append(row := render(prompt.document, (), keep[i], codes[i], self.layout))
             if len(row.ids) > self.prompt_length:
                 raise UserError(
                     f"a prompt has {len(row.ids)} tokens, the limit is {self.prompt_length}; shorten the prompt or "
@@ -221,18 +293,12 @@ class Generator:
         for i, row in enumerate(rows):
             n = len(row.ids)
             tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
-        done = []
-        for at in range(0, len(prompts), self.batch):
-            cut = slice(at, at + self.batch)
-            arrays = [_pad(x[cut], self.batch) for x in (tokens, valid, index, images, keep)]
-            part = keys[np.minimum(np.arange(at, at + self.batch), len(prompts) - 1)]
-            with jax.set_mesh(self.model.mesh):
-                done.append(np.asarray(self._run(self.params, *arrays, part, drawing=drawing, sampling=sampling)))
-        return np.concatenate(done)[: len(prompts)]
+        return tokens, valid, index, images, keep
 
 
 def _with_start(prompt: Prompt) -> Prompt:
+    if prompt.document and isinstance(prompt.document[-1], ImageStart):
+        return prompt
     return dataclasses.replace(prompt, document=(*prompt.document, ImageStart()))
 
 

@@ -114,15 +114,18 @@ class Decoding:
         feature_index_BT: jax.Array,
         images_BRHWC: jax.Array,
         keep_BRP: jax.Array,
-        keys_B: jax.Array,
+        keys_N: jax.Array,
         drawing: bool,
         sampling: Sampling,
     ) -> jax.Array:
-        """Prefills the prompts (left-padded) and generates token by token: int32 [B, steps].
+        """Prefills the prompts (left-padded) and generates token by token: int32 [N, steps] for N keys.
+
+        It stops when all have ended; what follows an end is filled with it.
 
         Args:
           images_BRHWC: uint8, the images that the prompts read; R may be 0. keep_BRP: their keep masks.
-          drawing: generate an image rather than text. With guidance, a second stream sees [IMG] alone.
+          keys_N: B = N; with guidance B = 2 N, and the second half are the prompts without condition.
+          drawing: generate an image rather than text.
         """
         v, model = self.vocabulary, self.objective.module(params)
         dtype = self.objective.dtype
@@ -136,50 +139,47 @@ class Decoding:
             x_BTD = model.inputs(tokens_BT, feature_index_BT, rows.reshape(b, r, *rows.shape[1:]))
         else:
             x_BTD = model.language.embed(tokens_BT, dtype)
-        if guided:
-            x_BTD = jnp.concatenate([x_BTD, x_BTD])
-            alone = jnp.zeros_like(valid_BT).at[:, -1].set(True)
-            valid_BT = jnp.concatenate([valid_BT, alone])
-        n = x_BTD.shape[0]
         positions = jnp.maximum(jnp.cumsum(valid_BT, -1) - 1, 0)
-        slots = jnp.concatenate([valid_BT, jnp.zeros((n, steps), bool)], 1)
+        slots = jnp.concatenate([valid_BT, jnp.zeros((b, steps), bool)], 1)
         causal = jnp.arange(t)[:, None] >= jnp.arange(t + steps)[None]
         # a padded query reads itself only, so that no row of the softmax is empty
         mask = (slots[:, None] & causal) | jnp.eye(t, t + steps, dtype=bool)
-        extend, cache = model.language.incremental(n, t + steps, dtype)
+        extend, cache = model.language.incremental(b, t + steps, dtype)
         hidden, cache = extend(x_BTD, positions, mask, cache, 0)
         head = model.language.head(dtype).T  # once, as the products of the loop read it
         kinds, stop = jnp.asarray(v.kinds()), v.end if drawing else self.text_tokenizer.eos
         text_only = self.text_ids()
 
-        def next_logits(hidden_ND: jax.Array) -> jax.Array:
-            logits = jnp.einsum("nd,dv->nv", hidden_ND, head, preferred_element_type=jnp.float32)
+        def next_logits(hidden_BD: jax.Array) -> jax.Array:
+            logits = jnp.einsum("bd,dv->bv", hidden_BD, head, preferred_element_type=jnp.float32)
             logp = jax.nn.log_softmax(jnp.where(kinds == vocab.PADDING, NEG_INF, logits), -1)
             if guided:
                 conditional, free = jnp.split(logp, 2)
                 logp = free + sampling.guidance * (conditional - free)
             return logp
 
-        def body(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-            hidden, cache, slots, last, position, count, done = carry
+        def body(carry: Any) -> Any:
+            hidden, cache, slots, last, position, count, done, index, found_NS = carry
             logp = next_logits(hidden)
             if drawing:
                 legal = image_mask(v, last, position, count, self.max_codes, self.fixed)
             else:
                 legal = text_only
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, index)
             token = sample_token(jnp.where(legal, logp, NEG_INF), keys, sampling)
             token = jnp.where(done, stop, token)
             done = done | (token == stop)
             position = jnp.where((token >= v.first_position), token - v.first_position, position)
             count = count + (kinds[token] == vocab.CODE)
-            slots = jax.lax.dynamic_update_slice_in_dim(slots, jnp.ones((n, 1), bool), t + index, 1)
+            slots = jax.lax.dynamic_update_slice_in_dim(slots, jnp.ones((b, 1), bool), t + index, 1)
             both = jnp.concatenate([token, token]) if guided else token
             x = model.language.embed(both[:, None], dtype)
             at = positions[:, -1:] + 1 + index
             hidden, cache = extend(x, at, slots[:, None], cache, t + index)
-            return (hidden[:, 0], cache, slots, token, position, count, done), token
+            found_NS = jax.lax.dynamic_update_slice_in_dim(found_NS, token[:, None], index, 1)
+            return hidden[:, 0], cache, slots, token, position, count, done, index + 1, found_NS
 
-        zero = jnp.zeros((b,), jnp.int32)
-        start = (hidden[:, -1], cache, slots, zero + v.start, zero - 1, zero, zero > 0)
-        return jax.lax.scan(body, start, jnp.arange(steps))[1].T
+        zero = jnp.zeros(keys_N.shape, jnp.int32)
+        ended_NS = jnp.full((*keys_N.shape, steps), stop, jnp.int32)
+        start = (hidden[:, -1], cache, slots, zero + v.start, zero - 1, zero, zero > 0, jnp.int32(0), ended_NS)
+        return jax.lax.while_loop(lambda c: (c[-2] < steps) & ~c[-3].all(), body, start)[-1]

@@ -15,6 +15,7 @@ from unimm_jax.errors import DataError
 # prefix of a description → "module:class"; imported on first use
 REGISTRY = {
     "scenes": "unimm_jax.data.sources.scenes:SceneSource",
+    "scene_edits": "unimm_jax.data.sources.scene_edits:SceneEditSource",
     "folder": "unimm_jax.data.sources.folder:FolderSource",
     "tfds": "unimm_jax.data.sources.tfds:TfdsSource",
     "llava": "unimm_jax.data.sources.llava:LlavaSource",

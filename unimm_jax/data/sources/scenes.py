@@ -1,5 +1,6 @@
 """The embedded scenes (`unimm_jax.data.scenes`) as a data source. Nothing is downloaded or stored."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from unimm_jax.data import scenes
@@ -9,6 +10,26 @@ from unimm_jax.errors import DataError
 
 VERSION = 1  # increment when the same arguments give other scenes, images or texts
 OPTIONS = {"count": int, "seed": int, "jitter": float, "size": int}
+
+
+def parse_options(source: str, options: str, known: Mapping[str, type]) -> dict[str, Any]:
+    """Options such as "count=2000,seed=1" of a generated source: name → number.
+
+    Raises:
+      DataError: unknown option, a value that is not a number, or a count, size or number of turns below 1.
+    """
+    found: dict[str, Any] = {}
+    for item in filter(None, options.split(",")):
+        name, _, value = item.partition("=")
+        if name not in known:
+            raise DataError(f"{source} has no option {name!r}; it has {', '.join(known)}")
+        try:
+            found[name] = known[name](value)
+        except ValueError:
+            raise DataError(f"{source} option {name}={value!r} is not a number") from None
+        if name in ("count", "size", "turns") and found[name] < 1:
+            raise DataError(f"{source} option {name}={value} must be at least 1")
+    return found
 
 
 class SceneSource:
@@ -34,18 +55,9 @@ class SceneSource:
         """Opens a source from options such as "count=2000,seed=1"; all are optional.
 
         Raises:
-          DataError: unknown option, or a value that is not a number.
+          DataError: an unknown option, or a wrong value.
         """
-        found: dict[str, Any] = {}
-        for item in filter(None, options.split(",")):
-            name, _, value = item.partition("=")
-            if name not in OPTIONS:
-                raise DataError(f"scenes has no option {name!r}; it has {', '.join(OPTIONS)}")
-            try:
-                found[name] = OPTIONS[name](value)
-            except ValueError:
-                raise DataError(f"scenes option {name}={value!r} is not a number") from None
-        return cls(split, **found)
+        return cls(split, **parse_options("scenes", options, OPTIONS))
 
     def __len__(self) -> int:
         return self.count

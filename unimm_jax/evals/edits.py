@@ -1,0 +1,106 @@
+"""The edits benchmark: single edits and chains of two on test scenes, judged exactly."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from unimm_jax.config import ranged
+from unimm_jax.data import scene_edits, scenes
+from unimm_jax.data.scene_edits import SceneEdit
+from unimm_jax.evals.base import Context, Options, Result
+from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
+from unimm_jax.evals.scene_detector import detect, edit_right
+from unimm_jax.evals.scenes import with_overall
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.sampling import Sampling
+from unimm_jax.plotting import enlarged, grid
+
+SHOWN = {1: 20, 2: 10}  # chains in the report, by number of turns
+
+
+@dataclasses.dataclass(frozen=True)
+class EditsOptions(Options):
+    """Options.
+
+    Attributes:
+      edits: number of single edits. chains: number of chains of two edits.
+      guidance: classifier-free guidance, away from the reconstruction of the source. temperature: 0 is greedy.
+    """
+
+    edits: int = ranged(200, low=1)
+    chains: int = ranged(100, low=1)
+    guidance: float = ranged(1.25, low=0)
+    temperature: float = ranged(0.7, low=0)
+
+
+class Edits(GeneratingEvaluator):
+    """Edits of scenes of the test split. The edits and seeds are the same at every call and for every model.
+
+    An edit is right if every object of the target is found and nothing else. Two references stand beside the scores:
+    copying the source, and drawing from the last instruction alone, without the source.
+    """
+
+    options = EditsOptions
+
+    def score(self, generator: Generator, context: Context) -> Result:
+        """See `GeneratingEvaluator.score`."""
+        s: EditsOptions = self.settings
+        if not generator.decoders:
+            if not self._said:
+                print(f"{context.config.name}: no decoder is beside the model; edits are not scored", flush=True)
+            self._said = True
+            return Result({})
+        sampling = Sampling(guidance=s.guidance, temperature=s.temperature)
+        result = Result({}, settings={"edit_sampling": dataclasses.asdict(sampling)})
+        rows: list[dict[str, Any]] = []
+        for turns, count in ((1, s.edits), (2, s.chains)):
+            chains = [scene_edits.draw_chain(EVALUATION_SEED, "test", i, turns) for i in range(count)]
+            sources = rendered([chain[0].source for chain in chains], generator)
+            instructions = [[edit.instruction for edit in chain] for chain in chains]
+            made = generator.edit_images(sources, instructions, sampling, EVALUATION_SEED)
+            right = np.array([judged(chains, turn, made[turn]) for turn in range(turns)])  # [turns, chains]
+            last = [chain[-1].instruction for chain in chains]
+            alone = generator.generate_images(last, Sampling(temperature=s.temperature), EVALUATION_SEED)
+            name = "edit_single" if turns == 1 else "edit_two_turns"
+            result.scores |= {
+                name: float(right[-1].mean()),
+                f"{name}_copied": float(np.mean(judged(chains, turns - 1, sources))),
+                f"{name}_without_source": float(np.mean(judged(chains, turns - 1, alone))),
+            }
+            if turns == 1:
+                by_kind = {
+                    kind: [ok for chain, ok in zip(chains, right[0], strict=True) if chain[0].kind == kind]
+                    for kind in scene_edits.KINDS
+                }
+                found = {kind: float(np.mean(values)) for kind, values in by_kind.items() if values}
+                result.scores["edit_single_by_kind"] = with_overall(found)
+            else:
+                result.scores["edit_first_of_two"] = float(right[0].mean())
+            rows += shown(chains[: SHOWN[turns]], sources, made, right, generator)
+        result.examples["edits"] = rows
+        return result
+
+
+def rendered(found: list[scenes.Scene], generator: Generator) -> np.ndarray:
+    """Scenes as images uint8 [N, S, S, 3] of the size that the model reads."""
+    return np.stack([scenes.render(scene, generator.config.data.image_size) for scene in found])
+
+
+def judged(chains: list[list[SceneEdit]], turn: int, images: np.ndarray) -> list[bool]:
+    """Whether each image is right after a turn of its chain."""
+    return [edit_right(chain[turn], detect(image)) for chain, image in zip(chains, images, strict=True)]
+
+
+def shown(
+    chains: list[list[SceneEdit]], sources: np.ndarray, made: list[np.ndarray], right: np.ndarray, generator: Generator
+) -> list[dict[str, Any]]:
+    """Examples for the report. The image of each is the source, the result of each turn, and the last target."""
+    rows = []
+    for i, chain in enumerate(chains):
+        target = rendered([chain[-1].target], generator)[0]
+        images = [enlarged(image) for image in (sources[i], *(results[i] for results in made), target)]
+        row: dict[str, Any] = dict(file=f"edit_{len(chain)}_{i:03d}.png", image=grid(images, len(images)))
+        row |= dict(kinds=[edit.kind for edit in chain], instructions=[edit.instruction for edit in chain])
+        rows.append(row | dict(right=[bool(ok) for ok in right[:, i]]))
+    return rows
