@@ -37,6 +37,10 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "prompt_length", 1024, "Maximum number of tokens of the prompt, its images included.", lower_bound=1
     )
+    flags.DEFINE_integer("max_length", 40, "Answers: maximum number of tokens.", lower_bound=1)
+    flags.DEFINE_integer("min_length", 0, "Answers: number of tokens before the end.", lower_bound=0)
+    flags.DEFINE_integer("beams", 1, "Answers: number of beams; 1 is greedy.", lower_bound=1)
+    flags.DEFINE_float("length_penalty", 1.0, "Answers: exponent of the length in the score of a beam.")
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_enum("decoder", "", DECODERS, "Decoder from codes to pixels; the first one present if empty.")
     flags.DEFINE_integer("height", 0, "Height of the images, with a U-Net decoder; 0 is its own size.")
@@ -55,11 +59,11 @@ def command() -> None:
     from unimm_jax.inference.sampling import Sampling
 
     f = FLAGS
-    if not f.image and not f.prompt:
-        raise UserError("give --prompt to generate images, or --image to describe an image")
-    generator = Generator(load_model(f.checkpoint, f.tensor), max(1, min(f.samples, 32)), f.prompt_length)
     if f.edit and (len(f.image) != 1 or f.prompt):
         raise UserError("--edit needs exactly one --image, and no --prompt")
+    if not f.image and not f.prompt:
+        raise UserError("give --prompt to generate images, or --image to describe an image")
+    generator = Generator(load_model(f.checkpoint, f.tensor), max(1, min(f.samples, 32)), f.prompt_length, f.max_length)
     if f.image:
         files = [resolve.local_path(name) for name in f.image]
         if missing := [str(file) for file in files if not file.is_file()]:
@@ -71,7 +75,8 @@ def command() -> None:
             return
         is_caption = len(files) == 1 and not f.prompt
         asked = tasks.question_prompt(f.prompt, generator.task_settings, len(files))
-        print(generator.continue_with_text([Prompt(tasks.caption_prompt() if is_caption else asked, pixels)])[0])
+        how = Sampling(temperature=0, min_length=f.min_length, beams=f.beams, length_penalty=f.length_penalty)
+        print(generator.continue_with_text([Prompt(tasks.caption_prompt() if is_caption else asked, pixels)], how)[0])
         return
     sampling = Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
     codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampling, f.seed))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
@@ -104,6 +105,77 @@ def test_the_whole_model_without_jax(run, tmp_path, capsys):
     assert "fingerprint" in card and "AutoModel.from_pretrained" in card and "step" in card
 
 
+def changed(run, root, change):
+    """The tiny stages, with a stage3 whose parameters `change(params, eos)` has changed in place."""
+    meta, params = read_meta(run / "stage3"), read_params(run / "stage3")
+    change(params, load_model(run / "stage3").text_tokenizer.eos)
+    folder = link(run, root / "linked", *(name for name in STAGES if name != "stage3" and (run / name).exists()))
+    checkpoints = Checkpoints(folder / "stage3")
+    checkpoints.save(0, {"params": params}, meta)
+    checkpoints.close()
+    return folder
+
+
+def talkative(params, eos):
+    """Answers do not end: templates that the tiny model has not read otherwise give none."""
+    for name in {"embed_text", "head_text"} & params["language"].keys():
+        params["language"][name] = params["language"][name].at[eos].set(0)
+
+
+def varied(params, eos):
+    """Answers of many lengths, which depend on the question."""
+    language, rng = params["language"], np.random.default_rng(3)
+    language["layers"] = jax.tree.map(lambda x: 2 * x if x.ndim > 2 else x, language["layers"])
+    params["adapter"] = jax.tree.map(lambda x: 6 * x, params["adapter"])
+    language["embed_text"] = jnp.asarray(rng.normal(size=language["embed_text"].shape), jnp.float32)
+    head = 0.3 * rng.normal(size=language["head_text"].shape)
+    head[eos] *= 2
+    language["head_text"] = jnp.asarray(head, jnp.float32)
+
+
+BEAM_SCRIPT = """
+import json, sys, numpy as np, torch
+from transformers import AutoModel
+folder, given, settings, found = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+g = np.load(given)
+inputs = model.processor(list(g["images"]), [model.processor.ask(str(text)) for text in g["questions"]])
+new = inputs["input_ids"].shape[1]
+out = [model.generate(**inputs, max_new_tokens=16, **each)[:, new:].tolist() for each in json.loads(settings)]
+assert "jax" not in sys.modules
+open(found, "w").write(json.dumps(out))
+"""
+
+
+def test_beams_are_those_of_transformers(run, tmp_path):
+    """50 answers, token by token, with the lengths and the penalty of both libraries."""
+    folder = changed(run, tmp_path, varied) / "stage3"
+    export(str(folder), str(tmp_path / "out"))
+    images = np.stack([scenes.render(scenes.draw_scene(6, "test", i), 64) for i in range(50)])
+    questions = [scenes.draw_prompt(scenes.TASKS[i % 6], 6, i).text for i in range(50)]
+    np.savez(tmp_path / "given.npz", images=images, questions=np.array(questions))
+    kinds = [(1, 1.0, 0), (2, 1.0, 0), (5, 0.0, 0), (5, 2.0, 3)]
+    settings = [dict(num_beams=b, length_penalty=p, min_new_tokens=m) for b, p, m in kinds]
+    arguments = [str(tmp_path / "out"), str(tmp_path / "given.npz"), json.dumps(settings), str(tmp_path / "found.json")]
+    done = subprocess.run([sys.executable, "-c", BEAM_SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    g = Generator(load_model(folder), batch=25, answer_length=16)
+    documents = [tasks.question_prompt(text, g.task_settings) for text in questions]
+    prompts = [Prompt(document, image[None]) for document, image in zip(documents, images, strict=True)]
+    eos, seen, lengths = g.text_tokenizer.eos, [], set()
+    for (beams, penalty, least), expected in zip(kinds, json.loads((tmp_path / "found.json").read_text()), strict=True):
+        how = Sampling(temperature=0, beams=beams, length_penalty=penalty, min_length=least)
+        found = g._continue(prompts, False, how, 0, len(prompts)).tolist()
+        ends = [row.index(eos) + 1 if eos in row else len(row) for row in found]
+        for row, end, other in zip(found, ends, expected, strict=True):
+            assert row[:end] == other[:end] and set(row[end:]) <= {eos}
+        assert min(ends) > least
+        lengths |= set(ends)
+        seen.append(found)
+    assert len(lengths) > 4
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])  # every setting makes a difference
+
+
 CHAT_SCRIPT = """
 import pathlib, sys, numpy as np, torch
 from transformers import AutoModel, AutoProcessor
@@ -130,22 +202,9 @@ np.savez(found, **out)
 """
 
 
-def talkative(run, root):
-    """The tiny stages, with a stage3 whose answers do not end: templates that it has not read otherwise give none."""
-    meta, params = read_meta(run / "stage3"), read_params(run / "stage3")
-    eos = load_model(run / "stage3").text_tokenizer.eos
-    for name in {"embed_text", "head_text"} & params["language"].keys():
-        params["language"][name] = params["language"][name].at[eos].set(0)
-    folder = link(run, root / "linked", *(name for name in STAGES if name != "stage3" and (run / name).exists()))
-    checkpoints = Checkpoints(folder / "stage3")
-    checkpoints.save(0, {"params": params}, meta)
-    checkpoints.close()
-    return folder
-
-
 def test_chats_are_answered_without_jax_as_here(run, tmp_path, monkeypatch):
     """One batch of a text-only conversation, one image and two images."""
-    folder = talkative(run, tmp_path)
+    folder = changed(run, tmp_path, talkative)
     settings = pipeline.task_settings
     size = tiny("stage3").data.image_size
     images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(2)])

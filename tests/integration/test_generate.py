@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import command
 
 from unimm_jax import vocabulary as vocab
-from unimm_jax.data import scenes, tasks
+from unimm_jax.data import scenes, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference import sampling
@@ -215,3 +216,16 @@ def test_text_that_ended_is_filled_and_the_loop_stops_when_all_ended(generator, 
     ends = [row.index(eos) if eos in row else len(row) for row in ids.tolist()]
     assert all(set(row[end:]) <= {eos} for row, end in zip(ids.tolist(), ends, strict=True))
     assert len(steps) == min(max(ends) + 1, 37)
+
+
+def test_the_command_edits_turn_by_turn(run, tmp_path):
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    image.write_bytes(transforms.encode_png(scenes.render(scenes.draw_scene(0, "test", 0))))
+    edits = ["--edit=make the circle red", "--edit=remove the square"]
+    arguments = ["generate", f"--checkpoint={run / 'stage3'}", f"--output={out}", *edits]
+    done = command(*arguments)
+    assert done.returncode == 1 and "--edit needs exactly one --image, and no --prompt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = command(*arguments, f"--image={image}", "--samples=2", "--guidance=1.5")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in out.iterdir()) == [f"000{i}_edit{t}.png" for i in (0, 1) for t in (1, 2)]

@@ -121,13 +121,15 @@ class UniMM(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         max_new_tokens: int = 40,
+        **options: Any,
     ) -> Tensor:
-        """Greedy text after each prompt: ids [B, T + new], padded on the right; what is new ends with `eos`.
+        """Text after each prompt: ids [B, T + new], padded on the right; what is new ends with `eos`.
 
         Args:
           input_ids, attention_mask, pixel_values: from the processor; the images of all prompts in order.
+          options: of the language model's `generate`, such as num_beams and length_penalty; greedy without.
         """
-        eos, pad, start, end = (self.settings[name] for name in ("eos", "pad", "start", "end"))
+        pad, start, end = (self.settings[name] for name in ("pad", "start", "end"))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, mask, strict=True)]
         counts = [sum(pair == (start, end) for pair in zip(ids, ids[1:], strict=False)) for ids in prompts]
@@ -136,38 +138,42 @@ class UniMM(nn.Module):
         if len(images) != sum(counts):
             raise ValueError(f"the prompts have {sum(counts)} images, and pixel_values has {len(images)}")
         parts = zip(prompts, images.split(counts), keep.split(counts), strict=True)
-        found = [self.write(self.embed_prompt(*part), max_new_tokens) for part in parts]
+        found = [self.write(self.embed_prompt(*part), max_new_tokens, **options) for part in parts]
         length = max(map(len, found))
         new = torch.tensor([ids + [pad] * (length - len(ids)) for ids in found], dtype=torch.long)
         return torch.cat([input_ids, new.to(input_ids.device)], 1)
 
-    def write(self, x: Tensor, length: int) -> list[int]:
-        """At most `length` ids of greedy text after a prompt [1, T, D], with the end-of-text id if it ends."""
-        ids: list[int] = []
-        cache = None
-        while len(ids) < length and ids[-1:] != [self.settings["eos"]]:
-            out = self.language(inputs_embeds=x, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[0, -1].float()
-            logits[self.settings["text_rows"] :] = NEG_INF
-            logits[self.settings["banned"]] = NEG_INF
-            ids.append(int(logits.argmax()))
-            x = self.embed(ids[-1:])
-        return ids
+    def write(self, x: Tensor, length: int, **options: Any) -> list[int]:
+        """At most `length` ids of text after a prompt [1, T, D], with the end-of-text id if it ends."""
+        s = self.settings
+        rows = self.language.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        found = self.language.generate(  # type: ignore[operator]
+            inputs_embeds=x,
+            attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
+            max_new_tokens=length,
+            suppress_tokens=[*s["banned"], *range(s["text_rows"], rows)],
+            eos_token_id=s["eos"],
+            pad_token_id=s["pad"],
+            **{"do_sample": False, **options},
+        )[0].tolist()
+        return found[: found.index(s["eos"]) + 1] if s["eos"] in found else found
 
     @torch.no_grad()
-    def describe(self, images: Any, questions: str | Sequence[str] | None = None, length: int = 40) -> list[str]:
-        """Greedy answers, one per image; an empty question asks for a caption.
+    def describe(
+        self, images: Any, questions: str | Sequence[str] | None = None, length: int = 40, **options: Any
+    ) -> list[str]:
+        """Answers, one per image; an empty question asks for a caption.
 
         Args:
           images: of any kind that the processor takes. questions: one per image, or one for all. length: maximum tokens
-            per answer.
+            per answer. options: see `generate`; greedy without.
         """
         images = self.processor(images)["pixel_values"]
         if questions is None or isinstance(questions, str):
             questions = [questions or ""] * len(images)
         texts = [self.processor.ask(question) for question in questions]
         inputs = self.processor(images, texts)
-        found = self.generate(**inputs, max_new_tokens=length)[:, inputs["input_ids"].shape[1] :]
+        found = self.generate(**inputs, max_new_tokens=length, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(found, skip_special_tokens=True)]
 
     # Generating images
