@@ -10,7 +10,7 @@ A code belongs to objects if more patches with an object have it than patches wi
 - background: exp of the entropy of a background patch's code, given that of the background patch before it. The
   language model has to choose among so many codes for each background patch;
 - the probability of an object code, for captions with one object and the codes of their images: after the object, and
-  at the 12th patch if there is none before. A model that counts has 0 and 0.2; one that does not has 0.067 in both.
+  at the 12th patch if there is none before. A model that counts has 0 and 0.2; one that does not has 0.063 in both.
   A run without a stage3 has none of them.
 """
 
@@ -50,11 +50,14 @@ def measure(run: pathlib.Path) -> list[str]:
     from unimm_jax.data.records import Records
 
     records = Records(run / "records")
+    header = records.header
+    if header["sources"] != "scenes" or header["selection"] != "all" or header["positions"] != "order":
+        raise SystemExit(f"{run}: its records are not those of size laptop-illume on the source scenes")
     kept = range(min(len(records), IMAGES))
     codes = np.stack([records[i].codes[0] for i in kept])
     drawn = [scenes.draw_scene(0, "train", int(records[i].key.split("/")[-1]), 1.0) for i in kept]
     look = np.stack([looks(scene) for scene in drawn])
-    number = int(records.header["codes"])
+    number = int(header["codes"])
     of_objects = np.zeros((len(LOOKS), number))
     np.add.at(of_objects, (look[look >= 0], codes[look >= 0]), 1)
     background = np.bincount(codes[look < 0], minlength=number)

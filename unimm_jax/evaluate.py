@@ -8,8 +8,8 @@ from absl import flags
 from unimm_jax import process
 
 OPTIONS = (
-    "prompts", "questions", "images", "jitter", "edits", "chains", "guidance", "temperature", "split", "sources",
-    "batches", "batch_size",
+    "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "guidance", "temperature", "split",
+    "sources", "batches", "batch_size",
 )  # fmt: skip
 
 
@@ -18,7 +18,9 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Workdir of a language stage.", required=True)
     flags.DEFINE_string("output", "evaluation", "Directory for scores.json, examples.json and images.")
     flags.DEFINE_list(
-        "evals", [], "Evaluators (scenes, edits, captions, answers, loss); by the model's sources if empty."
+        "evals",
+        [],
+        "Evaluators (scenes, edits, compositions, captions, answers, loss); by the model's sources if empty.",
     )
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "scenes: prompts per task (50).")
@@ -27,8 +29,9 @@ def define_flags() -> None:
     flags.DEFINE_float("jitter", None, "scenes: 1 places objects near cell centers, above 4 anywhere (1).")
     flags.DEFINE_integer("edits", None, "edits: single edits (200).")
     flags.DEFINE_integer("chains", None, "edits: chains of two edits (100).")
-    flags.DEFINE_float("guidance", None, "Classifier-free guidance. scenes, captions: 1.5; edits: 1.25.")
-    flags.DEFINE_float("temperature", None, "edits: temperature (0.7).")
+    flags.DEFINE_integer("compositions", None, "compositions: prompts (100).")
+    flags.DEFINE_float("guidance", None, "Classifier-free guidance. scenes, captions: 1.5; edits, compositions: 1.25.")
+    flags.DEFINE_float("temperature", None, "edits, compositions: temperature (0.7).")
     flags.DEFINE_string("split", None, "captions, answers: test (held-out) or train; answers: also all (test).")
     flags.DEFINE_string("sources", None, "captions, answers: data sources; those of the model if not given.")
     flags.DEFINE_integer("batches", None, "loss: number of batches (4).")

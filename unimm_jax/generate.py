@@ -1,21 +1,17 @@
-r"""Generates images from a prompt, answers a question about one or several images, or edits an image turn by turn.
+r"""Generates images from a prompt, which may have images, answers questions about images, or edits an image.
 
 python -m unimm_jax.generate --checkpoint=runs/stage3 --prompt="two red circles" --output=out
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --prompt="how many circles are there?"
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --edit="make the circle red" \
   --edit="remove the square"
+python -m unimm_jax.generate --checkpoint=runs/stage3 --draw --image=a.png --prompt="<image> and a red circle"
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from absl import flags
 
 from unimm_jax import process
-
-if TYPE_CHECKING:  # importing JAX here would be before `process.prepare`
-    import numpy as np
-
-    from unimm_jax.inference.generator import Generator
 
 FLAGS = flags.FLAGS
 DECODERS = ("", "pixel_decoder", "unet_decoder", "unet_decoder_high")
@@ -25,7 +21,8 @@ def define_flags() -> None:
     """Defines the command's flags."""
     flags.DEFINE_string("checkpoint", None, "Workdir of a language stage.", required=True)
     flags.DEFINE_string("prompt", "", "What to generate, or the question about --image (empty: describe it).")
-    flags.DEFINE_multi_string("image", [], "An image to answer about; several flags give several images, in order.")
+    flags.DEFINE_multi_string("image", [], "An image that is read, in order. <image> in --prompt is its place.")
+    flags.DEFINE_bool("draw", False, "Generates images also with --image; without, the answer is a text.")
     flags.DEFINE_multi_string("edit", [], "An instruction to edit --image; each of several edits the result before it.")
     flags.DEFINE_string("output", "samples", "Directory for the images.")
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
@@ -54,50 +51,50 @@ def command() -> None:
     from unimm_jax import resolve
     from unimm_jax.data import tasks, transforms
     from unimm_jax.errors import UserError
-    from unimm_jax.inference.generator import Generator, Prompt
+    from unimm_jax.inference.generator import Generator, Prompt, place_images
     from unimm_jax.inference.loading import load_model
     from unimm_jax.inference.sampling import Sampling
 
     f = FLAGS
     if f.edit and (len(f.image) != 1 or f.prompt):
         raise UserError("--edit needs exactly one --image, and no --prompt")
+    if (f.edit or f.draw and f.image) and (f.height or f.width):
+        raise UserError("--height and --width are for images without --image")
+    if f.min_length >= f.max_length:
+        raise UserError(f"--min_length={f.min_length} must be below --max_length={f.max_length}")
     if not f.image and not f.prompt:
         raise UserError("give --prompt to generate images, or --image to describe an image")
-    generator = Generator(load_model(f.checkpoint, f.tensor), max(1, min(f.samples, 32)), f.prompt_length, f.max_length)
-    if f.image:
-        files = [resolve.local_path(name) for name in f.image]
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise UserError(f"there is no image file {' or '.join(missing)}")
-        size = generator.config.data.image_size
-        pixels = np.stack([transforms.to_pixels(file.read_bytes(), size) for file in files])
-        if f.edit:
-            edit(generator, pixels[0])
-            return
-        is_caption = len(files) == 1 and not f.prompt
-        asked = tasks.question_prompt(f.prompt, generator.task_settings, len(files))
-        how = Sampling(temperature=0, min_length=f.min_length, beams=f.beams, length_penalty=f.length_penalty)
-        print(generator.continue_with_text([Prompt(tasks.caption_prompt() if is_caption else asked, pixels)], how)[0])
-        return
-    sampling = Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
-    codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampling, f.seed))
-    size = (int(f.height), int(f.width)) if f.height and f.width else None
-    images = generator.decode(codes, keep, f.decoder, f.seed, size)
-    write({f"{i:04d}": image for i, image in enumerate(images)})
+    files = [resolve.local_path(name) for name in f.image]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise UserError(f"there is no image file {' or '.join(missing)}")
+    order = place_images(f.prompt, len(files))
+    sampled = Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
+    spoken = Sampling(temperature=0, min_length=f.min_length, beams=f.beams, length_penalty=f.length_penalty)
+    answers = bool(files) and not (f.edit or f.draw)
+    batch = 1 if answers else min(f.samples, 32)
+    generator = Generator(load_model(f.checkpoint, f.tensor), batch, f.prompt_length, f.max_length)
+    size = generator.config.data.image_size
+    pixels = [transforms.to_pixels(file.read_bytes(), size) for file in files]
+    parts = [part if isinstance(part, str) else pixels[part] for part in order]
+    if f.edit:
+        sources = np.stack(pixels * f.samples)
+        turns = generator.edit_images(sources, [f.edit] * f.samples, sampled, f.seed, f.decoder)
+        write({f"{i:04d}_edit{n}": image for n, images in enumerate(turns, 1) for i, image in enumerate(images)})
+    elif f.draw and files:
+        composed = generator.compose_images([parts] * f.samples, sampled, f.seed, f.decoder)
+        write({f"{i:04d}": image for i, image in enumerate(composed)})
+    elif answers:
+        is_caption = len(pixels) == 1 and not f.prompt
+        prompt = Prompt(tasks.caption_prompt(), pixels[0][None]) if is_caption else generator.prompt_of(parts)
+        print(generator.continue_with_text([prompt], spoken)[0])
+    else:
+        codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampled, f.seed))
+        shape = (int(f.height), int(f.width)) if f.height and f.width else None
+        drawn = generator.decode(codes, keep, f.decoder, f.seed, shape)
+        write({f"{i:04d}": image for i, image in enumerate(drawn)})
 
 
-def edit(generator: "Generator", source: "np.ndarray") -> None:
-    """Edits an image, uint8 [S, S, 3], as often as --samples says, and writes the result of every turn."""
-    import numpy as np
-
-    from unimm_jax.inference.sampling import Sampling
-
-    f = FLAGS
-    sources, sampling = np.repeat(source[None], f.samples, 0), Sampling(f.guidance, f.temperature, f.top_k, f.top_p)
-    results = generator.edit_images(sources, [f.edit] * f.samples, sampling, f.seed, f.decoder)
-    write({f"{i:04d}_edit{turn}": image for turn, images in enumerate(results, 1) for i, image in enumerate(images)})
-
-
-def write(images: "dict[str, np.ndarray]") -> None:
+def write(images: dict[str, Any]) -> None:
     """Writes images, uint8 [H, W, 3], to --output under their names."""
     from unimm_jax import resolve
     from unimm_jax.data import transforms

@@ -23,6 +23,8 @@ TOP_LEVEL = {
     "prompts_per_task", "questions_per_kind", "jitter", "evaluation_seconds", "edit_single", "edit_single_by_kind",
     "edit_single_copied", "edit_single_without_source", "edit_two_turns", "edit_two_turns_copied",
     "edit_two_turns_without_source", "edit_first_of_two", "edit_sampling",
+    "composition", "composition_by_kind", "composition_without_first", "composition_without_second",
+    "composition_sampling",
 }  # fmt: skip
 
 
@@ -32,8 +34,9 @@ def evaluated(run, tmp_path_factory):
     root = link(run, tmp_path_factory.mktemp("evaluated"), *STAGES)
     shutil.copytree(run / "stage3", root / "stage3")  # its companions are those beside it
     done = command(
-        "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation", "--evals=scenes,edits,captions,loss",
-        "--prompts=2", "--questions=2", "--images=5", "--edits=5", "--chains=2", "--batches=1",
+        "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation",
+        "--evals=scenes,edits,compositions,captions,loss", "--prompts=2", "--questions=2", "--images=5", "--edits=5",
+        "--chains=2", "--compositions=4", "--batches=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return root, done.stdout
@@ -60,6 +63,9 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
     assert [len(row["instructions"]) for row in edits] == [1] * 5 + [2] * 2
     assert all(len(row["right"]) == len(row["kinds"]) == len(row["instructions"]) for row in edits)
     assert all(Image.open(folder / "edits" / row["file"]).height == 132 for row in edits)
+    composed = json.loads((folder / "compositions" / "examples.json").read_text())["compositions"]
+    assert [row["prompt"].count("<image>") for row in composed] == [1, 2, 1, 2]
+    assert set(scores["composition_by_kind"]) == {"image_text", "image_image", "overall"}
     assert scores["edit_single_copied"] == 0 and 0 <= scores["edit_single"] <= 1
     assert json.loads((folder / "done.json").read_text())["seconds"] == scores["evaluation_seconds"]
     for text in (
@@ -68,7 +74,8 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
         "own images",
         "of 5 held-out images",
         "held-out loss",
-        "two edits, source copied",
+        "source copied",
+        "two images",
     ):
         assert text in output
 
@@ -80,6 +87,7 @@ def test_the_report_builds_without_a_unet(evaluated):
     assert "of 5 held-out images" in done.stdout and f"report: {root}/report.html" in done.stdout
     page = (root / "report.html").read_text()
     assert "U-Net" not in page and "pixel decoder" in page and "5 held-out images" in page
+    assert "<h2>Compositions</h2>" in page and "&lt;image&gt; &lt;image&gt;" in page
     assert "<h2>Edits</h2>" in page and page.count("<figure>") > 30 and "two edits, source not read" in page
     assert "held-out " in page and page.count("<svg") >= 8
     assert page.count("<img") == page.count('src="data:image/png;base64,') > 20

@@ -142,6 +142,11 @@ g = np.load(given)
 inputs = model.processor(list(g["images"]), [model.processor.ask(str(text)) for text in g["questions"]])
 new = inputs["input_ids"].shape[1]
 out = [model.generate(**inputs, max_new_tokens=16, **each)[:, new:].tolist() for each in json.loads(settings)]
+try:
+    model.generate(**inputs, num_return_sequences=2, num_beams=2)
+    raise SystemExit("accepted")
+except ValueError as error:
+    assert "num_return_sequences cannot be set" in str(error)
 assert "jax" not in sys.modules
 open(found, "w").write(json.dumps(out))
 """
@@ -154,7 +159,7 @@ def test_beams_are_those_of_transformers(run, tmp_path):
     images = np.stack([scenes.render(scenes.draw_scene(6, "test", i), 64) for i in range(50)])
     questions = [scenes.draw_prompt(scenes.TASKS[i % 6], 6, i).text for i in range(50)]
     np.savez(tmp_path / "given.npz", images=images, questions=np.array(questions))
-    kinds = [(1, 1.0, 0), (2, 1.0, 0), (5, 0.0, 0), (5, 2.0, 3)]
+    kinds = [(1, 1.0, 0), (1, 1.0, 3), (2, 1.0, 0), (5, 0.0, 0), (5, 2.0, 3)]
     settings = [dict(num_beams=b, length_penalty=p, min_new_tokens=m) for b, p, m in kinds]
     arguments = [str(tmp_path / "out"), str(tmp_path / "given.npz"), json.dumps(settings), str(tmp_path / "found.json")]
     done = subprocess.run([sys.executable, "-c", BEAM_SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)

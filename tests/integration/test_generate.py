@@ -9,7 +9,7 @@ from unimm_jax.data import scenes, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference import sampling
-from unimm_jax.inference.generator import Generator, Prompt
+from unimm_jax.inference.generator import Generator, Prompt, place_images
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
 from unimm_jax.vocabulary import Vocabulary
@@ -215,7 +215,43 @@ def test_text_that_ended_is_filled_and_the_loop_stops_when_all_ended(generator, 
     eos = fresh.text_tokenizer.eos
     ends = [row.index(eos) if eos in row else len(row) for row in ids.tolist()]
     assert all(set(row[end:]) <= {eos} for row, end in zip(ids.tolist(), ends, strict=True))
-    assert len(steps) == min(max(ends) + 1, 37)
+    assert max(ends) + 1 < 37 and len(steps) == max(ends) + 1
+    with pytest.raises(UserError, match="min_length 37 must be below the maximum"):
+        fresh.continue_with_text(asked, Sampling(temperature=0, min_length=37))
+    with pytest.raises(UserError, match="same number of instructions"):
+        fresh.edit_images(np.concatenate([image, image]), [["a"], ["b", "c"]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "parts"),
+    [
+        ("what?", 2, [0, 1, "what?"]),
+        ("", 1, [0]),
+        ("a cross", 0, ["a cross"]),
+        ("<image> and <image>", 2, [0, "and", 1]),
+        ("a <image>", 1, ["a", 0]),
+        ("<image><image>", 2, [0, 1]),
+    ],
+)
+def test_images_are_placed_in_prompts(prompt, count, parts):
+    assert place_images(prompt, count) == parts
+
+
+def test_places_without_an_image_are_refused():
+    with pytest.raises(UserError, match="has <image> 2 times, and there are 1 images"):
+        place_images("<image> and <image>", 1)
+
+
+def test_images_are_composed_from_parts_in_their_order(generator):
+    a, b = (scenes.render(scenes.draw_scene(0, "test", i)) for i in range(2))
+    greedy = Sampling(temperature=0)
+    prompts = [generator.prompt_of(parts) for parts in (["x", a, "and", b], [b], ["a cross"])]
+    kinds = [[type(segment).__name__ for segment in prompt.document] for prompt in prompts]
+    assert kinds == [["Text", "ImageIn", "Text", "ImageIn"], ["ImageIn"], ["Text"]]
+    assert np.array_equal(prompts[0].images, np.stack([a, b])) and prompts[2].images is None
+    made = generator.compose_images([["x", a, "and", b], [b], ["a cross"]], greedy)
+    ids = generator.continue_with_image(prompts, greedy)
+    assert np.array_equal(made, generator.decode(*generator.codes(ids)))
 
 
 def test_the_command_edits_turn_by_turn(run, tmp_path):
@@ -229,3 +265,12 @@ def test_the_command_edits_turn_by_turn(run, tmp_path):
     done = command(*arguments, f"--image={image}", "--samples=2", "--guidance=1.5")
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in out.iterdir()) == [f"000{i}_edit{t}.png" for i in (0, 1) for t in (1, 2)]
+    asked = [*arguments[:2], f"--image={image}"]
+    done = command(*asked, "--prompt=is there a cross?", "--min_length=5", "--max_length=5")
+    assert done.returncode == 1 and "--min_length=5 must be below --max_length=5" in done.stderr
+    how = ["--min_length=3", "--max_length=5", "--beams=2", "--length_penalty=0.5"]
+    done = command(*asked, "--prompt=is there a cross?", *how)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    done = command(*asked, f"--output={out}/drawn", "--draw", "--prompt=<image> and a cross")
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "drawn").iterdir())) == 4

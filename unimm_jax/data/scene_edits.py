@@ -1,18 +1,30 @@
 """Edits of scenes: an instruction in one of several wordings, and the scene that it asks for.
 
 An edit refers to its object by the shape, the color, or both, so that no other object of the scene is meant. The
-background stays as it is. A test edit starts from a layout of the test split, so that its combination of layout and
-instruction does not occur in training.
+background stays as it is. All layouts of an edit, before and after it, are of its split, so that no combination of
+layout and instruction is in both.
 """
 
 import dataclasses
 
 import numpy as np
 
-from unimm_jax.data.scenes import COLOURS, GRID, RADII, SHAPES, Scene, SceneObject, draw_scene, noun
+from unimm_jax.data.scenes import (
+    COLOURS,
+    GRID,
+    RADII,
+    SHAPES,
+    Scene,
+    SceneObject,
+    cell_center,
+    draw_scene,
+    layout_split,
+    noun,
+)
 
 KINDS = ("recolor", "reshape", "move", "add", "remove")
 MAX_OBJECTS = 4
+ATTEMPTS = 20  # edits of a scene until another scene is drawn
 CORNERS = {
     "top left corner": (0, 0),
     "top right corner": (GRID - 1, 0),
@@ -48,27 +60,42 @@ class SceneEdit:
 def draw_chain(seed: int, split: str, index: int, turns: int) -> list[SceneEdit]:
     """Samples chain `index` of a split: `turns` edits, each of the result of the one before it.
 
-    The kinds of the first edits are equally frequent, and so are those that each later scene allows.
+    The layouts of all scenes of a chain are of the split. The kinds of the first edits are equally frequent, and so are
+    those that each later scene allows.
 
     Args:
-      seed, split, index: see `scenes.draw_scene`; the source of the first edit is a scene of the split.
+      seed, split, index: see `scenes.draw_scene`.
       turns: number of edits, at least 1.
 
     Raises:
       ValueError: unknown split.
     """
     rng = np.random.default_rng([seed, index, turns, 73])
-    kind, attempt = KINDS[rng.integers(len(KINDS))], 0
+    kind = KINDS[rng.integers(len(KINDS))]
     while True:
-        scene = draw_scene(seed, split, index + attempt * 1_000_003)
-        if kind in kinds(scene):
-            break
-        attempt += 1
-    edits = [draw_edit(rng, scene, kind)]
-    while len(edits) < turns:
-        possible = kinds(edits[-1].target)
-        edits.append(draw_edit(rng, edits[-1].target, possible[rng.integers(len(possible))], edits[-1].free))
-    return edits
+        scene = draw_scene(seed, split, int(rng.integers(2**31)))
+        edits: list[SceneEdit] = []
+        while len(edits) < turns:
+            free = edits[-1].free if edits else frozenset()
+            edit = _draw_next(rng, scene, split, "" if edits else kind, free, is_last=len(edits) == turns - 1)
+            if edit is None:
+                break  # another scene
+            edits.append(edit)
+            scene = edit.target
+        else:
+            return edits
+
+
+def _draw_next(
+    rng: np.random.Generator, scene: Scene, split: str, kind: str, free: frozenset[int], is_last: bool
+) -> SceneEdit | None:
+    """An edit whose target is of the split and can be edited again, unless it is the last; None if none is found."""
+    possible = [name for name in kinds(scene) if name == kind or not kind]
+    for _ in range(ATTEMPTS if possible else 0):
+        edit = draw_edit(rng, scene, possible[rng.integers(len(possible))], free)
+        if layout_split(edit.target.objects) == split and (is_last or kinds(edit.target)):
+            return edit
+    return None
 
 
 def kinds(scene: Scene) -> list[str]:
@@ -100,7 +127,7 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
         x, y = cells[rng.integers(len(cells))]
         free = free | {len(objects)}
         radius = RADII[rng.integers(len(RADII))]
-        objects.append(SceneObject(shape, color, radius, (x + 0.5) / GRID, (y + 0.5) / GRID))
+        objects.append(SceneObject(shape, color, radius, *cell_center(rng, x, y)))
     else:
         named = _named(scene)
         place, phrases = named[rng.integers(len(named))]
@@ -117,8 +144,8 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
         elif kind == "move":
             corners = _free_corners(scene)
             words["corner"] = corners[rng.integers(len(corners))]
-            x, y = CORNERS[words["corner"]]
-            objects[place] = dataclasses.replace(item, x=(x + 0.5) / GRID, y=(y + 0.5) / GRID)
+            center = cell_center(rng, *CORNERS[words["corner"]])
+            objects[place] = dataclasses.replace(item, x=center[0], y=center[1])
             free = free - {place}
         else:
             del objects[place]

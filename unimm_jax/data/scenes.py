@@ -9,6 +9,7 @@ adversarial negatives). `unimm_jax.evals.scenes` detects the objects in generate
 import dataclasses
 import functools
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -90,10 +91,14 @@ def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 71])
     while True:
         kind, objects = _draw_layout(rng, jitter)
-        cells = sorted((o.shape, o.colour, int(o.x * GRID), int(o.y * GRID)) for o in objects)
-        is_test = zlib.crc32(repr(cells).encode()) % TEST_SHARE == 0
-        if is_test == (split == "test"):
+        if layout_split(objects) == split:
             return Scene(kind, tuple(objects), int(rng.integers(2**31)))
+
+
+def layout_split(objects: Iterable[SceneObject]) -> str:
+    """The split of a layout (the objects and their cells), by its hash."""
+    cells = sorted((o.shape, o.colour, int(o.x * GRID), int(o.y * GRID)) for o in objects)
+    return "test" if zlib.crc32(repr(cells).encode()) % TEST_SHARE == 0 else "train"
 
 
 def _draw_layout(rng: np.random.Generator, jitter: float) -> tuple[str, list[SceneObject]]:
@@ -133,6 +138,12 @@ def _sample_centers(rng: np.random.Generator, radii: list[float], jitter: float)
         if all(gap > 0.03 for gap in gaps):
             centers.append((float(x), float(y)))
     return centers
+
+
+def cell_center(rng: np.random.Generator, x: int, y: int, jitter: float = 1.0) -> tuple[float, float]:
+    """A place near the center of a cell, as in `draw_scene`."""
+    dx, dy = rng.uniform(-jitter / 64, jitter / 64, size=2)
+    return (x + 0.5) / GRID + float(dx), (y + 0.5) / GRID + float(dy)
 
 
 def shape_mask(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:

@@ -284,12 +284,14 @@ def caption_prompt() -> Document:
     return (ImageIn(0),)
 
 
+def user_prompt(parts: Sequence[int | str], settings: TaskSettings) -> Document:
+    """A user turn of texts and images; images are numbered from 0 in the order of their use."""
+    return converse([Spoken("user", [part if isinstance(part, str) else Part(True, part) for part in parts])], settings)
+
+
 def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> Document:
     """The user turn of a question about images."""
-    parts: list[Part | str] = [Part(True, i) for i in range(images)]
-    if question:
-        parts.append(question)
-    return converse([Spoken("user", parts)], settings)
+    return user_prompt([*range(images), *([question] if question else [])], settings)
 
 
 def edit_prompt(instructions: Sequence[str], settings: TaskSettings) -> Document:

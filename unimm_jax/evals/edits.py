@@ -16,6 +16,7 @@ from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.sampling import Sampling
 from unimm_jax.plotting import enlarged, grid
 
+OFFSET = 1_000_000  # between the indices of chains of different length
 SHOWN = {1: 20, 2: 10}  # chains in the report, by number of turns
 
 
@@ -38,7 +39,7 @@ class Edits(GeneratingEvaluator):
     """Edits of scenes of the test split. The edits and seeds are the same at every call and for every model.
 
     An edit is right if every object of the target is found and nothing else. Two references stand beside the scores:
-    copying the source, and drawing from the last instruction alone, without the source.
+    copying the source, which is right only where two edits cancel, and drawing from the last instruction alone.
     """
 
     options = EditsOptions
@@ -55,13 +56,13 @@ class Edits(GeneratingEvaluator):
         result = Result({}, settings={"edit_sampling": dataclasses.asdict(sampling)})
         rows: list[dict[str, Any]] = []
         for turns, count in ((1, s.edits), (2, s.chains)):
-            chains = [scene_edits.draw_chain(EVALUATION_SEED, "test", i, turns) for i in range(count)]
+            chains = [scene_edits.draw_chain(EVALUATION_SEED, "test", turns * OFFSET + i, turns) for i in range(count)]
             sources = rendered([chain[0].source for chain in chains], generator)
             instructions = [[edit.instruction for edit in chain] for chain in chains]
             made = generator.edit_images(sources, instructions, sampling, EVALUATION_SEED)
             right = np.array([judged(chains, turn, made[turn]) for turn in range(turns)])  # [turns, chains]
-            last = [chain[-1].instruction for chain in chains]
-            alone = generator.generate_images(last, Sampling(temperature=s.temperature), EVALUATION_SEED)
+            last = [[chain[-1].instruction] for chain in chains]
+            alone = generator.compose_images(last, sampling, EVALUATION_SEED)
             name = "edit_single" if turns == 1 else "edit_two_turns"
             result.scores |= {
                 name: float(right[-1].mean()),

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from unimm_jax.errors import DataError
-from unimm_jax.evals.score_table import DECODER_NAMES, SPLIT_NAMES, answer_scores, answers_of, edit_scores
+from unimm_jax.evals.score_table import (
+    DECODER_NAMES,
+    SPLIT_NAMES,
+    answer_scores,
+    answers_of,
+    composition_scores,
+    edit_scores,
+)
 from unimm_jax.metrics import read
 
 STAGES = (
@@ -59,7 +66,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
-    parts += evaluation_images(folder / "edits")
+    parts += [*evaluation_images(folder / "edits"), *evaluation_images(folder / "compositions")]
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
     for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
@@ -109,6 +116,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
     if "edit_single" in scores:
         rows = "".join(row(name, f"{value:.3f}") for name, value in edit_scores(scores))
         parts.append(f"<table>{head('edits', 'correct')}{rows}</table>")
+    if "composition" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in composition_scores(scores))
+        parts.append(f"<table>{head('compositions', 'correct')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -195,6 +205,11 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
         parts.append("<h2>Edits</h2>")
         parts.append('<p class="note">The source, the result of each instruction, and the right result.</p>')
         parts.append(f'<div class="strips">{figures([edit_figure(folder, item) for item in examples["edits"]])}</div>')
+    if examples.get("compositions"):
+        parts.append("<h2>Compositions</h2>")
+        parts.append('<p class="note">The images of the prompt and, last, the result.</p>')
+        found = [composition_figure(folder, item) for item in examples["compositions"]]
+        parts.append(f'<div class="strips">{figures(found)}</div>')
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -233,6 +248,12 @@ def edit_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
     marks = [f'<span class="{css(ok)}">{"✓" if ok else "✗"}</span>' for ok in item["right"]]
     lines = [f"{mark} {html.escape(text)}" for mark, text in zip(marks, item["instructions"], strict=True)]
     return f"<figure>{image(folder / item['file'])}{'<br>'.join(lines)}</figure>"
+
+
+def composition_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """The images of a prompt and the result."""
+    mark = f'<span class="{css(item["right"])}">{"✓" if item["right"] else "✗"}</span>'
+    return f"<figure>{image(folder / item['file'])}{mark} {html.escape(item['prompt'])}</figure>"
 
 
 def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

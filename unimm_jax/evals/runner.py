@@ -16,7 +16,7 @@ from unimm_jax.evals.base import Context, Result
 from unimm_jax.inference.loading import Model, load_model
 
 # where the scores of an evaluator are, if it is not the only one; "" is the top level, others are under their name
-SECTIONS = {"scenes": "", "edits": "", "captions": "own_images", "loss": "held_out"}
+SECTIONS = {"scenes": "", "edits": "", "compositions": "", "captions": "own_images", "loss": "held_out"}
 
 
 def evaluate(
@@ -24,8 +24,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a language stage and returns the content of `scores.json`.
 
-    Scores of a single evaluator are at the top level. Of several, those of scenes and edits are, and every other
-    evaluator has a section. Every evaluator but the first of these has a subdirectory of its own.
+    Scores of a single evaluator are at the top level. Of several, those of scenes, edits and compositions are, and
+    every other evaluator has a section. Images and examples of all but the scenes are in a subdirectory.
 
     Args:
       checkpoint: workdir or step directory. output: directory for everything that is written.
@@ -51,7 +51,8 @@ def evaluate(
         with jax.set_mesh(model.mesh):
             result = evaluator.run(context)
         section = SECTIONS.get(name, name) if len(names) > 1 else ""
-        write(result, folder / section if name != "edits" or len(names) == 1 else folder / name)
+        is_first = name == "scenes" or len(names) == 1
+        write(result, folder if is_first else folder / (section or name))
         found = result.scores | result.settings
         scores = found | scores if not section else scores | {section: found}
     scores["evaluation_seconds"] = round(time.perf_counter() - began, 1)

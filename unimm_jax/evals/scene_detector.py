@@ -131,6 +131,13 @@ def edit_right(edit: SceneEdit, found: list[Detection]) -> bool:
     return len(found) - len(left) == len(placed) and collections.Counter((d.shape, d.colour) for d in left) == rest
 
 
+def looks_right(scene: scenes.Scene, found: list[Detection]) -> bool:
+    """Whether an image shows the objects of a scene, wherever they are, and nothing else."""
+    return collections.Counter((d.shape, d.colour) for d in found) == collections.Counter(
+        (item.shape, item.colour) for item in scene.objects
+    )
+
+
 def content_words(text: str) -> collections.Counter:
     """The words that carry content: numbers ("a" and "an" count as one), colors, shapes in the singular."""
     singular = {plural: name for name, plural in scenes.PLURALS.items()}

@@ -21,6 +21,9 @@ def table(scores: dict[str, Any]) -> str:
     if "edit_single" in scores:
         rows.append(f"{'edits':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in edit_scores(scores)]
+    if "composition" in scores:
+        rows.append(f"{'compositions':34s} {'right':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in composition_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -38,6 +41,13 @@ def edit_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     found += [(f"one edit, {name}", scores[f"edit_single_{key}"]) for key, name in EDIT_REFERENCES.items()]
     found += [("first of two edits", scores["edit_first_of_two"]), ("two edits", scores["edit_two_turns"])]
     return found + [(f"two edits, {name}", scores[f"edit_two_turns_{key}"]) for key, name in EDIT_REFERENCES.items()]
+
+
+def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `compositions`."""
+    names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
+    found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
+    return found + [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

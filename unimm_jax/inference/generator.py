@@ -55,7 +55,7 @@ class Generator:
         self.vocabulary = self.layout.vocabulary
         self.max_image_tokens = self.layout.max_image_tokens
         self.task_settings = pipeline.task_settings(self.config)
-        self.batch = batch
+        self.batch, self.answer_length = batch, answer_length
         self.prompt_length = prompt_length
         self.image_tokenizer, self.decoders = companions or load_companions(model)
         self._encode = jax.jit(self._encode_images)
@@ -105,6 +105,8 @@ class Generator:
           free: with guidance, the prompts without condition; [IMG] alone if None.
         """
         free = [Prompt(())] * len(prompts) if free is None else free
+        if len(free) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, and {len(free)} without condition")
         asked = [*prompts, *free] if sampling.guidance != 1 else prompts
         return self._continue([_with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts))
 
@@ -130,13 +132,7 @@ class Generator:
         Raises:
           CheckpointError: no such decoder. UserError: a size that it cannot generate.
         """
-        decoder = decoder or next(iter(self.decoders), "pixel_decoder")
-        if decoder not in self.decoders:
-            present = ", ".join(self.decoders) or "none"
-            raise CheckpointError(
-                f"there is no {decoder} beside {self.model.workdir} (present: {present}); train that stage or choose "
-                "another decoder"
-            )
+        decoder = self.decoder_name(decoder)
         objective, params = self.decoders[decoder]
         if size is not None:
             unit = objective.size_unit
@@ -152,6 +148,21 @@ class Generator:
             options = {} if size is None else {"size": size}
             found.append(np.asarray(objective.decode(params, *part, jax.random.key(seed + at), **options)))
         return np.concatenate(found)[: len(codes)]
+
+    def decoder_name(self, decoder: str) -> str:
+        """A decoder, or the first one present if the name is empty.
+
+        Raises:
+          CheckpointError: no such decoder.
+        """
+        decoder = decoder or next(iter(self.decoders), "pixel_decoder")
+        if decoder not in self.decoders:
+            present = ", ".join(self.decoders) or "none"
+            raise CheckpointError(
+                f"there is no {decoder} beside {self.model.workdir} (present: {present}); train that stage or choose "
+                "another decoder"
+            )
+        return decoder
 
     def generate_images(self, prompts: Sequence[str], sampling: Sampling = SAMPLED, seed: int = 0) -> np.ndarray:
         """Prompts → images uint8 [N, S, S, 3]."""
@@ -174,8 +185,12 @@ class Generator:
           images: uint8 [N, S, S, 3]. instructions: of each image, as many for each.
 
         Raises:
-          UserError: a prompt longer than `prompt_length`.
+          UserError: a prompt longer than `prompt_length`, or images with other numbers of instructions.
+          CheckpointError: no such decoder.
         """
+        if len(images) != len(instructions) or len(set(map(len, instructions))) != 1:
+            raise UserError("edits need the same number of instructions, at least one, for each image")
+        decoder = self.decoder_name(decoder)
         seen, results = images[:, None], []
         for turn in range(len(instructions[0])):
             asked = [tasks.edit_prompt(each[: turn + 1], self.task_settings) for each in instructions]
@@ -189,6 +204,32 @@ class Generator:
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
             seen = np.concatenate([seen, self._input_size(results[-1])[:, None]], 1)
         return results
+
+    def compose_images(
+        self,
+        prompts: Sequence[Sequence[np.ndarray | str]],
+        sampling: Sampling = SAMPLED,
+        seed: int = 0,
+        decoder: str = "",
+    ) -> np.ndarray:
+        """Prompts of images uint8 [S, S, 3] and texts, in any order → images uint8 [N, S, S, 3].
+
+        Guidance is away from [IMG] alone.
+
+        Raises:
+          UserError: a prompt longer than `prompt_length`.
+          CheckpointError: no such decoder.
+        """
+        decoder = self.decoder_name(decoder)
+        asked = [self.prompt_of(parts) for parts in prompts]
+        return self.decode(*self.codes(self.continue_with_image(asked, sampling, seed)), decoder, seed)
+
+    def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
+        """A user turn of images, uint8 [S, S, 3], and texts."""
+        images = [part for part in parts if not isinstance(part, str)]
+        places = iter(range(len(images)))
+        numbered = [part if isinstance(part, str) else next(places) for part in parts]
+        return Prompt(tasks.user_prompt(numbered, self.task_settings), np.stack(images) if images else None)
 
     def _input_size(self, images: np.ndarray) -> np.ndarray:
         """Generated images in the size that the model reads."""
@@ -233,8 +274,10 @@ class Generator:
         """The text that follows each prompt, up to </s>. Greedy by default.
 
         Raises:
-          UserError: a prompt longer than `prompt_length`.
+          UserError: a prompt longer than `prompt_length`, or a minimum length that is not below the maximum.
         """
+        if sampling.min_length >= self.answer_length:
+            raise UserError(f"min_length {sampling.min_length} must be below the maximum, {self.answer_length} tokens")
         found = self._continue(prompts, False, sampling, seed, len(prompts))
         return [self.text_tokenizer.decode(_until(row, self.text_tokenizer.eos)) for row in found]
 
@@ -294,6 +337,26 @@ class Generator:
             n = len(row.ids)
             tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
         return tokens, valid, index, images, keep
+
+
+PLACE = "<image>"
+
+
+def place_images(prompt: str, count: int) -> list[int | str]:
+    """The parts of a prompt with `PLACE` where its images are, in order. Without a place, images come first.
+
+    Raises:
+      UserError: the prompt has places, but not one for each image.
+    """
+    texts = prompt.split(PLACE)
+    if len(texts) == 1:
+        return [*range(count), *([prompt] if prompt else [])]
+    if len(texts) - 1 != count:
+        raise UserError(f"the prompt has {PLACE} {len(texts) - 1} times, and there are {count} images")
+    parts: list[int | str] = []
+    for i, text in enumerate(texts):
+        parts += [*([i - 1] if i else []), *([text.strip()] if text.strip() else [])]
+    return parts
 
 
 def _with_start(prompt: Prompt) -> Prompt:

@@ -238,7 +238,7 @@ class Decoding:
 
         start = rows((read.hidden_BD, read.cache), jnp.repeat(jnp.arange(n), beams))
         shape = (n, beams, self.answer_length)
-        return beam_search(start, log_probs, advance, shape, self.text_tokenizer.eos, sampling.length_penalty)
+        return beam_search(start, log_probs, advance, shape, self.text_tokenizer.eos, float(sampling.length_penalty))
 
 
 @dataclasses.dataclass(frozen=True)

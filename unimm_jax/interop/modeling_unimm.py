@@ -23,6 +23,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from .denoiser_unimm import LatentDecoder, UNet, alphas
 from .image_tokenizer_unimm import NEG_INF, ImageTokenizer, Merger, PixelDecoder, ViT, unpatchify
 
+# options of `generate` that `UniMM.write` sets itself, or that change what is returned
+OWN_OPTIONS = {
+    "eos_token_id", "pad_token_id", "suppress_tokens", "inputs_embeds", "num_return_sequences",
+    "return_dict_in_generate", "generation_config",
+}  # fmt: skip
+
 
 class UniMM(nn.Module):
     """One decoder-only language model that reads images and generates them.
@@ -128,7 +134,12 @@ class UniMM(nn.Module):
         Args:
           input_ids, attention_mask, pixel_values: from the processor; the images of all prompts in order.
           options: of the language model's `generate`, such as num_beams and length_penalty; greedy without.
+
+        Raises:
+          ValueError: an option that is set here, or that changes what is returned.
         """
+        if taken := OWN_OPTIONS & options.keys():
+            raise ValueError(f"{', '.join(sorted(taken))} cannot be set")
         pad, start, end = (self.settings[name] for name in ("pad", "start", "end"))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, mask, strict=True)]

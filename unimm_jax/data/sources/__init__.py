@@ -16,6 +16,7 @@ from unimm_jax.errors import DataError
 REGISTRY = {
     "scenes": "unimm_jax.data.sources.scenes:SceneSource",
     "scene_edits": "unimm_jax.data.sources.scene_edits:SceneEditSource",
+    "scene_compositions": "unimm_jax.data.sources.scene_compositions:SceneCompositionSource",
     "folder": "unimm_jax.data.sources.folder:FolderSource",
     "tfds": "unimm_jax.data.sources.tfds:TfdsSource",
     "llava": "unimm_jax.data.sources.llava:LlavaSource",

@@ -29,6 +29,8 @@ def parse_options(source: str, options: str, known: Mapping[str, type]) -> dict[
             raise DataError(f"{source} option {name}={value!r} is not a number") from None
         if name in ("count", "size", "turns") and found[name] < 1:
             raise DataError(f"{source} option {name}={value} must be at least 1")
+        if name == "seed" and found[name] < 0:
+            raise DataError(f"{source} option seed={value} must not be negative")
     return found
 
 

@@ -1,0 +1,72 @@
+"""The scores of edits and compositions, with a generator that draws what the test says."""
+
+import types
+
+import numpy as np
+import pytest
+
+from unimm_jax.data import scene_compositions, scene_edits, scenes
+from unimm_jax.evals.base import Context
+from unimm_jax.evals.compositions import Compositions, CompositionsOptions
+from unimm_jax.evals.edits import OFFSET, Edits, EditsOptions
+from unimm_jax.evals.generation import EVALUATION_SEED
+
+CONTEXT = Context(None, None, None, 0, None, "run/stage3", {}, None)
+EDITS = 12
+BLANK = np.full((64, 64, 3), 220, np.uint8)
+
+
+class FakeGenerator:
+    """Edits right up to turn `good`; draws compositions right if `composes`, and only from whole prompts."""
+
+    def __init__(self, good, composes=True):
+        self.decoders = {"pixel_decoder": None}
+        self.config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=64))
+        self.good, self.composes, self.asked = good, composes, []
+
+    def edit_images(self, images, instructions, sampling, seed):
+        turns = len(instructions[0])
+        chains = [scene_edits.draw_chain(EVALUATION_SEED, "test", turns * OFFSET + i, turns) for i in range(EDITS)]
+        assert [[edit.instruction for edit in chain] for chain in chains] == instructions
+        assert np.array_equal(images[3], scenes.render(chains[3][0].source))
+        self.asked.append((sampling.guidance, sampling.temperature))
+        made = [[scenes.render(chain[turn].target) for chain in chains] for turn in range(turns)]
+        return [np.stack(row if turn < self.good else [BLANK] * EDITS) for turn, row in enumerate(made)]
+
+    def compose_images(self, prompts, sampling, seed):
+        found = []
+        for i, prompt in enumerate(prompts):
+            whole = self.composes and len(prompt) == 2
+            target = scene_compositions.draw_composition(EVALUATION_SEED, "test", i).target
+            found.append(scenes.render(target) if whole else BLANK)
+        return np.stack(found)
+
+
+@pytest.mark.parametrize(("good", "single", "first", "two"), [(0, 0, 0, 0), (1, 1, 1, 0), (2, 1, 1, 1)])
+def test_edits_are_scored_by_turn(good, single, first, two):
+    generator = FakeGenerator(good)
+    options = EditsOptions(edits=EDITS, chains=EDITS, guidance=2.0, temperature=0.5)
+    result = Edits(options).score(generator, CONTEXT)
+    found = [result.scores[name] for name in ("edit_single", "edit_first_of_two", "edit_two_turns")]
+    assert found == [single, first, two] and generator.asked == [(2.0, 0.5)] * 2
+    assert set(result.scores["edit_single_by_kind"].values()) == {float(single)}
+    assert result.scores["edit_single_copied"] == result.scores["edit_single_without_source"] == 0
+    rows = result.examples["edits"]
+    assert [row["right"] for row in rows] == [[single == 1]] * 12 + [[first == 1, two == 1]] * 10
+
+
+@pytest.mark.parametrize("composes", [True, False])
+def test_compositions_are_scored_with_and_without_parts(composes):
+    result = Compositions(CompositionsOptions(compositions=8)).score(FakeGenerator(0, composes), CONTEXT)
+    assert result.scores["composition"] == float(composes)
+    assert result.scores["composition_without_first"] == result.scores["composition_without_second"] == 0
+    assert [row["right"] for row in result.examples["compositions"]] == [composes] * 8
+
+
+def test_without_a_decoder_nothing_is_scored(capsys):
+    generator = FakeGenerator(2)
+    generator.decoders = {}
+    context = Context(types.SimpleNamespace(name="x"), None, None, 0, None, "run", {}, None)
+    assert Edits(EditsOptions()).score(generator, context).scores == {}
+    assert Compositions(CompositionsOptions()).score(generator, context).scores == {}
+    assert capsys.readouterr().out.count("no decoder is beside the model") == 2

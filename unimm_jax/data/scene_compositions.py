@@ -1,0 +1,95 @@
+"""Compositions of scenes: a prompt with images, and the scene that has the objects of all its parts.
+
+A prompt is an image and a text that names one more object, or two images. The objects of the first image keep their
+places; those of the second keep theirs where they are free. All layouts of a composition are of its split.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from unimm_jax.data.scenes import (
+    COLOURS,
+    GRID,
+    RADII,
+    SHAPES,
+    Scene,
+    SceneObject,
+    cell_center,
+    draw_scene,
+    layout_split,
+    noun,
+)
+
+KINDS = ("image_text", "image_image")
+MAX_OBJECTS = 2  # per image
+WORDINGS = ("and {look}", "with {look}", "plus {look}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+    """A composition.
+
+    Attributes:
+      kind: a name of `KINDS`.
+      images: the scenes of the prompt. text: its text, after the image, or "".
+      target: the scene with all objects; the places of those that the first image does not have are free.
+    """
+
+    kind: str
+    images: tuple[Scene, ...]
+    text: str
+    target: Scene
+
+    @property
+    def parts(self) -> tuple[int | str, ...]:
+        """The prompt: images, by their index, and the text, in order."""
+        return (0, 1) if self.kind == "image_image" else (0, self.text)
+
+
+def draw_composition(seed: int, split: str, index: int) -> Composition:
+    """Samples composition `index` of a split; the kinds take turns.
+
+    Args:
+      seed, split, index: see `scenes.draw_scene`.
+
+    Raises:
+      ValueError: unknown split.
+    """
+    kind = KINDS[index % len(KINDS)]
+    rng = np.random.default_rng([seed, index, 74])
+    while True:
+        found = _draw(rng, seed, split, kind)
+        if layout_split(found.target.objects) == split:
+            return found
+
+
+def _draw(rng: np.random.Generator, seed: int, split: str, kind: str) -> Composition:
+    images = [_small_scene(rng, seed, split) for _ in range(2 if kind == "image_image" else 1)]
+    objects, text = list(images[0].objects), ""
+    if kind == "image_image":
+        more = images[1].objects
+    else:
+        shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+        text = WORDINGS[rng.integers(len(WORDINGS))].format(look=noun(1, shape, color))
+        x, y = cell_center(rng, *rng.integers(GRID, size=2).tolist())
+        more = (SceneObject(shape, color, RADII[rng.integers(len(RADII))], x, y),)
+    for item in more:
+        taken = {_cell(other) for other in objects}
+        if _cell(item) in taken:
+            free = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
+            x, y = cell_center(rng, *free[rng.integers(len(free))])
+            item = dataclasses.replace(item, x=x, y=y)
+        objects.append(item)
+    return Composition(kind, tuple(images), text, dataclasses.replace(images[0], objects=tuple(objects)))
+
+
+def _small_scene(rng: np.random.Generator, seed: int, split: str) -> Scene:
+    while True:
+        scene = draw_scene(seed, split, int(rng.integers(2**31)))
+        if len(scene.objects) <= MAX_OBJECTS:
+            return scene
+
+
+def _cell(item: SceneObject) -> tuple[int, int]:
+    return int(item.x * GRID), int(item.y * GRID)
