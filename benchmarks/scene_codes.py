@@ -39,9 +39,8 @@ def looks(scene: scenes.Scene) -> np.ndarray:
     """The place in `LOOKS` of the object in each cell, -1 without one: int64 [16]."""
     found = np.full(scenes.GRID**2, -1)
     for item in scene.objects:
-        found[int(item.y * scenes.GRID) * scenes.GRID + int(item.x * scenes.GRID)] = LOOKS.index(
-            (item.shape, item.colour)
-        )
+        column, line = scenes.cell(item)
+        found[line * scenes.GRID + column] = LOOKS.index((item.shape, item.colour))
     return found
 
 

@@ -15,6 +15,7 @@ from unimm_jax.data.scenes import (
     SHAPES,
     Scene,
     SceneObject,
+    cell,
     cell_center,
     draw_scene,
     layout_split,
@@ -75,8 +76,8 @@ def _draw(rng: np.random.Generator, seed: int, split: str, kind: str) -> Composi
         x, y = cell_center(rng, *rng.integers(GRID, size=2).tolist())
         more = (SceneObject(shape, color, RADII[rng.integers(len(RADII))], x, y),)
     for item in more:
-        taken = {_cell(other) for other in objects}
-        if _cell(item) in taken:
+        taken = {cell(other) for other in objects}
+        if cell(item) in taken:
             free = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
             x, y = cell_center(rng, *free[rng.integers(len(free))])
             item = dataclasses.replace(item, x=x, y=y)
@@ -89,7 +90,3 @@ def _small_scene(rng: np.random.Generator, seed: int, split: str) -> Scene:
         scene = draw_scene(seed, split, int(rng.integers(2**31)))
         if len(scene.objects) <= MAX_OBJECTS:
             return scene
-
-
-def _cell(item: SceneObject) -> tuple[int, int]:
-    return int(item.x * GRID), int(item.y * GRID)

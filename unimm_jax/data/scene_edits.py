@@ -16,6 +16,7 @@ from unimm_jax.data.scenes import (
     SHAPES,
     Scene,
     SceneObject,
+    cell,
     cell_center,
     draw_scene,
     layout_split,
@@ -122,7 +123,7 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
     if kind == "add":
         shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
         words["look"] = noun(1, shape, color)
-        taken = {_cell(item) for item in objects}
+        taken = {cell(item) for item in objects}
         cells = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
         x, y = cells[rng.integers(len(cells))]
         free = free | {len(objects)}
@@ -154,13 +155,9 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
     return SceneEdit(kind, wording.format(**words), scene, dataclasses.replace(scene, objects=tuple(objects)), free)
 
 
-def _cell(item: SceneObject) -> tuple[int, int]:
-    return int(item.x * GRID), int(item.y * GRID)
-
-
 def _free_corners(scene: Scene) -> list[str]:
-    taken = {_cell(item) for item in scene.objects}
-    return [name for name, cell in CORNERS.items() if cell not in taken]
+    taken = {cell(item) for item in scene.objects}
+    return [name for name, corner in CORNERS.items() if corner not in taken]
 
 
 def _named(scene: Scene) -> list[tuple[int, list[str]]]:

@@ -95,9 +95,14 @@ def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
             return Scene(kind, tuple(objects), int(rng.integers(2**31)))
 
 
+def cell(item: SceneObject) -> tuple[int, int]:
+    """The cell that an object is in: (column, row)."""
+    return int(item.x * GRID), int(item.y * GRID)
+
+
 def layout_split(objects: Iterable[SceneObject]) -> str:
     """The split of a layout (the objects and their cells), by its hash."""
-    cells = sorted((o.shape, o.colour, int(o.x * GRID), int(o.y * GRID)) for o in objects)
+    cells = sorted((o.shape, o.colour, *cell(o)) for o in objects)
     return "test" if zlib.crc32(repr(cells).encode()) % TEST_SHARE == 0 else "train"
 
 

@@ -45,10 +45,7 @@ class Compositions(GeneratingEvaluator):
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""
         s: CompositionsOptions = self.settings
-        if not generator.decoders:
-            if not self._said:
-                print(f"{context.config.name}: no decoder is beside the model; compositions are not scored", flush=True)
-            self._said = True
+        if not self.can_draw(generator, context, "composition"):
             return Result({})
         sampling = Sampling(guidance=s.guidance, temperature=s.temperature)
         found = [scene_compositions.draw_composition(EVALUATION_SEED, "test", i) for i in range(s.compositions)]

@@ -47,10 +47,7 @@ class Edits(GeneratingEvaluator):
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""
         s: EditsOptions = self.settings
-        if not generator.decoders:
-            if not self._said:
-                print(f"{context.config.name}: no decoder is beside the model; edits are not scored", flush=True)
-            self._said = True
+        if not self.can_draw(generator, context, "editing"):
             return Result({})
         sampling = Sampling(guidance=s.guidance, temperature=s.temperature)
         result = Result({}, settings={"edit_sampling": dataclasses.asdict(sampling)})

@@ -54,6 +54,13 @@ class GeneratingEvaluator(Evaluator):
         """Evaluates the model of a generator."""
         raise NotImplementedError
 
+    def can_draw(self, generator: Generator, context: Context, what: str) -> bool:
+        """Whether a decoder is beside the model; if not, says once that `what` is not scored."""
+        if not generator.decoders and not self._said:
+            self._said = True
+            print(f"{context.config.name}: no decoder is beside the model; {what} is not scored", flush=True)
+        return bool(generator.decoders)
+
     def _generator_of(self, context: Context) -> Generator:
         if self._generator is None:
             if context.text_tokenizer is None:

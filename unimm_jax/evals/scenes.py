@@ -63,12 +63,9 @@ class Scenes(GeneratingEvaluator):
         result.settings |= {"questions_per_kind": s.questions, "jitter": s.jitter}
         reconstruction = score_reconstruction(generator, test)
         sheets: tuple[list[np.ndarray], list[str]] = ([], [])
-        if decoder := reconstruction.scores.get("decoder"):
-            drawing, sheets = score_text_to_image(generator, decoder, s.prompts, sampling)
+        if self.can_draw(generator, context, "text-to-image"):
+            drawing, sheets = score_text_to_image(generator, reconstruction.scores["decoder"], s.prompts, sampling)
             result.add(drawing)
-        elif not self._said:
-            self._said = True
-            print(f"{context.config.name}: no decoder is beside the model; text-to-image is not scored", flush=True)
         result.add(score_questions(generator, s.questions, s.jitter))
         result.add(score_captions(generator, test))
         result.add(reconstruction)
