@@ -143,7 +143,7 @@ def case(kept: np.ndarray, max_image_tokens: int, images_per_row: int, size: Siz
     rows = []
     for row in packed[: size.rows]:
         built = [packing.build_example(records, example, settings, layout) for example in row]
-        rows.append(packing.build_row(built, settings, 224, PATCHES))
+        rows.append(packing.build_row(built, settings, PATCHES))
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     step, flops = _train_step(config, arrays)
     return Case(step, config, arrays, float(examples) * size.rows, float(fill), flops)

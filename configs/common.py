@@ -168,6 +168,9 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     patches = (c.data.image_size // c.model.encoder.get("patch_size", 14)) ** 2
     connector = "mlp" if flavor(size) == "illume" else "merger"
     c.model.unified = ConfigDict(dict(connector=connector, max_image_tokens=patches))
+    if size == "illume-7b":  # reads images and slices of 448 pixels as 256 features each; generates 256 codes
+        c.data.image_size = c.model.encoder.image_size = 2 * c.data.image_size
+        c.model.unified.patch_merge = 2
     c.loss.chunk = 0 if small else 1024
     c.companions = ConfigDict(
         dict(image_tokenizer="../tokenizer", pixel_decoder="../pixel_decoder", unet_decoder="../unet_decoder")
@@ -205,7 +208,10 @@ def refuse_lavit(stage: str, size: str | None) -> None:
 def start_from_tokenizer(size: str) -> dict[str, Any]:
     """Initializes the language stage's encoder and, in the LaVIT flavor, its merger from the image tokenizer."""
     parts = ("encoder/",) if flavor(size) == "illume" else ("encoder/", "merger/")
-    return dict(checkpoint="../tokenizer", rename=[(part, part) for part in parts])
+    found: dict[str, Any] = dict(checkpoint="../tokenizer", rename=[(part, part) for part in parts])
+    if size == "illume-7b":
+        found["allow"] = ("encoder.image_size",)  # position embeddings are interpolated
+    return found
 
 
 def start_from(stage: str) -> dict[str, Any]:

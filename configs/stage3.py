@@ -45,5 +45,7 @@ def get_config(size=None):
     c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-5, "one_gpu": 1e-3, "laptop": 4e-3})
     c.optimizer.muon_learning_rate = 8e-3
     c.optimizer.warmup = 0.01 if small else 0.03
+    if c.size == "illume-7b":  # the whole image and 9 slices are 2,580 tokens
+        c.data.update(max_slices=9, seq_len=4096, images_per_row=16)
     c.init_from = (common.start_from("stage2"),)
     return c

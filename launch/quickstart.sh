@@ -13,25 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/quickstart} SIZE=${SIZE:-laptop} SEED=${SEED:-0} SOURCES=${SOURCES:-scenes} UNET=${UNET:-0}
 QUESTIONS=${QUESTIONS:-} TEST_QUESTIONS=${TEST_QUESTIONS:-}
-PYTHON_FOR_VENV=${PYTHON:-python3}
-
-if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
-  "$PYTHON_FOR_VENV" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }
-  echo "installing requirements into .venv"
-  [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
-  touch .venv/installed
-fi
-
-mkdir -p "$RUN"
-COMMANDS=$RUN/commands.txt
-: > "$COMMANDS.new"
-step() { # step DIRECTORY COMMAND...: runs the command unless the directory is done
-  local done=$1/done.json; shift
-  echo "python $*" >> "$COMMANDS.new"
-  [ -e "$done" ] || .venv/bin/python "$@"
-}
-train() { step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --workdir="$RUN/$1" --config.seed="$SEED" "${@:2}"; }
+. launch/common.sh
 
 # Photos and drawings hold more than scenes do: own sources keep half of the patches, and get more text tokens and
 # longer rows.
@@ -58,5 +40,4 @@ if [ -n "$TEST_QUESTIONS" ]; then answers evaluation_test --sources="$TEST_QUEST
 if [ "${SOURCES%%:*}" = scenes ]; then
   step "$RUN/evaluation_free" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_free" --jitter=9
 fi
-mv "$COMMANDS.new" "$COMMANDS"
-.venv/bin/python -m unimm_jax.report --run="$RUN"
+report

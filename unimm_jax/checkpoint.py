@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from unimm_jax import legacy
 from unimm_jax.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
+from unimm_jax.models.vit import can_resize, resize_positions
 from unimm_jax.sharding import flatten, unflatten
 
 DIGESTS = "digests.json"
@@ -364,7 +366,8 @@ def init_from(
     Args:
       params: freshly initialized parameters.
       entries: each {checkpoint, rename: [(regex, replacement)], optional: regex}. A source path that matches a rename
-        is read under its new name; others are not read. Relative checkpoints start at the workdir.
+        is read under its new name; others are not read. Relative checkpoints start at the workdir. Position embeddings
+        of an encoder with another image size are interpolated.
       open_weights: opens a path and its entry; returns an object with `shapes` and `read` like `Stored`.
 
     Raises:
@@ -385,7 +388,9 @@ def init_from(
                 if target not in flat:
                     if not re.fullmatch(entry.get("optional") or "(?!)", target):
                         problems.append(f"{target} (from {name} of {path}) is not in this model")
-                elif flat[target].shape != source.shapes[name]:
+                elif flat[target].shape != source.shapes[name] and not can_resize(
+                    target, source.shapes[name], flat[target].shape
+                ):
                     problems.append(f"{target} is {flat[target].shape} here and {source.shapes[name]} in {path}")
                 else:
                     moves.setdefault(name, []).append(target)
@@ -397,5 +402,7 @@ def init_from(
     for source, moves in plan:
         for name, value in source.read({name: targets_of[targets[0]] for name, targets in moves.items()}):
             for target in moves[name]:
+                if value.shape != flat[target].shape:  # another image size
+                    value = resize_positions(jnp.asarray(value, jnp.float32), len(flat[target]))
                 flat[target] = jax.device_put(value.astype(flat[target].dtype), targets_of[target])
     return unflatten(flat)

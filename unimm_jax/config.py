@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from unimm_jax import legacy
-from unimm_jax.data import tasks
+from unimm_jax.data import slices, tasks
 
 TASKS = tuple(tasks.REGISTRY)
 
@@ -139,7 +139,10 @@ class PackedDataConfig:
       image_size: side of the images in pixels.
       batch_unit: what `config.train.batch_size` counts: "examples", or "tokens" for the number of examples that have
         that many tokens on average. Every step has the same number of examples.
-      seq_len: tokens per row T. images_per_row: images per row R whose features the model computes.
+      seq_len: tokens per row T. images_per_row: images and slices per row R whose features the model computes.
+      max_slices: an image larger than `image_size` is also read in at most so many slices (9 in ILLUME); 0 for none.
+        Needs the connector "mlp". slice_grids: "illume" for all grids, "llava_next" for LLaVA-NeXT's five.
+      global_view_share: share of the examples that read their images without slices, so that the model can do both.
       max_questions: questions per `question` example.
       prompt_dropout: share of text-to-image and edit examples without their text, for guidance (0.1 in ILLUME+'s code).
       image_targets: loss weight of code targets at positions of input images (LaVIT's [image, text]; 0 in ILLUME).
@@ -158,6 +161,9 @@ class PackedDataConfig:
     batch_unit: str = one_of("examples", "examples", "tokens")
     seq_len: int = ranged(2048, low=4)
     images_per_row: int = ranged(8, low=0)
+    max_slices: int = ranged(0, low=0)
+    slice_grids: str = one_of("illume", *slices.RULES)
+    global_view_share: float = ranged(0.0, low=0, high=1)
     max_questions: int = ranged(3, low=1)
     prompt_dropout: float = ranged(0.1, low=0, high=1)
     image_targets: float = ranged(1.0, low=0)

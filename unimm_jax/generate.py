@@ -46,10 +46,8 @@ def define_flags() -> None:
 
 def command() -> None:
     """Generates as the flags say."""
-    import numpy as np
-
     from unimm_jax import resolve
-    from unimm_jax.data import tasks, transforms
+    from unimm_jax.data import tasks
     from unimm_jax.errors import UserError
     from unimm_jax.inference.generator import Generator, Prompt, place_images
     from unimm_jax.inference.loading import load_model
@@ -73,19 +71,17 @@ def command() -> None:
     answers = bool(files) and not (f.edit or f.draw)
     batch = 1 if answers else min(f.samples, 32)
     generator = Generator(load_model(f.checkpoint, f.tensor), batch, f.prompt_length, f.max_length)
-    size = generator.config.data.image_size
-    pixels = [transforms.to_pixels(file.read_bytes(), size) for file in files]
+    pixels = [generator.read_image(file.read_bytes()) for file in files]
     parts = [part if isinstance(part, str) else pixels[part] for part in order]
     if f.edit:
-        sources = np.stack(pixels * f.samples)
-        turns = generator.edit_images(sources, [f.edit] * f.samples, sampled, f.seed, f.decoder)
+        turns = generator.edit_images(pixels * f.samples, [f.edit] * f.samples, sampled, f.seed, f.decoder)
         write({f"{i:04d}_edit{n}": image for n, images in enumerate(turns, 1) for i, image in enumerate(images)})
     elif f.draw and files:
         composed = generator.compose_images([parts] * f.samples, sampled, f.seed, f.decoder)
         write({f"{i:04d}": image for i, image in enumerate(composed)})
     elif answers:
         is_caption = len(pixels) == 1 and not f.prompt
-        prompt = Prompt(tasks.caption_prompt(), pixels[0][None]) if is_caption else generator.prompt_of(parts)
+        prompt = Prompt(tasks.caption_prompt(), pixels) if is_caption else generator.prompt_of(parts)
         print(generator.continue_with_text([prompt], spoken)[0])
     else:
         codes, keep = generator.codes(generator.generate_image_tokens([f.prompt] * f.samples, sampled, f.seed))

@@ -43,6 +43,7 @@ CONFIG_KEYS_1 = {
 # Format 1: settings that came later, at the values that mean what it did
 ADDED_1 = {"train.micro_batches": 1, "train.profile": 0, "train.profile_start": 10}
 ADDED_IMAGES_1 = {"data.held_out": 0.0}  # stages that read images from sources trained on all of them
+ADDED_ROWS_1 = {"data.max_slices": 0, "data.slice_grids": "illume", "data.global_view_share": 0.0}  # packed rows
 # Format 1: a setting that these objectives carried without reading it
 UNUSED_1 = {name: "data.sources" for name in ("language_modeling", "denoising", "pixel_decoding")}
 # Format 1: dotted new key → old value → new value
@@ -141,7 +142,7 @@ DEFAULTS_1: dict[str, dict[str, Any]] = {
         "scan": True,
         "remat": "none",
     },
-    "unified": {"connector": "merger", "max_image_tokens": 256},
+    "unified": {"connector": "merger", "max_image_tokens": 256, "patch_merge": 1},
 }
 
 
@@ -164,6 +165,8 @@ def config(found: dict[str, Any]) -> dict[str, Any]:
     flat |= {name: value for name, value in ADDED_1.items() if name.split(".")[0] in found}
     if found.get("objective") not in UNUSED_1 and "data" in found:
         flat |= ADDED_IMAGES_1
+    if found.get("objective") == "language_modeling":
+        flat |= ADDED_ROWS_1
     flat.pop(UNUSED_1.get(found.get("objective", ""), ""), None)
     for section, settings in found.get("model", {}).items():
         section = CONFIG_KEYS_1.get(f"model.{section}", f"model.{section}").removeprefix("model.")

@@ -137,8 +137,7 @@ def test_prompts_with_several_images_and_none_in_one_batch(generator):
     images = np.random.default_rng(1).integers(0, 255, (3, 64, 64, 3), np.uint8)
     settings = generator.task_settings
     prompts = [
-        Prompt(tasks.question_prompt("is there a cross?", settings, count), images[:count] if count else None)
-        for count in (2, 0, 1, 3)
+        Prompt(tasks.question_prompt("is there a cross?", settings, count), images[:count]) for count in (2, 0, 1, 3)
     ]
     together = generator.continue_with_text(prompts)
     assert together == [generator.continue_with_text([prompt])[0] for prompt in prompts]
@@ -248,7 +247,7 @@ def test_images_are_composed_from_parts_in_their_order(generator):
     prompts = [generator.prompt_of(parts) for parts in (["x", a, "and", b], [b], ["a cross"])]
     kinds = [[type(segment).__name__ for segment in prompt.document] for prompt in prompts]
     assert kinds == [["Text", "ImageIn", "Text", "ImageIn"], ["ImageIn"], ["Text"]]
-    assert np.array_equal(prompts[0].images, np.stack([a, b])) and prompts[2].images is None
+    assert np.array_equal(prompts[0].images, np.stack([a, b])) and not prompts[2].images
     made = generator.compose_images([["x", a, "and", b], [b], ["a cross"]], greedy)
     ids = generator.continue_with_image(prompts, greedy)
     assert np.array_equal(made, generator.decode(*generator.codes(ids)))

@@ -1,18 +1,25 @@
 """ILLUME's recipe at the tiny scale, with SimVQ: a bidirectional tokenizer, an MLP connector, no selector."""
 
+import dataclasses
+import shutil
+
+import jax
 import numpy as np
 import pytest
-from helpers import TEXT_VOCAB, link, tiny
+from helpers import TEXT_VOCAB, link, opened, tiny, tiny_dict
 
-from unimm_jax import metrics
-from unimm_jax.checkpoint import read_params
-from unimm_jax.data import scenes
+from unimm_jax import metrics, resolve
+from unimm_jax.checkpoint import find, read_meta, read_params
+from unimm_jax.data import packing, scenes, tasks, transforms
 from unimm_jax.data.records import Records
-from unimm_jax.inference.generator import Generator
-from unimm_jax.inference.loading import load_model
+from unimm_jax.errors import ConfigError, DataError, UserError
+from unimm_jax.evals.runner import evaluate
+from unimm_jax.inference.generator import Generator, Prompt
+from unimm_jax.inference.loading import load_model, stage_config
 from unimm_jax.inference.pretokenization import pretokenize
 from unimm_jax.inference.sampling import Sampling
 from unimm_jax.interop.exporter import export
+from unimm_jax.models.vit import resize_positions
 from unimm_jax.sharding import flatten
 from unimm_jax.train import train
 
@@ -62,3 +69,122 @@ def test_the_exported_model_gives_the_same_codes_and_images(stages, tmp_path):
     assert np.array_equal(found_keep, keep) and (vectors[found_codes] - vectors[ours]).abs().max() < 5e-3
     decoded = model.decode(ours, found_keep).numpy()
     assert np.abs(decoded.astype(int) - g.decode(codes, keep)).max() <= 1
+
+
+# ---- Any resolution --------------------------------------------------------------------------------------------------
+
+LARGE = "scenes:count=24,seed=1,size=192,scale=0.35"
+SLICED = dict(
+    data__max_slices=9,
+    data__global_view_share=0.5,
+    data__seq_len=256,
+    data__images_per_row=12,
+    data__mixture=(dict(source="scenes:count=24"), dict(source=LARGE, tasks=dict(question=1.0), weight=2.0)),
+    **SIMVQ,
+)
+
+
+@pytest.fixture(scope="module")
+def sliced(stages, tmp_path_factory):
+    """A stage 3 that reads images of 192 pixels in slices."""
+    root = link(stages, tmp_path_factory.mktemp("sliced"), "encoder", "tokenizer", "pixel_decoder")
+    link(stages, root, "stage1")
+    sources = f"scenes:count=24;{LARGE}"
+    pretokenize(str(root / "tokenizer"), str(root / "records"), sources, str(root / "stage1"), TEXT_VOCAB, 32)
+    config = tiny_dict("stage3", VARIANT, train__steps=3, evals={}, **SLICED)
+    config.init_from = (dict(checkpoint="../stage1", rename=[("", "")]),)
+    train(resolve.parse(config), root / "stage3")
+    return root
+
+
+def test_rows_hold_the_views_of_large_images(sliced):
+    config = stage_config(read_meta(find(sliced / "stage3")), "stage3")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=str(sliced / "records")))
+    data, objective = opened(config)
+    plan, records = data.rows.plan, data.records
+    examples = [e for step in range(6) for row in plan.rows(step) for e in row]
+    assert (records.sizes[0] == [64, 64]).all() and (records.sizes[len(records) - 1] == [192, 192]).all()
+    seen = {0: 0, 1: 0, 10: 0}
+    params = objective.init(jax.random.key(0))
+    measure = jax.jit(objective.cross_entropy)
+    row = data.rows.row(0, 0)
+    together = np.asarray(measure(params, {k: v[None] for k, v in row.items()}))[0]
+    for segment, example in enumerate(plan.rows(0)[0], 1):
+        built = packing.build_example(records, example, plan.packing, plan.layout)
+        alone = packing.build_row([built], plan.packing, plan.layout.view_features)
+        single = np.asarray(measure(params, {k: v[None] for k, v in alone.items()}))[0]
+        n, weights = len(built.tokens.ids), alone["weights"] > 0
+        inside = np.flatnonzero(row["segments"] == segment)
+        assert np.abs(together[inside] - single[:n])[weights[:n]].max(initial=0) < 1e-5
+    for example in examples:
+        built = packing.build_example(records, example, plan.packing, plan.layout)
+        size = packing.example_size(records, example, plan.packing, plan.layout)
+        assert size == (len(built.tokens.ids), len(built.images))
+        seen[len(built.images)] += 1
+        if len(built.images) == 10:
+            whole = records.image(example.record)
+            pixels = transforms.decode_image(records[example.record].images[0])
+            assert (built.images[0] == whole).all() and (built.images[9] == np.asarray(pixels)[128:, 128:]).all()
+    assert all(seen.values())
+
+
+def test_prompts_are_rendered_as_in_training(sliced):
+    g = Generator(load_model(sliced / "stage3"), batch=2, prompt_length=512)
+    image = scenes.render(scenes.draw_scene(5, "test", 0), 192)
+    prompt = Prompt(tasks.question_prompt("how many circles?", g.task_settings), [image])
+    tokens, valid, index, images, keep = g._rendered([prompt, dataclasses.replace(prompt, slices=False)])
+    assert images.shape == (2, 10, 64, 64, 3) and keep.shape == (2, 10, 16) and keep[0].all()
+    assert (images[0, 5] == image[64:128, 64:128]).all() and not images[1, 1:].any()
+    assert (valid.sum(-1)[0] - valid.sum(-1)[1]) == 9 * 18
+    assert sorted(index[0][index[0] >= 0]) == list(range(160)) and sorted(index[1][index[1] >= 0]) == list(range(16))
+    text = g.text_tokenizer.decode(tokens[0][-12:].tolist())
+    assert text.endswith("how many circles?")
+    assert g.continue_with_text([prompt])[0] == g.generate_text([image], ["how many circles?"])[0]
+
+
+def test_small_objects_are_scored_with_and_without_slices(sliced, stages):
+    found = evaluate(str(sliced / "stage3"), str(sliced / "scores"), ["small_objects"], {"small_questions": 2})
+    scores = found["small_objects"]
+    assert {"slices", "global_view", "slices_by_kind", "global_view_by_kind"} == set(scores)
+    assert all(0 <= scores[view] <= 1 for view in ("slices", "global_view"))
+    with pytest.raises(ConfigError, match="max_slices of stage1:laptop-illume is 0"):
+        evaluate(str(stages / "stage1"), str(sliced / "no"), ["small_objects"])
+
+
+def test_settings_that_do_not_fit_slices_are_refused(sliced, tmp_path):
+    with pytest.raises(ConfigError, match="max_slices is 9; only the connector 'mlp' can have it"):
+        tiny("stage3", data__max_slices=9)
+    with pytest.raises(ConfigError, match="max_image_tokens is 16; the connector 'mlp' gives 4"):
+        tiny("stage3", VARIANT, model__unified__patch_merge=2)
+    with pytest.raises(ConfigError, match="patch_merge 3 does not divide 4 patches"):
+        tiny("stage3", VARIANT, model__unified__patch_merge=3, model__unified__max_image_tokens=1)
+    shutil.copytree(sliced / "records", tmp_path / "records")
+    (tmp_path / "records/index/sizes.npy").unlink()
+    config = tiny("stage3", VARIANT, data__records=str(tmp_path / "records"), **SLICED)
+    with pytest.raises(DataError, match="do not say how large their images are"):
+        opened(config)
+
+
+def test_a_stage_at_another_image_size_starts_with_interpolated_positions(stages, tmp_path):
+    root = link(stages, tmp_path, "tokenizer", "records", "pixel_decoder", "stage1")
+    changes = dict(
+        train__steps=1,
+        evals={},
+        data__image_size=128,
+        model__encoder__image_size=128,
+        model__unified__patch_merge=2,
+        **SIMVQ,
+    )
+    config = tiny_dict("stage2", VARIANT, **changes)
+    config.init_from = (dict(checkpoint="../stage1", rename=[("(encoder|language)/", r"\1/")]),)
+    with pytest.raises(UserError, match="encoder.image_size"):
+        train(resolve.parse(config), root / "stage2")
+    config.init_from = (config.init_from[0] | dict(allow=("encoder.image_size",)),)
+    train(resolve.parse(config), root / "stage2")
+    table = dict(flatten(read_params(root / "stage2")))["encoder/positions"]
+    small = dict(flatten(read_params(stages / "stage1")))["encoder/positions"]
+    assert table.shape[0] == 65 and np.allclose(table, resize_positions(np.asarray(small), 65), atol=1e-6)
+    g = Generator(load_model(root / "stage2"), batch=2)
+    image = scenes.render(scenes.draw_scene(5, "test", 0), 128)
+    assert g.tokenize([image])[0].shape == (1, 16)  # the image tokenizer keeps its size
+    assert len(g.generate_text([image, image], ["", ""])) == 2

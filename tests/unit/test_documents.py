@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from unimm_jax import text_tokenizer
 from unimm_jax.data import tasks
-from unimm_jax.data.documents import IGNORED, ImageStart, Layout, input_images, length, render
+from unimm_jax.data.documents import IGNORED, ImageStart, Layout, input_views, length, render, with_slices
 from unimm_jax.data.outlines import Message, Question, Record, flatten, outline
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import InvalidRecordError
@@ -63,7 +63,7 @@ layouts = st.builds(
     lambda grid, limit: Layout(Vocabulary(TOKENIZER.num_rows, CODES, PATCHES if grid else 0), TOKENIZER, limit),
     st.booleans(),
     st.sampled_from([3, PATCHES]),
-)
+) | st.just(Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES, view_features=PATCHES))
 task_settings = st.builds(
     TaskSettings,
     max_questions=st.integers(1, 3),
@@ -93,16 +93,21 @@ def test_the_length_of_every_document_is_that_of_its_rendering(record, layout, o
             continue
         applied += 1
         document = task.build(found, variant, options)
+        if layout.view_features:
+            document = with_slices(document, [(variant + image) % 3 for image in range(len(record.images))])
         row = render(document, texts, keep, image_codes, layout)
         assert len(row.ids) == length(document, counts, keep.sum(-1), layout)
         assert len(row.ids) == len(row.targets) == len(row.weights) == len(row.feature)
-        assert row.inputs == input_images(document)
-        for slot, image in enumerate(row.inputs):
+        assert row.inputs == input_views(document)
+        for slot, (image, _) in enumerate(row.inputs):
             mine = row.feature[row.feature // layout.max_image_tokens == slot]
             mine = mine[mine >= 0]
-            assert len(mine) == min(keep[image].sum(), layout.max_image_tokens) == len(set(mine.tolist()))
+            wanted = layout.view_features or min(keep[image].sum(), layout.max_image_tokens)
+            assert len(mine) == wanted == len(set(mine.tolist()))
         assert row.ids.max() < layout.vocabulary.size and row.ids.min() >= 0
         assert (row.ids == row.targets)[row.feature == IGNORED].all()
+        for (_, view), (_, following) in zip(row.inputs, row.inputs[1:], strict=False):
+            assert following in (0, view + 1)  # slices follow the whole image, in order
     assert applied
 
 

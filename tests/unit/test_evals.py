@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimm_jax import evals, plotting
 from unimm_jax.config import ImageDataConfig
-from unimm_jax.data import scenes, sources
+from unimm_jax.data import scenes, sources, transforms
 from unimm_jax.errors import CheckpointError, ConfigError
 from unimm_jax.evals import captions, runner, score_table
 from unimm_jax.evals import scene_detector as detector
@@ -131,6 +131,9 @@ class FakeGenerator:
         self.decoders = {"pixel_decoder": None}
         self.prompt_length, self.text_tokenizer = 10, types.SimpleNamespace(encode=str.split)
         self.calls = []
+
+    def read_image(self, image):
+        return transforms.to_pixels(image, 8)
 
     def tokenize(self, images):
         keep = np.zeros((len(images), 4), bool)

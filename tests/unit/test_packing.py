@@ -18,7 +18,7 @@ from unimm_jax.vocabulary import Vocabulary
 
 EVERYTHING = (("caption", 0.3), ("question", 0.2), ("reconstruct", 0.1), ("text", 0.1), ("text_to_image", 0.3))
 SCENE_TASKS = {name for name, _ in EVERYTHING}
-CONFIG = PackingConfig(batch=16, seq_len=96, images_per_row=4, max_image_tokens=16, weights=EVERYTHING)
+CONFIG = PackingConfig(batch=16, seq_len=96, images_per_row=4, max_image_tokens=16, weights=EVERYTHING, image_size=64)
 CAPTIONS = dataclasses.replace(CONFIG, weights=(("caption", 1.0),))
 
 
@@ -191,7 +191,7 @@ def test_packing_changes_no_examples_loss(run, records, layout):
         packed = source.row(*place)
         together = np.asarray(measure(params, {k: v[None] for k, v in packed.items()}))[0]
         for segment, example in enumerate(examples, 1):
-            alone = packing.build_row([example], CONFIG, header["image_size"], header["num_patches"])
+            alone = packing.build_row([example], CONFIG, header["num_patches"])
             single = np.asarray(measure(params, {k: v[None] for k, v in alone.items()}))[0]
             weights = alone["weights"] > 0
             inside = np.flatnonzero(packed["segments"] == segment)

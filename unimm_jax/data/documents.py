@@ -44,10 +44,12 @@ class ImageIn:
     Attributes:
       image: its index in the images of the record.
       weight: loss weight of predicting its codes and [/IMG] at these positions (LaVIT's [image, text]; 0 in ILLUME).
+      view: 0 is the whole image, i is its i-th slice (see `unimm_jax.data.slices`).
     """
 
     image: int
     weight: float = 0.0
+    view: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +82,14 @@ class Layout:
     Attributes:
       vocabulary: token ids. text_tokenizer: encodes the texts, each on its own.
       max_image_tokens: maximum number of kept tokens per image S; the first ones in raster order are used.
+      view_features: number of features of every image that is read, where the connector gives all of them; 0 where it
+        gives those of kept patches.
     """
 
     vocabulary: Vocabulary
     text_tokenizer: TextTokenizer
     max_image_tokens: int
+    view_features: int = 0
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
@@ -105,20 +110,34 @@ class Tokens:
       ids: token ids, int32.
       targets: target of predicting each position, int32: its id, or its code where the input is an image feature.
       weights: loss weight of predicting each position, float32.
-      feature: slot · S + index of the feature in its image, or IGNORED, int32. The slot counts the input images.
-      inputs: the input images in order, as indices of the record's images.
+      feature: slot · S + index of the feature in its view, or IGNORED, int32. The slot counts the input views.
+      inputs: the input views in order: (index of the record's image, view).
     """
 
     ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
     feature: np.ndarray
-    inputs: tuple[int, ...]
+    inputs: tuple[tuple[int, int], ...]
 
 
-def input_images(document: Document) -> tuple[int, ...]:
-    """The images that a document reads, in order, as indices of the record's images."""
-    return tuple(segment.image for segment in document if isinstance(segment, ImageIn))
+def input_views(document: Document) -> tuple[tuple[int, int], ...]:
+    """The views that a document reads, in order: (index of the record's image, view)."""
+    return tuple((segment.image, segment.view) for segment in document if isinstance(segment, ImageIn))
+
+
+def with_slices(document: Document, slices: Sequence[int]) -> Document:
+    """A document in which every image that is read is followed by its slices.
+
+    Args:
+      slices: number of slices of each image of the record; 0 for images that are read as a whole only.
+    """
+    found: list[Segment] = []
+    for segment in document:
+        found.append(segment)
+        if isinstance(segment, ImageIn):
+            found += [dataclasses.replace(segment, view=1 + i) for i in range(slices[segment.image])]
+    return tuple(found)
 
 
 def length(
@@ -137,6 +156,8 @@ def length(
         if isinstance(segment, Text):
             text = segment.text
             total += layout.count(text) if isinstance(text, str) else int(text_counts[text])
+        elif isinstance(segment, ImageIn) and layout.view_features:
+            total += 2 + layout.view_features
         elif isinstance(segment, ImageIn | ImageOut):
             total += 2 + min(int(kept[segment.image]), layout.max_image_tokens) * each
         elif isinstance(segment, ImageStart):
@@ -167,7 +188,7 @@ def render(
     targets: list[int] = []
     weights: list[float] = []
     feature: list[int] = []
-    inputs: list[int] = []
+    inputs: list[tuple[int, int]] = []
 
     def put(tokens: Sequence[int], weight: float) -> None:
         ids.extend(tokens)
@@ -192,13 +213,14 @@ def render(
                 put(written, segment.weight)
             else:
                 put([vocabulary.start], 0.0)
-                places, rows = vocabulary.place_features(patches)
+                places, rows = _place_features(patches, layout)
                 first = len(inputs) * layout.max_image_tokens
                 ids.extend(places.tolist())
-                targets.extend(written)
+                # a weight without a code for each feature is refused with the config
+                targets.extend(written if len(written) == len(places) else places.tolist())
                 weights.extend([segment.weight] * len(places))
                 feature.extend(np.where(rows >= 0, rows + first, IGNORED).tolist())
-                inputs.append(segment.image)
+                inputs.append((segment.image, segment.view))
             put([vocabulary.end], segment.weight)
     return Tokens(
         np.array(ids, np.int32),
@@ -207,3 +229,11 @@ def render(
         np.array(feature, np.int32),
         tuple(inputs),
     )
+
+
+def _place_features(patches: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of an input view: (ids, feature index), as `Vocabulary.place_features` gives them."""
+    if not layout.view_features:
+        return layout.vocabulary.place_features(patches)
+    rows = np.arange(layout.view_features, dtype=np.int32)
+    return np.full(len(rows), layout.vocabulary.start, np.int32), rows

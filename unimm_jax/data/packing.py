@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from unimm_jax.data.documents import IGNORED, Document, Layout, Tokens, input_images, length, render
+from unimm_jax.data.documents import IGNORED, Document, Layout, Tokens, input_views, length, render, with_slices
 from unimm_jax.data.records import Records
+from unimm_jax.data.slices import count_slices
 from unimm_jax.data.tasks import REGISTRY, TaskSettings, get
 
 
@@ -30,12 +31,14 @@ class PackingConfig:
     Attributes:
       batch: examples per step, or mean number of tokens per step. batch_unit: which of them, "examples" or "tokens".
       seq_len: tokens per row T.
-      images_per_row: input images per row R, for which the model computes features.
+      images_per_row: input images per row R, slices included, for which the model computes features.
       max_image_tokens: maximum number of features per image S.
+      image_size: side in pixels of the images that the model reads.
       weights: task → share of the examples in the first pass over the records.
       weights_end, epochs: shares in the last of `epochs` passes, interpolated linearly between; () keeps `weights`.
       tasks: settings of the tasks.
       sources: the mixture; () reads every record once per pass.
+      max_slices, slice_grids, global_view_share: see `config.PackedDataConfig`.
     """
 
     batch: int
@@ -48,6 +51,10 @@ class PackingConfig:
     tasks: TaskSettings = TaskSettings()
     sources: tuple[SourceShare, ...] = ()
     batch_unit: str = "examples"
+    image_size: int = 224
+    max_slices: int = 0
+    slice_grids: str = "illume"
+    global_view_share: float = 0.0
 
     def shares(self, epoch: int) -> dict[str, float]:
         """task → share of the examples in pass `epoch` over the records (from 0); tasks with share 0 are left out."""
@@ -74,7 +81,7 @@ class Example:
 
 @dataclasses.dataclass
 class BuiltExample:
-    """An example in tokens, with its input images uint8 [H, W, 3] and their keep masks boolean [P]."""
+    """An example in tokens, with its input views uint8 [S, S, 3] and their keep masks boolean [P]."""
 
     tokens: Tokens
     images: list[np.ndarray]
@@ -82,33 +89,44 @@ class BuiltExample:
 
 
 def document_of(records: Records, example: Example, packing: PackingConfig) -> Document:
-    """The document of an example."""
-    return get(example.task).build(records.outline(example.record), example.variant, packing.tasks)
+    """The document of an example, with the slices of its images."""
+    document = get(example.task).build(records.outline(example.record), example.variant, packing.tasks)
+    if not packing.max_slices or _reads_global_view(example.variant, packing):
+        return document
+    sizes = records.sizes[example.record].reshape(-1, 2).tolist()
+    slices = count_slices([(w, h) for w, h in sizes], packing.image_size, packing.max_slices, packing.slice_grids)
+    return with_slices(document, slices)
+
+
+def _reads_global_view(variant: int, packing: PackingConfig) -> bool:
+    """Whether an example reads its images without slices."""
+    return (variant * 2654435761 >> 16) % 1000 < packing.global_view_share * 1000
 
 
 def example_size(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> tuple[int, int]:
-    """Number of tokens and of input images of an example, from the index alone."""
+    """Number of tokens and of input views of an example, from the index alone."""
     document = document_of(records, example, packing)
     tokens = length(document, records.texts[example.record], records.kept[example.record], layout)
-    return tokens, len(input_images(document))
+    return tokens, len(input_views(document))
 
 
 def build_example(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> BuiltExample:
     """Reads the record of an example and renders its document."""
     item = records[example.record]
     tokens = render(document_of(records, example, packing), item.texts, item.keep, item.codes, layout)
-    images = [records.image(example.record, i) for i in tokens.inputs]
-    return BuiltExample(tokens, images, [item.keep[i] for i in tokens.inputs])
+    grids = (packing.max_slices, packing.slice_grids) if any(view for _, view in tokens.inputs) else (0, "illume")
+    views = {i: records.views(example.record, i, packing.image_size, *grids) for i in {i for i, _ in tokens.inputs}}
+    images = [views[image][view] for image, view in tokens.inputs]
+    if layout.view_features:
+        return BuiltExample(tokens, images, [np.ones(layout.view_features, bool)] * len(images))
+    return BuiltExample(tokens, images, [item.keep[image] for image, _ in tokens.inputs])
 
 
-def build_row(
-    examples: list[BuiltExample], packing: PackingConfig, image_size: int, num_patches: int
-) -> dict[str, np.ndarray]:
+def build_row(examples: list[BuiltExample], packing: PackingConfig, num_patches: int) -> dict[str, np.ndarray]:
     """Concatenates examples into one row and pads it.
 
     Args:
-      image_size: side of the images in pixels.
-      num_patches: patches per image P.
+      num_patches: length P of the keep masks.
 
     Returns:
       tokens, targets, segments, positions, feature_index int32 [T]; weights float32 [T]; images uint8 [R, H, W, 3];
@@ -123,7 +141,7 @@ def build_row(
         "segments": np.zeros(length, np.int32),
         "positions": np.zeros(length, np.int32),
         "feature_index": np.full(length, IGNORED, np.int32),
-        "images": np.zeros((packing.images_per_row, image_size, image_size, 3), np.uint8),
+        "images": np.zeros((packing.images_per_row, packing.image_size, packing.image_size, 3), np.uint8),
         "keep": np.zeros((packing.images_per_row, num_patches), bool),
     }
     row["keep"][:, 0] = True  # unused image slots keep one patch, so that no mean over kept patches divides by zero

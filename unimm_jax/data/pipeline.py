@@ -169,7 +169,7 @@ class PackedRows:
         rows, records = plan.rows(index), plan.records
         examples = rows[row] if row < len(rows) else []
         built = [build_example(records, example, plan.packing, plan.layout) for example in examples]
-        return build_row(built, plan.packing, records.header["image_size"], records.header["num_patches"])
+        return build_row(built, plan.packing, plan.layout.view_features or records.header["num_patches"])
 
 
 # ---- Images from sources ---------------------------------------------------------------------------------------------
@@ -294,6 +294,11 @@ def packed_input(config: Config, split: str = "train") -> Input:
       DataError: the records are missing or damaged, or no example can be made of them.
     """
     records = Records.open(config.data.records, split)
+    if config.data.max_slices and not records.has_sizes:
+        raise DataError(
+            f"the records in {config.data.records} do not say how large their images are, which config.data.max_slices "
+            "needs; write them again with python -m unimm_jax.pretokenize"
+        )
     packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)
     plan = Plan(records, packing, layout, config.seed, config.train.steps, skip_empty=split == "test")
@@ -312,12 +317,12 @@ def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare,
     listed = split_sources(records.header.get("sources", ""))
     found = []
     for entry in config.data.mixture:
-        if entry["source"] not in listed:
+        number, tasks = _number_of(entry["source"], listed), entry.get("tasks", {})
+        if number is None:
             raise ConfigError(
                 f"config.data.mixture names the source {entry['source']!r}; the records in {records.path} come from "
-                f"{', '.join(listed)}"
+                f"{', '.join(listed)}. Give one of them, or a format that only one of them has"
             )
-        number, tasks = listed.index(entry["source"]), entry.get("tasks", {})
         if not (records.source == number).any():
             if split == "test":
                 continue
@@ -328,10 +333,24 @@ def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare,
     return tuple(found)
 
 
+def _number_of(source: str, listed: list[str]) -> int | None:
+    """The number of a source, or of the only one that has the format `source`; None if there is none."""
+    if source in listed:
+        return listed.index(source)
+    of_format = [number for number, name in enumerate(listed) if name.partition(":")[0] == source]
+    return of_format[0] if len(of_format) == 1 else None
+
+
 def layout_of(header: dict[str, Any], text_tokenizer: TextTokenizer, config: Config) -> Layout:
     """How documents become tokens, for a language stage and records with the given header."""
     vocabulary = vocabulary_of(header, text_tokenizer)
-    return Layout(vocabulary, text_tokenizer, config.model["unified"].max_image_tokens)
+    return Layout(vocabulary, text_tokenizer, config.model["unified"].max_image_tokens, view_features(config))
+
+
+def view_features(config: Config) -> int:
+    """Number of features of every image that a language stage reads; 0 if it reads those of kept patches."""
+    unified = config.model["unified"]
+    return unified.features_of(config.model["encoder"].num_patches) if unified.connector == "mlp" else 0
 
 
 def vocabulary_of(header: dict[str, Any], text_tokenizer: TextTokenizer) -> Vocabulary:
@@ -349,6 +368,10 @@ def packing_config(config: Config) -> PackingConfig:
         seq_len=data.seq_len,
         images_per_row=data.images_per_row,
         max_image_tokens=config.model["unified"].max_image_tokens,
+        image_size=data.image_size,
+        max_slices=data.max_slices,
+        slice_grids=data.slice_grids,
+        global_view_share=data.global_view_share,
         weights=tuple(sorted(data.tasks.items())),
         weights_end=tuple(sorted(data.tasks_end.items())) if any(data.tasks_end.values()) else (),
         epochs=data.tasks_epochs,

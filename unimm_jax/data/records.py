@@ -18,15 +18,16 @@ import msgpack
 import numpy as np
 
 from unimm_jax import legacy
-from unimm_jax.data import transforms
+from unimm_jax.data import slices, transforms
 from unimm_jax.data.outlines import Outline, Record, flatten, outline
 from unimm_jax.data.sources.base import CACHE_BYTES
 from unimm_jax.errors import DataError
 from unimm_jax.text_tokenizer import TextTokenizer
 
 FORMAT = 2  # of the records
-# lists of integers of each record in the index, in this order: kept patches per image, tokens per text, outline codes
-RAGGED = {"kept": np.uint16, "texts": np.uint32, "outlines": np.uint8}
+# lists of integers of each record in the index, in this order: kept patches per image, tokens per text, outline codes,
+# width and height per image
+RAGGED = {"kept": np.uint16, "texts": np.uint32, "outlines": np.uint8, "sizes": np.uint16}
 
 
 class RecordWriter:
@@ -78,6 +79,7 @@ class RecordWriter:
         kept: list[list[int]] = []
         texts: list[list[int]] = []
         outlines: list[list[int]] = []
+        sizes: list[list[int]] = []
         partial = self._file(block, f"array_record.{uuid.uuid4().hex}")
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for source, record, keep_NP, codes_NP in items:
@@ -95,10 +97,11 @@ class RecordWriter:
             kept.append([int(keep.sum()) for keep in keep_NP])
             texts.append([len(self.text_tokenizer.encode(text)) for text in strings])
             outlines.append(list(outline))
+            sizes.append([side for image in record.images for side in transforms.size_of(image)])
         writer.close()
         partial.rename(self._file(block, "array_record"))
         arrays: dict[str, Any] = {"source": np.array(source_of, np.uint16)}
-        for (name, dtype), lists in zip(RAGGED.items(), (kept, texts, outlines), strict=True):
+        for (name, dtype), lists in zip(RAGGED.items(), (kept, texts, outlines, sizes), strict=True):
             arrays[name] = np.array([n for row in lists for n in row], dtype)
             arrays[f"{name}_counts"] = np.array([len(row) for row in lists], np.int64)
         digest = hashlib.sha256(self._file(block, "array_record").read_bytes()).hexdigest()
@@ -177,7 +180,8 @@ class Records:
       header: contents of `header.json`: fingerprints, shapes and counts.
       text_tokenizer: the tokenizer that counted the texts.
       source: number of the source of each record in `header["sources"]`.
-      kept, texts, outlines: of record i, by `[i]`: kept patches of each image, tokens of each text, outline codes.
+      kept, texts, outlines, sizes: of record i, by `[i]`: kept patches of each image, tokens of each text, outline
+        codes, width and height of each image. has_sizes: False for records of an earlier version, without `sizes`.
 
     Raises (constructor):
       DataError: the directory holds no finished records, or their files are damaged or of another version.
@@ -196,18 +200,25 @@ class Records:
                 f"the records in {path} are damaged ({error}); write them again with python -m unimm_jax.pretokenize"
             ) from None
         self.source: np.ndarray = index["source"]
-        self.kept, self.texts, self.outlines = (Ragged(index[name], index[f"{name}_ends"]) for name in RAGGED)
+        self.has_sizes = "sizes" in index
+        found = {name: Ragged(index[name], index[f"{name}_ends"]) for name in RAGGED if name in index}
+        self.kept, self.texts, self.outlines = found["kept"], found["texts"], found["outlines"]
+        self.sizes = found.get("sizes", Ragged(np.zeros(0, np.uint16), np.zeros(len(self.source) + 1, np.int64)))
         self._reader: Any = None
         self._items: dict[int, StoredRecord] = {}
         self._images: dict[tuple[int, int], np.ndarray] = {}
         # if so, all of it is cached
         self._small = self.num_images * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES
+        self._views: dict[tuple[int, ...], list[np.ndarray]] = {}
+        areas = self.sizes.values.reshape(-1, 2).astype(np.int64).prod(-1)
+        self._small_views = self._small and int(areas.sum()) * 3 <= CACHE_BYTES
         self._lock = threading.Lock()
 
     def _index(self) -> dict[str, np.ndarray]:
         if (self.path / "index.npz").exists():
             return legacy.record_index(dict(np.load(self.path / "index.npz")))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
+        names = [name for name in names if (self.path / "index" / f"{name}.npy").exists() or "sizes" not in name]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
         return {name: np.asarray(np.load(self.path / "index" / f"{name}.npy", mmap_mode="r")) for name in names}
 
@@ -269,6 +280,26 @@ class Records:
         if self._small:
             self._images[place] = image
         return image
+
+    def views(self, index: int, number: int, side: int, max_slices: int, rule: str) -> list[np.ndarray]:
+        """The views of an image of a record: the whole image, then its slices, each uint8 [side, side, 3].
+
+        They are cached where the images of all records are small; do not modify.
+
+        Args:
+          max_slices, rule: see `slices.choose_grid`; 0 gives the whole image alone.
+        """
+        if not max_slices and side == self.header["image_size"]:
+            return [self.image(index, number)]
+        place = (index, number, side, max_slices)
+        if place in self._views:
+            return self._views[place]
+        image = transforms.decode_image(self[index].images[number])
+        grid = slices.choose_grid(*image.size, side, max_slices, rule) if max_slices else None
+        found = slices.views(image, side, grid)
+        if self._small_views:
+            self._views[place] = found
+        return found
 
 
 class Ragged:

@@ -95,6 +95,12 @@ def draw_scene(seed: int, split: str, index: int, jitter: float = 1.0) -> Scene:
             return Scene(kind, tuple(objects), int(rng.integers(2**31)))
 
 
+def scaled(scene: Scene, scale: float) -> Scene:
+    """A scene whose objects have `scale` times the radius, at the same places."""
+    objects = tuple(dataclasses.replace(item, radius=item.radius * scale) for item in scene.objects)
+    return dataclasses.replace(scene, objects=objects)
+
+
 def cell(item: SceneObject) -> tuple[int, int]:
     """The cell that an object is in: (column, row)."""
     return int(item.x * GRID), int(item.y * GRID)

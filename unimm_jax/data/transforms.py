@@ -16,6 +16,7 @@ except ImportError:  # optional dependency [jpeg]; Pillow decodes to the same pi
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 80_000_000
 MAX_ASPECT = 20
+ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # set once: catch_warnings around each decode is not thread-safe
 
@@ -67,6 +68,23 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
             pass
     image.load()
     return image
+
+
+def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+    """(width, height) of encoded bytes, as `decode_image` gives them, or of pixels uint8 [H, W, 3]; decodes nothing.
+
+    Raises:
+      InvalidRecordError: not an image.
+    """
+    if not isinstance(image, bytes):
+        return image.shape[1], image.shape[0]
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ORIENTATION, 1) >= 5
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise InvalidRecordError(f"not a readable image: {error}") from error
+    return (height, width) if turned else (width, height)
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -1,13 +1,14 @@
 """Answers of own data: how many the model gives as the data has them, on held-out or on training records."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from unimm_jax.config import ImageDataConfig, one_of, ranged
 from unimm_jax.data import pipeline
-from unimm_jax.data.outlines import Message, Part
+from unimm_jax.data.outlines import Message, Part, Record
 from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.data.tasks import Spoken, TaskSettings, converse, question_prompt
@@ -61,7 +62,11 @@ class Answers(GeneratingEvaluator):
         """See `GeneratingEvaluator.score`."""
         items, split = self._items(generator, context)
         settings = pipeline.task_settings(context.config)
-        asked = [(i, question) for i, item in enumerate(items) for question in questions_of(item, settings)]
+        asked = [
+            (i, question)
+            for i, item in enumerate(items)
+            for question in questions_of(item.record, list(map(generator.read_image, item.record.images)), settings)
+        ]
         if not asked:
             raise DataError(f"no record of the {split} split has an answer that is a text")
         right: dict[int, list[bool]] = {}
@@ -113,12 +118,15 @@ class Answers(GeneratingEvaluator):
         return [item for place in places if (item := load(datasets, place)) is not None]
 
 
-def questions_of(item: Decoded, settings: TaskSettings) -> list[Asked]:
-    """The questions of a record with their answers; none if it has neither questions nor a conversation."""
-    record = item.record
+def questions_of(record: Record, images: Sequence[np.ndarray], settings: TaskSettings) -> list[Asked]:
+    """The questions of a record with their answers; none if it has neither questions nor a conversation.
+
+    Args:
+      images: of the record, as `Generator.read_image` gives them.
+    """
     found = []
     for question in record.questions:
-        prompt = Prompt(question_prompt(question.question, settings), np.stack(item.pixels[:1]))
+        prompt = Prompt(question_prompt(question.question, settings), images[:1])
         found.append(Asked(prompt, question.question, question.answer, 1))
     messages: list[Message] = list(record.messages)
     written = [part for message in messages if message.role == "assistant" for part in message.content]
@@ -133,8 +141,8 @@ def questions_of(item: Decoded, settings: TaskSettings) -> list[Asked]:
             Spoken(m.role, [part if isinstance(part, str) else Part(True, part) for part in m.content])
             for m in messages[:end]
         ]
-        images = sum(not isinstance(part, str) for m in messages[:end] for part in m.content)
-        prompt = Prompt(converse(turns, settings), np.stack(item.pixels[:images]) if images else None)
+        count = sum(not isinstance(part, str) for m in messages[:end] for part in m.content)
+        prompt = Prompt(converse(turns, settings), images[:count])
         asked = " ".join(part for part in messages[end - 1].content if isinstance(part, str))
         found.append(Asked(prompt, asked, " ".join(map(str, message.content)), turn))
     return found

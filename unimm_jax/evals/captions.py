@@ -81,7 +81,8 @@ class Captions(GeneratingEvaluator):
                 continue
             images = np.stack([item.pixels[0] for _, item in part])
             codes, keep = generator.tokenize(images)
-            captions = [first_words(text) for text in generator.generate_text(images, [""] * len(images))]
+            read = [generator.read_image(item.record.images[0]) for _, item in part]
+            captions = [first_words(text) for text in generator.generate_text(read, [""] * len(read))]
             truths = [first_words(item.record.captions[0]) for _, item in part]
             exact += [a == b for a, b in zip(captions, truths, strict=True)]
             words += [word_overlap(a, b) for a, b in zip(captions, truths, strict=True)]

@@ -17,6 +17,7 @@ from unimm_jax.evals.score_table import (
     answers_of,
     composition_scores,
     edit_scores,
+    small_object_scores,
 )
 from unimm_jax.metrics import read
 
@@ -66,7 +67,8 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
-    parts += [*evaluation_images(folder / "edits"), *evaluation_images(folder / "compositions")]
+    for name in ("edits", "compositions", "small_objects"):
+        parts += evaluation_images(folder / name)
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
     for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
@@ -119,6 +121,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
     if "composition" in scores:
         rows = "".join(row(name, f"{value:.3f}") for name, value in composition_scores(scores))
         parts.append(f"<table>{head('compositions', 'correct')}{rows}</table>")
+    if "small_objects" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in small_object_scores(scores))
+        parts.append(f"<table>{head('questions on small objects', 'correct')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -210,6 +215,10 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
         parts.append('<p class="note">The images of the prompt and, last, the result.</p>')
         found = [composition_figure(folder, item) for item in examples["compositions"]]
         parts.append(f'<div class="strips">{figures(found)}</div>')
+    if examples.get("small_objects"):
+        parts.append("<h2>Questions on small objects</h2>")
+        parts.append('<p class="note">The answer with slices, and the answer from the whole image alone.</p>')
+        parts.append(figures([small_object_figure(folder, item) for item in examples["small_objects"]]))
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -263,6 +272,15 @@ def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
     reply = html.escape(item["reply"]) or "no answer"
     text = f'{html.escape(item["question"])}<br><b class="{css(ok)}">{reply}</b>{truth}'
     return f"<figure>{image(folder / item['file'])}{text}</figure>"
+
+
+def small_object_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """An image with a question and the two answers of the model."""
+    lines = [html.escape(item["question"])]
+    for view, name in (("slices", "slices"), ("global_view", "whole")):
+        ok = item[view] == item["truth"]
+        lines.append(f'{name}: <b class="{css(ok)}">{html.escape(item[view]) or "no answer"}</b>')
+    return f"<figure>{image(folder / item['file'])}{'<br>'.join(lines)}</figure>"
 
 
 def caption_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

@@ -16,7 +16,14 @@ from unimm_jax.evals.base import Context, Result
 from unimm_jax.inference.loading import Model, load_model
 
 # where the scores of an evaluator are, if it is not the only one; "" is the top level, others are under their name
-SECTIONS = {"scenes": "", "edits": "", "compositions": "", "captions": "own_images", "loss": "held_out"}
+SECTIONS = {
+    "scenes": "",
+    "edits": "",
+    "compositions": "",
+    "small_objects": "",
+    "captions": "own_images",
+    "loss": "held_out",
+}
 
 
 def evaluate(

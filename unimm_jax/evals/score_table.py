@@ -24,6 +24,9 @@ def table(scores: dict[str, Any]) -> str:
     if "composition" in scores:
         rows.append(f"{'compositions':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in composition_scores(scores)]
+    if "small_objects" in scores:
+        rows.append(f"{'questions on small objects':34s} {'right':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in small_object_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -48,6 +51,12 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
     found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
     return found + [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+
+
+def small_object_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `small_objects`."""
+    found = scores["small_objects"]
+    return [("read with slices", found["slices"]), ("read as a whole only", found["global_view"])]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, input_images, render
-from unimm_jax.data.transforms import to_pixels
+from unimm_jax.data.documents import Document, ImageStart, input_views, render, with_slices
+from unimm_jax.data.slices import choose_grid, views
+from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Decoding, Sampling
@@ -20,10 +22,15 @@ PROMPT_STEP = 64  # tokens; one compilation per multiple
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A document to continue, whose texts are strings, and its images, uint8 [N, S, S, 3]."""
+    """A document to continue, whose texts are strings, and its images, each uint8 [H, W, 3].
+
+    Attributes:
+      slices: also read images in slices that are larger than the model reads, if it was trained on slices.
+    """
 
     document: Document
-    images: np.ndarray | None = None
+    images: Sequence[np.ndarray] | np.ndarray = ()
+    slices: bool = True
 
 
 class Generator:
@@ -170,7 +177,7 @@ class Generator:
 
     def edit_images(
         self,
-        images: np.ndarray,
+        images: Sequence[np.ndarray] | np.ndarray,
         instructions: Sequence[Sequence[str]],
         sampling: Sampling = SAMPLED,
         seed: int = 0,
@@ -182,7 +189,7 @@ class Generator:
         the reconstruction of the image that a turn edits, as in ILLUME+'s code.
 
         Args:
-          images: uint8 [N, S, S, 3]. instructions: of each image, as many for each.
+          images: each uint8 [H, W, 3]. instructions: of each image, as many for each.
 
         Raises:
           UserError: a prompt longer than `prompt_length`, or images with other numbers of instructions.
@@ -191,18 +198,19 @@ class Generator:
         if len(images) != len(instructions) or len(set(map(len, instructions))) != 1:
             raise UserError("edits need the same number of instructions, at least one, for each image")
         decoder = self.decoder_name(decoder)
-        seen, results = images[:, None], []
+        seen, results = [[image] for image in images], []
         for turn in range(len(instructions[0])):
             asked = [tasks.edit_prompt(each[: turn + 1], self.task_settings) for each in instructions]
             free = tasks.edit_prompt([tasks.RECONSTRUCT_INSTRUCTION], self.task_settings)
             ids = self.continue_with_image(
-                [Prompt(document, history) for document, history in zip(asked, seen, strict=True)],
+                [Prompt(document, list(history)) for document, history in zip(asked, seen, strict=True)],
                 sampling,
                 seed + turn,
                 [Prompt(free, history[-1:]) for history in seen],
             )
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
-            seen = np.concatenate([seen, self._input_size(results[-1])[:, None]], 1)
+            for history, image in zip(seen, _resized(results[-1], self.config.data.image_size), strict=True):
+                history.append(image)
         return results
 
     def compose_images(
@@ -225,25 +233,35 @@ class Generator:
         return self.decode(*self.codes(self.continue_with_image(asked, sampling, seed)), decoder, seed)
 
     def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
-        """A user turn of images, uint8 [S, S, 3], and texts."""
+        """A user turn of images, uint8 [H, W, 3], and texts."""
         images = [part for part in parts if not isinstance(part, str)]
         places = iter(range(len(images)))
         numbered = [part if isinstance(part, str) else next(places) for part in parts]
-        return Prompt(tasks.user_prompt(numbered, self.task_settings), np.stack(images) if images else None)
+        return Prompt(tasks.user_prompt(numbered, self.task_settings), images)
 
-    def _input_size(self, images: np.ndarray) -> np.ndarray:
-        """Generated images in the size that the model reads."""
-        size = self.config.data.image_size
-        return images if images.shape[1:3] == (size, size) else np.stack([to_pixels(x, size) for x in images])
+    def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
+        """An encoded image, or pixels, as the model reads them: uint8 [S, S, 3], or in their own size [H, W, 3] where
+        the model reads slices.
+
+        Raises:
+          InvalidRecordError: see `transforms.decode_image`.
+        """
+        data = self.config.data
+        if not data.max_slices:
+            return to_pixels(image, data.image_size)
+        return np.asarray(decode_image(image)) if isinstance(image, bytes) else image
 
     # ---- Text ----------------------------------------------------------------------------------------------------
 
-    def tokenize(self, images: np.ndarray, keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [N, S, S, 3] → (codes int32 [N, P], keep boolean [N, P]).
+    def tokenize(
+        self, images: Sequence[np.ndarray] | np.ndarray, keep: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images, each uint8 [H, W, 3] → (codes int32 [N, P], keep boolean [N, P]); resized for the image tokenizer.
 
         Args:
           keep: keep masks to use instead of the selector's.
         """
+        images = _resized(images, self.header["image_size"])
         x = (images, self.image_tokenizer.noise(images) if keep is None else keep)
         encode = self._encode if keep is None else self._encode_kept
         keeps, codes = [], []
@@ -254,11 +272,13 @@ class Generator:
             codes.append(np.asarray(c))
         return np.concatenate(codes)[: len(images)], np.concatenate(keeps)[: len(images)]
 
-    def generate_text(self, images: np.ndarray, questions: Sequence[str], sampling: Sampling = GREEDY) -> list[str]:
+    def generate_text(
+        self, images: Sequence[np.ndarray] | np.ndarray, questions: Sequence[str], sampling: Sampling = GREEDY
+    ) -> list[str]:
         """Answers one question per image; an empty question asks for a caption. Greedy by default.
 
         Args:
-          images: uint8 [N, S, S, 3].
+          images: each uint8 [H, W, 3].
 
         Raises:
           UserError: a prompt longer than `prompt_length`.
@@ -267,7 +287,7 @@ class Generator:
             tasks.question_prompt(question, self.task_settings) if question else tasks.caption_prompt()
             for question in questions
         ]
-        prompts = [Prompt(d, image[None]) for d, image in zip(documents, images, strict=True)]
+        prompts = [Prompt(d, [image]) for d, image in zip(documents, images, strict=True)]
         return self.continue_with_text(prompts, sampling)
 
     def continue_with_text(self, prompts: Sequence[Prompt], sampling: Sampling = GREEDY, seed: int = 0) -> list[str]:
@@ -305,30 +325,31 @@ class Generator:
 
         Images that a prompt holds as generated are rendered with the codes that the image tokenizer gives them.
         """
-        counts = [0 if p.images is None else len(p.images) for p in prompts]
-        slots, num_patches = max(counts), self.header["num_patches"]
-        size = self.config.data.image_size
-        images = np.zeros((len(prompts), slots, size, size, 3), np.uint8)
-        keep = np.zeros((len(prompts), slots, num_patches), bool)
-        keep[..., 0] = True  # unused slots
-        codes = np.zeros((len(prompts), slots, num_patches), np.int32)
-        if slots:
-            found = self.tokenize(np.concatenate([p.images for p in prompts if p.images is not None]))
-            found_codes, masks = (np.split(x, np.cumsum(counts)[:-1]) for x in found)
-        rows = []
-        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            reads = input_images(prompt.document)
-            if reads != tuple(range(count)):
-                raise UserError(f"a prompt has {count} images and reads {len(reads)}")
-            if count:
-                assert prompt.images is not None
-                images[i, :count], keep[i, :count], codes[i, :count] = prompt.images, masks[i], found_codes[i]
-            rows.append(row := render(prompt.document, (), keep[i], codes[i], self.layout))
+        wholes = [image for prompt in prompts for image in prompt.images]
+        codes, masks = self.tokenize(wholes) if wholes else ((), ())
+        cuts = np.cumsum([0, *(len(prompt.images) for prompt in prompts)])
+        rows, seen, kept = [], [], []
+        for prompt, at, end in zip(prompts, cuts, cuts[1:], strict=False):
+            if input_views(prompt.document) != tuple((i, 0) for i in range(end - at)):
+                reads = len(input_views(prompt.document))
+                raise UserError(f"a prompt has {end - at} images and reads {reads}, or reads them in another order")
+            found = [self._views(image, prompt.slices) for image in prompt.images]
+            document = with_slices(prompt.document, [len(x) - 1 for x in found])
+            rows.append(row := render(document, (), masks[at:end], codes[at:end], self.layout))
+            seen.append([found[image][view] for image, view in row.inputs])
+            kept.append([self._mask(masks[at + image]) for image, _ in row.inputs])
             if len(row.ids) > self.prompt_length:
                 raise UserError(
                     f"a prompt has {len(row.ids)} tokens, the limit is {self.prompt_length}; shorten the prompt or "
                     "raise --prompt_length"
                 )
+        slots, size = max(map(len, seen)), self.config.data.image_size
+        images = np.zeros((len(prompts), slots, size, size, 3), np.uint8)
+        keep = np.zeros((len(prompts), slots, self.layout.view_features or self.header["num_patches"]), bool)
+        keep[..., 0] = True  # unused slots
+        for i, (pixels, some) in enumerate(zip(seen, kept, strict=True)):
+            if pixels:
+                images[i, : len(pixels)], keep[i, : len(pixels)] = pixels, some
         length = -(-max(len(row.ids) for row in rows) // PROMPT_STEP) * PROMPT_STEP
         tokens = np.zeros((len(prompts), length), np.int32)
         valid = np.zeros(tokens.shape, bool)
@@ -337,6 +358,20 @@ class Generator:
             n = len(row.ids)
             tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
         return tokens, valid, index, images, keep
+
+    def _views(self, image: np.ndarray, slices: bool) -> list[np.ndarray]:
+        """The views of an image uint8 [H, W, 3] that the model reads."""
+        data = self.config.data
+        height, width = image.shape[:2]
+        if (height, width) == (data.image_size, data.image_size):
+            return [image]
+        limit = data.max_slices if slices else 0
+        grid = choose_grid(width, height, data.image_size, limit, data.slice_grids)
+        return views(Image.fromarray(image), data.image_size, grid)
+
+    def _mask(self, keep_P: np.ndarray) -> np.ndarray:
+        """The keep mask of a view whose image has the given one."""
+        return np.ones(self.layout.view_features, bool) if self.layout.view_features else keep_P
 
 
 PLACE = "<image>"
@@ -363,6 +398,11 @@ def _with_start(prompt: Prompt) -> Prompt:
     if prompt.document and isinstance(prompt.document[-1], ImageStart):
         return prompt
     return dataclasses.replace(prompt, document=(*prompt.document, ImageStart()))
+
+
+def _resized(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+    """Images uint8 [H, W, 3] → uint8 [N, size, size, 3]."""
+    return np.stack([to_pixels(image, size) for image in images])
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

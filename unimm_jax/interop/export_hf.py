@@ -19,7 +19,7 @@ from flax import nnx
 from unimm_jax.checkpoint import read_params
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.tasks import TEMPLATES
-from unimm_jax.errors import CheckpointError, WeightMismatchError
+from unimm_jax.errors import CheckpointError, UnsupportedConfigError, WeightMismatchError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
 from unimm_jax.interop import chat_template, llama, unimm
@@ -67,7 +67,8 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
 
     Raises:
       CheckpointError: a checkpoint without a language model, or one whose companions are missing.
-      UnsupportedConfigError: no class of transformers can hold the language model.
+      UnsupportedConfigError: no class of transformers can hold the language model, or the model reads images in
+        another size than the image tokenizer.
     """
     if "language" not in source.sections:
         raise CheckpointError(
@@ -76,6 +77,12 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     if "unified" not in source.sections:
         return _language(source, folder, dtype, verify)
     generator = Generator(load_model(source.path), batch=8)
+    size, tokenized = generator.config.data.image_size, generator.header["image_size"]
+    if size != tokenized:
+        raise UnsupportedConfigError(
+            f"{source.path} reads images of {size} pixels and generates codes of {tokenized} pixels; an exported model "
+            "has one size for both"
+        )
     language: LanguageConfig = source.sections["language"]
     v, text_tokenizer = generator.vocabulary, generator.text_tokenizer
     used = v.first_position + v.num_position_ids - v.text_rows

@@ -27,11 +27,18 @@ class UnifiedConfig:
     Attributes:
       connector: "merger" applies the model's own copy of the merger to the kept tokens, then one linear layer (LaVIT);
         "mlp" applies a two-layer MLP to all encoder features (ILLUME).
-      max_image_tokens: maximum number of features S per image; all P patches for "mlp".
+      max_image_tokens: maximum number of features S per image; all of them for "mlp".
+      patch_merge: side of the squares of neighboring patches whose features are concatenated to one, for "mlp" (2 for
+        ILLUME's slices of 448 pixels, 256 features each).
     """
 
     connector: str = "merger"
     max_image_tokens: int = 256
+    patch_merge: int = 1
+
+    def features_of(self, num_patches: int) -> int:
+        """Number of features of an image for the connector "mlp"."""
+        return num_patches // self.patch_merge**2
 
 
 class UnifiedModel(nnx.Module):
@@ -64,7 +71,8 @@ class UnifiedModel(nnx.Module):
             options: dict = dict(eps=t.eps, sink=t.sink, scan=t.scan, remat=t.remat)
             self.merger = Merger(width, t.heads, t.mlp_width, t.merger_depth, rngs=rngs, **options) if merges else None
             if not merges:
-                self.adapter_inner = Linear(width, language.width, axes=("embed", "mlp"), rngs=rngs)
+                inner = width * config.patch_merge**2
+                self.adapter_inner = Linear(inner, language.width, axes=("embed", "mlp"), rngs=rngs)
             d_in = width if merges else language.width
             self.adapter = Linear(d_in, language.width, axes=("mlp", "embed"), rngs=rngs)
         self.language = LanguageModel(language, text_rows, visual_rows, rngs=rngs)
@@ -74,11 +82,13 @@ class UnifiedModel(nnx.Module):
 
         Args:
           images_MHWC: normalized pixels.
-          keep_MP: boolean keep masks; ignored by the "mlp" connector, which returns all patches.
+          keep_MP: boolean keep masks; ignored by the "mlp" connector, which returns all features.
         """
         x_MPD = self.encoder(images_MHWC)
         if self.merger is not None:
             return self.adapter(self.merger.kept(x_MPD, keep_MP, self.config.max_image_tokens))
+        if self.config.patch_merge > 1:
+            x_MPD = merge_patches(x_MPD, self.config.patch_merge)
         return self.adapter(jax.nn.gelu(self.adapter_inner(x_MPD), approximate=False))
 
     def inputs(self, tokens_BT: jax.Array, feature_index_BT: jax.Array, features_BRSD: jax.Array) -> jax.Array:
@@ -93,3 +103,13 @@ class UnifiedModel(nnx.Module):
         x_BTD = self.language.embed(tokens_BT, features_BRSD.dtype)
         rows = jnp.take_along_axis(features_BRSD.reshape(b, r * s, d), jnp.maximum(feature_index_BT, 0)[..., None], 1)
         return jnp.where(feature_index_BT[..., None] >= 0, rows, x_BTD)
+
+
+def merge_patches(x_MPD: jax.Array, side: int) -> jax.Array:
+    """Concatenates the features of squares of `side` × `side` patches: [M, P, D] → [M, P / side², side² · D].
+
+    Both are in raster order, and so are the patches of a square.
+    """
+    m, p, d = x_MPD.shape
+    n = round(p**0.5) // side
+    return x_MPD.reshape(m, n, side, n, side, d).swapaxes(2, 3).reshape(m, n * n, side * side * d)

@@ -1,6 +1,8 @@
 """The vision transformer: EVA-CLIP ViT-g/14 (LaVIT's encoder), CLIP, SigLIP and smaller ones."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,30 @@ class ViT(nnx.Module):
         x_BTD = run_stack(self.blocks, x_BTD, lambda block, x: block(x), scan=c.scan, remat=c.remat)
         x_BPD = x_BTD[:, 1:] if c.class_token else x_BTD
         return x_BPD if c.output_norm == "none" else self.norm(x_BPD)
+
+
+def can_resize(path: str, have: tuple[int, ...], want: tuple[int, ...]) -> bool:
+    """Whether a parameter is a table of positions [T, D] that `resize_positions` brings to another image size."""
+    is_table = re.search(r"(^|/)encoder/positions$", path) is not None
+    fits = len(have) == len(want) == 2 and have[1] == want[1]
+    return is_table and fits and _class_rows(have[0]) is not None and _class_rows(have[0]) == _class_rows(want[0])
+
+
+def _class_rows(rows: int) -> int | None:
+    """How many rows of a table of positions are not patches: 0 or 1; None if the others are no square."""
+    return next((n for n in (0, 1) if math.isqrt(rows - n) ** 2 == rows - n), None)
+
+
+def resize_positions(table_TD: jax.Array, rows: int) -> jax.Array:
+    """Position embeddings for another number of patches: [T, D] → [rows, D].
+
+    The grid of patches is resized by cubic interpolation; the row of the class token stays.
+    """
+    extra = _class_rows(rows) or 0
+    have, want = math.isqrt(len(table_TD) - extra), math.isqrt(rows - extra)
+    grid = table_TD[extra:].reshape(have, have, -1)
+    resized = jax.image.resize(grid, (want, want, grid.shape[-1]), "cubic", antialias=False)
+    return jnp.concatenate([table_TD[:extra], resized.reshape(want * want, -1)])
 
 
 def patchify(images_BHWC: jax.Array, size: int) -> jax.Array:

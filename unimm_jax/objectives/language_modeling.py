@@ -90,6 +90,37 @@ def _mixture_problems(mixture: tuple[dict[str, Any], ...]) -> list[str]:
     return found
 
 
+def _connector_problems(config: Config) -> list[str]:
+    """A sentence for every setting that does not fit the connector."""
+    unified, data, encoder = config.model["unified"], config.data, config.model["encoder"]
+    side = encoder.image_size // encoder.patch_size
+    if unified.connector != "mlp":
+        found = [
+            f"config.{name} is {value}; only the connector 'mlp' can have it, and this one is {unified.connector!r}"
+            for name, value, default in (
+                ("data.max_slices", data.max_slices, 0),
+                ("model.unified.patch_merge", unified.patch_merge, 1),
+            )
+            if value != default
+        ]
+        return found
+    features = unified.features_of(encoder.num_patches)
+    if side % unified.patch_merge:
+        return [f"config.model.unified.patch_merge {unified.patch_merge} does not divide {side} patches per side"]
+    found = []
+    if unified.max_image_tokens != features:
+        found.append(
+            f"config.model.unified.max_image_tokens is {unified.max_image_tokens}; the connector 'mlp' gives "
+            f"{features} features per image, and it must be that number"
+        )
+    if config.model["image_tokenizer"].selection != "all" and data.image_targets:
+        found.append(
+            f"config.data.image_targets is {data.image_targets}; it must be 0 where the connector 'mlp' reads all "
+            "patches and the image tokenizer keeps some"
+        )
+    return found
+
+
 class LanguageModeling(Objective):
     """Next-token prediction. Batch: packed rows (`unimm_jax.data.packing.build_row`), each array with a leading [B].
 
@@ -136,6 +167,7 @@ class LanguageModeling(Objective):
         if not any(config.data.tasks.values()):
             found.append("config.data.tasks gives every task the weight 0; raise at least one")
         found += _mixture_problems(config.data.mixture)
+        found += _connector_problems(config)
         if config.model["unified"].connector not in CONNECTORS:
             found.append(
                 f"config.model.unified.connector is {config.model['unified'].connector!r}; it is one of "
@@ -168,7 +200,7 @@ class LanguageModeling(Objective):
         """See `Objective.batch_rows`. An example is taken to have one image and `TEXT_TOKENS` tokens of text."""
         tokens, tokenizer = config.train.batch_size, config.model["image_tokenizer"]
         if config.data.batch_unit == "examples":
-            patches = config.model["encoder"].num_patches
+            patches = pipeline.view_features(config) or config.model["encoder"].num_patches
             kept = patches if tokenizer.selection == "all" else round(patches * KEEP_RATE)
             image = 2 + kept * (2 if tokenizer.positions == "grid" else 1) if config.data.images_per_row else 0
             tokens *= image + TEXT_TOKENS
@@ -183,8 +215,8 @@ class LanguageModeling(Objective):
     @classmethod
     def batch_spec(cls, config: Config, rows: int = 0) -> BatchSpec:
         """See `Objective.batch_spec`."""
-        size, num_patches = config.data.image_size, config.model["encoder"].num_patches
-        row = build_row([], pipeline.packing_config(config), size, num_patches)
+        num_patches = pipeline.view_features(config) or config.model["encoder"].num_patches
+        row = build_row([], pipeline.packing_config(config), num_patches)
         rows = rows or cls.batch_rows(config)
         return {name: ((rows, *x.shape), x.dtype) for name, x in row.items()}
 
@@ -231,8 +263,8 @@ class LanguageModeling(Objective):
         b, t = batch["tokens"].shape
         images, encoder, connector = b * batch["images"].shape[1], m["encoder"], m["unified"]
         merges = connector.connector == "merger"
-        rows = connector.max_image_tokens if merges else encoder.num_patches
-        inner = 0 if merges else 2 * rows * encoder.width * m["language"].width
+        rows = connector.max_image_tokens if merges else connector.features_of(encoder.num_patches)
+        inner = 0 if merges else 2 * encoder.num_patches * encoder.width * m["language"].width
         adapter = inner + 2 * rows * (encoder.width if merges else m["language"].width) * m["language"].width
         forward = {
             "encoder": images * encoder.flops,

@@ -9,14 +9,14 @@ from unimm_jax.data.sources.base import SPLITS
 from unimm_jax.errors import DataError
 
 VERSION = 1  # increment when the same arguments give other scenes, images or texts
-OPTIONS = {"count": int, "seed": int, "jitter": float, "size": int}
+OPTIONS = {"count": int, "seed": int, "jitter": float, "size": int, "scale": float}
 
 
 def parse_options(source: str, options: str, known: Mapping[str, type]) -> dict[str, Any]:
     """Options such as "count=2000,seed=1" of a generated source: name → number.
 
     Raises:
-      DataError: unknown option, a value that is not a number, or a count, size or number of turns below 1.
+      DataError: unknown option, a value that is not a number, or one out of range.
     """
     found: dict[str, Any] = {}
     for item in filter(None, options.split(",")):
@@ -29,6 +29,8 @@ def parse_options(source: str, options: str, known: Mapping[str, type]) -> dict[
             raise DataError(f"{source} option {name}={value!r} is not a number") from None
         if name in ("count", "size", "turns") and found[name] < 1:
             raise DataError(f"{source} option {name}={value} must be at least 1")
+        if name == "scale" and not 0 < found[name] <= 1:
+            raise DataError(f"{source} option scale={value} must be above 0 and at most 1")
         if name == "seed" and found[name] < 0:
             raise DataError(f"{source} option seed={value} must not be negative")
     return found
@@ -42,15 +44,24 @@ class SceneSource:
       count: number of scenes.
       seed: data set seed.
       jitter: placement difficulty; see `scenes.draw_scene`.
-      size: side of the images in pixels.
+      size: side of the images in pixels. scale: of the objects' radius.
     """
 
     splits = SPLITS
     evaluator = "scenes"
 
-    def __init__(self, split: str = "train", count: int = 12000, seed: int = 0, jitter: float = 1.0, size: int = 64):
+    def __init__(
+        self,
+        split: str = "train",
+        count: int = 12000,
+        seed: int = 0,
+        jitter: float = 1.0,
+        size: int = 64,
+        scale: float = 1.0,
+    ):
         self.name = f"scenes:{split}"
         self.split, self.count, self.seed, self.jitter, self.size = split, count, seed, jitter, size
+        self.scale = scale
 
     @classmethod
     def open(cls, options: str, split: str) -> "SceneSource":
@@ -65,7 +76,7 @@ class SceneSource:
         return self.count
 
     def __getitem__(self, index: int) -> Record:
-        scene = scenes.draw_scene(self.seed, self.split, index, self.jitter)
+        scene = scenes.scaled(scenes.draw_scene(self.seed, self.split, index, self.jitter), self.scale)
         captions = scenes.captions(scene)
         # the first two questions are the two forms of the existence question
         questions = [Question(*question, alternative=i == 1) for i, question in enumerate(scenes.questions(scene))]
@@ -78,4 +89,5 @@ class SceneSource:
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
-        return f"scenes v{VERSION} {self.split} {self.count} {self.seed} {self.jitter} {self.size}"
+        scale = "" if self.scale == 1 else f" {self.scale}"
+        return f"scenes v{VERSION} {self.split} {self.count} {self.seed} {self.jitter} {self.size}{scale}"

@@ -1,0 +1,29 @@
+# Shared by the scripts that train all stages. They set RUN, SIZE and SEED, and read this file at the root of the clone.
+# Installs the requirements into .venv (PYTHON names the Python of a new one).
+PYTHON_FOR_VENV=${PYTHON:-python3}
+if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
+  "$PYTHON_FOR_VENV" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }
+  echo "installing requirements into .venv"
+  [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+  touch .venv/installed
+fi
+
+mkdir -p "$RUN"
+COMMANDS=$RUN/commands.txt
+: > "$COMMANDS.new"
+
+step() { # step DIRECTORY COMMAND...: runs the command unless the directory is done
+  local done=$1/done.json; shift
+  echo "python $*" >> "$COMMANDS.new"
+  [ -e "$done" ] || .venv/bin/python "$@"
+}
+
+train() { # train STAGE OPTION...: trains a stage in its directory
+  step "$RUN/$1" -m unimm_jax.main --config="configs/$1.py:$SIZE" --workdir="$RUN/$1" --config.seed="$SEED" "${@:2}"
+}
+
+report() { # writes report.html and scores.json, and prints the scores
+  mv "$COMMANDS.new" "$COMMANDS"
+  .venv/bin/python -m unimm_jax.report --run="$RUN"
+}

@@ -1,0 +1,28 @@
+"""Stage 3 of `launch/illume.sh`: all kinds of documents that ILLUME fine-tunes on, as scenes.
+
+The shares of ILLUME's data are not published, apart from the assessments (50,000 of about 8 million examples seen).
+
+Command: python -m unimm_jax.main --config=launch/illume_stage3.py:laptop-illume --workdir=runs/illume/stage3
+"""
+
+from configs import stage3
+
+# source → weight and, for scenes, the shares of the tasks
+MIXTURE = (
+    dict(source="scenes", weight=0.36, tasks=dict(question=0.5, text_to_image=0.45, caption=0.05)),
+    dict(source="scene_edits", weight=0.28),
+    dict(source="scene_compositions", weight=0.12),
+    dict(source="scene_stories", weight=0.06),
+    dict(source="scenes:count=4000,seed=1,size=192,scale=0.35", weight=0.10, tasks=dict(question=1.0)),
+    dict(source="chat", weight=0.08),  # assessments of own images
+)
+
+
+def get_config(size=None):
+    """Config of stage 3 with this mixture."""
+    c = stage3.get_config(size or "laptop-illume")
+    c.train.update(steps=9000, batch_size=18)
+    c.data.update(mixture=MIXTURE, records="../records_stage3")
+    # half of the large images are read in slices (10 images of 16 features), half as a whole
+    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=12)
+    return c

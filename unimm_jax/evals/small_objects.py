@@ -1,0 +1,75 @@
+"""Questions about small objects in large scenes, read with slices and as a whole only."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from unimm_jax.config import Config, ranged
+from unimm_jax.data import scenes, tasks
+from unimm_jax.evals import scene_detector as detector
+from unimm_jax.evals.base import Context, Options, Result
+from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
+from unimm_jax.evals.scenes import with_overall
+from unimm_jax.inference.generator import Generator, Prompt
+
+SHOWN = 12  # questions in the report
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallObjectsOptions(Options):
+    """Options.
+
+    Attributes:
+      small_questions: questions per kind.
+      side: side of the scenes in pixels. scale: of the objects' radius; see `scenes.scaled`.
+    """
+
+    small_questions: int = ranged(100, low=1)
+    side: int = ranged(192, low=16)
+    scale: float = ranged(0.35, low=0.01, high=1)
+
+
+class SmallObjects(GeneratingEvaluator):
+    """Questions about test scenes; the same at every call and for every model.
+
+    Each is asked twice: with the slices of the image, and with the whole image alone.
+    """
+
+    options = SmallObjectsOptions
+
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
+        """See `Evaluator.check`."""
+        found = super().check(config)
+        if not found and not config.data.max_slices:
+            found = [f"it needs a model that reads slices; config.data.max_slices of {config.name} is 0"]
+        return found
+
+    def score(self, generator: Generator, context: Context) -> Result:
+        """See `GeneratingEvaluator.score`."""
+        s: SmallObjectsOptions = self.settings
+        asked = detector.question_set(EVALUATION_SEED, s.small_questions)
+        found = {index: scenes.draw_scene(EVALUATION_SEED, "test", index) for index, *_ in asked}
+        images = {index: scenes.render(scenes.scaled(scene, s.scale), s.side) for index, scene in found.items()}
+        replies = {}
+        for view, slices in (("slices", True), ("global_view", False)):
+            prompts = [
+                Prompt(tasks.question_prompt(question, generator.task_settings), [images[index]], slices)
+                for index, question, _, _ in asked
+            ]
+            replies[view] = generator.continue_with_text(prompts)
+        scores: dict[str, Any] = {}
+        for view, answers in replies.items():
+            kinds: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTION_KINDS}
+            for (_, _, truth, kind), answer in zip(asked, answers, strict=True):
+                kinds[kind].append(answer == truth)
+            scores[f"{view}_by_kind"] = with_overall({kind: float(np.mean(right)) for kind, right in kinds.items()})
+            scores[view] = scores[f"{view}_by_kind"]["overall"]
+        result = Result({"small_objects": scores}, settings={"small_objects_side": s.side})
+        result.examples["small_objects"] = [
+            dict(file=f"small_{i:02d}.png", image=images[index], question=question, truth=truth)
+            | {view: answers[i] for view, answers in replies.items()}
+            for i, (index, question, truth, _) in list(enumerate(asked))[:: max(len(asked) // SHOWN, 1)]
+        ]
+        return result
