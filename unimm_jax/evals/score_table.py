@@ -24,6 +24,9 @@ def table(scores: dict[str, Any]) -> str:
     if "composition" in scores:
         rows.append(f"{'compositions':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in composition_scores(scores)]
+    if "story_image" in scores:
+        rows.append(f"{'stories':34s} {'right':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in story_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -48,6 +51,18 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
     found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
     return found + [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+
+
+def story_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `stories`."""
+    names = {
+        "story_image": "image after an instruction",
+        "story_image_start": "[IMG] after an instruction",
+        "story_image_without_image": "image, source not read",
+        "story_consistent": "documents continued freely",
+        "story_instruction": "their first text",
+    }
+    return [(name, scores[key]) for key, name in names.items()]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,13 @@ class Draft:
         self.added.append(part)
         self.parts.append(read)
 
-    def prompt(self) -> Prompt:
-        """The document so far, laid out as in training."""
-        images = [part for part in self.parts if not isinstance(part, str)]
-        numbers = iter(range(len(images)))
-        parts = [part if isinstance(part, str) else next(numbers) for part in self.parts]
-        return Prompt(tasks.interleaved_prompt(parts), np.stack(images) if images else None)
+
+def document_prompt(parts: Sequence[str | np.ndarray]) -> Prompt:
+    """A document so far, of texts and images uint8 [S, S, 3], laid out as in training."""
+    images = [part for part in parts if not isinstance(part, str)]
+    numbers = iter(range(len(images)))
+    numbered = [part if isinstance(part, str) else next(numbers) for part in parts]
+    return Prompt(tasks.interleaved_prompt(numbered), np.stack(images) if images else None)
 
 
 def continue_document(
@@ -102,7 +103,7 @@ def continue_document(
 def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int) -> list[Draft]:
     """Adds the next text of each document, if it has one. Returns the documents that go on with an image."""
     streams = [draft.stream for draft in drafts]
-    found = generator.continue_until_image([draft.prompt() for draft in drafts], sampling, seed, streams)
+    found = generator.continue_until_image([document_prompt(draft.parts) for draft in drafts], sampling, seed, streams)
     for draft, (text, _) in zip(drafts, found, strict=True):
         if text:
             draft.add(text, text)
@@ -111,7 +112,7 @@ def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: 
 
 def _draw(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int, decoder: str) -> None:
     """Adds an image to each document."""
-    prompts, streams = [draft.prompt() for draft in drafts], [draft.stream for draft in drafts]
+    prompts, streams = [document_prompt(draft.parts) for draft in drafts], [draft.stream for draft in drafts]
     codes = generator.codes(generator.continue_with_image(prompts, sampling, seed, streams=streams))
     images = generator.decode(*codes, decoder, seed)
     for draft, image, read in zip(drafts, images, generator.input_size(images), strict=True):

@@ -105,7 +105,7 @@ def check(request: Request) -> Checked:
         raise UserError("--beams and --min_length are for answers, not for --document")
     if r.edits and (len(r.images) != 1 or r.prompt):
         raise UserError("--edit needs exactly one --image, and no --prompt")
-    if r.kind in ("edit", "compose", "document") and any(r.size):
+    if r.kind != "draw" and any(r.size):
         raise UserError("--height and --width are for images without --image and without --document")
     if any(r.size) and not all(r.size):
         raise UserError("--height and --width are given together or not at all")
