@@ -270,7 +270,7 @@ def composition_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
 
 
 def story_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
-    """The images of a document, its caption, and the model's texts, each marked by whether it and its image are right."""
+    """The images of a document, its caption, and the texts, each marked by whether it and its image are right."""
     lines = [html.escape(item["caption"])]
     for text, ok in zip(item["texts"], item["marks"], strict=True):
         lines.append(f'<span class="{css(ok)}">{"✓" if ok else "✗"}</span> {html.escape(text) or "no text"}')
