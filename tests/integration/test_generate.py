@@ -8,8 +8,7 @@ from unimm_jax import vocabulary as vocab
 from unimm_jax.data import scenes, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
-from unimm_jax.inference import sampling
-from unimm_jax.inference import requests
+from unimm_jax.inference import requests, sampling
 from unimm_jax.inference.generator import Generator, Prompt, place_images
 from unimm_jax.inference.interleaved import continue_document, document_prompt
 from unimm_jax.inference.loading import load_model
@@ -279,7 +278,7 @@ def test_a_text_that_may_draw_ends_with_an_image_or_the_end(generator):
 
 
 def test_the_first_id_of_a_document_is_the_most_likely_text_or_image(generator):
-    """The prompt is <s>, text, [IMG] features [/IMG], as in training; the reply is compared with a plain forward pass."""
+    """Compared with a plain forward pass over <s>, text, [IMG] features [/IMG]."""
     image = scenes.render(scenes.draw_scene(0, "test", 0))
     prompt = document_prompt(["a red circle", image])
     tokens, valid, index, images, keep = generator._rendered([prompt])
@@ -298,7 +297,7 @@ def test_the_first_id_of_a_document_is_the_most_likely_text_or_image(generator):
 
 
 def script(generator, monkeypatch, *rounds):
-    """The texts of a document per round; the last stays. Returns the prompts of all calls, as their streams and parts."""
+    """Gives documents these texts, by round and stream; the last round stays. Returns (streams, prompts) of all calls."""
     asked = []
 
     def write(prompts, sampling, seed, streams):
