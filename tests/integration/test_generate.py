@@ -297,7 +297,7 @@ def test_the_first_id_of_a_document_is_the_most_likely_text_or_image(generator):
 
 
 def script(generator, monkeypatch, *rounds):
-    """Gives documents these texts, by round and stream; the last round stays. Returns (streams, prompts) of all calls."""
+    """Gives documents these texts, by round and stream; the last round stays. Returns all calls: (streams, prompts)."""
     asked = []
 
     def write(prompts, sampling, seed, streams):
