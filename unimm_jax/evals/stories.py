@@ -69,8 +69,7 @@ class Stories(GeneratingEvaluator):
         starts = [not text and drawn for text, drawn in generator.continue_until_image([*map(document_prompt, asked)])]
         right = judged_images(generator, asked, edits, sampling)
         blind = judged_images(generator, [[parts[0], parts[2]] for parts in asked], edits, sampling)
-        plain = dataclasses.replace(sampling, guidance=1.0)
-        free = continue_document(generator, begun, MAX_IMAGES, 2 * MAX_IMAGES, plain, sampling, EVALUATION_SEED)
+        free = continue_document(generator, begun, MAX_IMAGES, 2 * MAX_IMAGES, sampling, sampling, EVALUATION_SEED)
         steps = [judged_steps(edit.source, parts) for edit, parts in zip(edits, free, strict=True)]
         result = Result({}, settings={"story_sampling": dataclasses.asdict(sampling)})
         result.scores = {

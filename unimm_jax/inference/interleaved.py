@@ -20,13 +20,11 @@ class Draft:
     Attributes:
       stream: its index, which numbers its random numbers.
       parts: its parts as the model reads them, images uint8 [S, S, 3]. added: the new ones, images as decoded.
-      done: whether it has ended.
     """
 
     stream: int
     parts: Parts
     added: Parts = dataclasses.field(default_factory=list)
-    done: bool = False
 
     @property
     def images_added(self) -> int:
@@ -85,18 +83,15 @@ def continue_document(
         raise UserError("a document to continue has neither text nor image; give it one")
     decoder = generator.decoder_name(decoder)
     drafts = [
-        Draft(i, [part for part in prompt if not isinstance(part, str) or part]) for i, prompt in enumerate(prompts)
+        Draft(i, [part for part in parts if not isinstance(part, str) or part]) for i, parts in enumerate(prompts)
     ]
-    turn = 0
-    while open_drafts := [draft for draft in drafts if not draft.done and len(draft.added) < max_parts]:
-        # texts and images of a round have seeds of their own
-        ready = _write(generator, open_drafts, text_sampling, seed + 2 * turn)
-        ready = [draft for draft in ready if draft.images_added < max_images and len(draft.added) < max_parts]
-        if ready:
-            _draw(generator, ready, image_sampling, seed + 2 * turn + 1, decoder)
-        for draft in open_drafts:
-            draft.done = draft not in ready
-        turn += 1
+    active = drafts
+    while active := [draft for draft in active if len(draft.added) < max_parts]:
+        active = _write(generator, active, text_sampling, seed)
+        active = [draft for draft in active if draft.images_added < max_images and len(draft.added) < max_parts]
+        if active:
+            _draw(generator, active, image_sampling, seed + 1, decoder)
+        seed += 2  # texts and images of each round have a seed of their own
     return [draft.added for draft in drafts]
 
 
