@@ -146,8 +146,8 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
         elif kind == "move":
             corners = _free_corners(scene)
             words["corner"] = corners[rng.integers(len(corners))]
-            x, y = cell_center(rng, *CORNERS[words["corner"]])
-            changed = dataclasses.replace(item, x=x, y=y)
+            center = cell_center(rng, *CORNERS[words["corner"]])
+            changed = dataclasses.replace(item, x=center[0], y=center[1])
     wording = WORDINGS[kind][rng.integers(len(WORDINGS[kind]))]
     return _edited(kind, wording.format(**words), scene, place, changed, free)
 

@@ -171,7 +171,8 @@ def _continue(asked: Checked, generator: Generator) -> Answer:
     texts, pages = [], []
     images: dict[str, np.ndarray] = {}
     for i, added in enumerate(found):
-        lines, mine = [], {}
+        lines: list[str] = []
+        mine: dict[str, np.ndarray] = {}
         for part in (*prompt, *added):
             if isinstance(part, str):
                 lines.append(part)

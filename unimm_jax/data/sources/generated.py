@@ -1,6 +1,7 @@
 """What the generated sources share: records that are a function of a few options and the index. Nothing is stored."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 from unimm_jax.data.outlines import Record
@@ -42,7 +43,8 @@ class GeneratedSource:
           DataError: unknown option, a value that is not a number, a count, size or number of turns below 1, or a
             negative seed.
         """
-        known = {field.name: type(field.default) for field in dataclasses.fields(cls) if field.name != "split"}
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "split"]
+        known: dict[str, Callable[[str], int | float]] = {name: type(getattr(cls, name)) for name in names}
         found: dict[str, int | float] = {}
         for item in filter(None, options.split(",")):
             name, _, value = item.partition("=")
