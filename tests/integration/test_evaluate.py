@@ -24,7 +24,8 @@ TOP_LEVEL = {
     "edit_single_copied", "edit_single_without_source", "edit_two_turns", "edit_two_turns_copied",
     "edit_two_turns_without_source", "edit_first_of_two", "edit_sampling",
     "composition", "composition_by_kind", "composition_without_first", "composition_without_second",
-    "composition_sampling",
+    "composition_sampling", "story_image", "story_image_start", "story_image_without_image", "story_consistent",
+    "story_instruction", "story_images", "story_sampling",
 }  # fmt: skip
 
 
@@ -35,8 +36,8 @@ def evaluated(run, tmp_path_factory):
     shutil.copytree(run / "stage3", root / "stage3")  # its companions are those beside it
     done = command(
         "evaluate", f"--checkpoint={root}/stage3", f"--output={root}/evaluation",
-        "--evals=scenes,edits,compositions,captions,loss", "--prompts=2", "--questions=2", "--images=5", "--edits=5",
-        "--chains=2", "--compositions=4", "--batches=1",
+        "--evals=scenes,edits,compositions,stories,captions,loss", "--prompts=2", "--questions=2", "--images=5",
+        "--edits=5", "--chains=2", "--compositions=4", "--stories=3", "--batches=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return root, done.stdout
@@ -66,6 +67,9 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
     composed = json.loads((folder / "compositions" / "examples.json").read_text())["compositions"]
     assert [row["prompt"].count("<image>") for row in composed] == [1, 2, 1, 2]
     assert set(scores["composition_by_kind"]) == {"image_text", "image_image", "overall"}
+    stories = json.loads((folder / "stories" / "examples.json").read_text())["stories"]
+    assert len(stories) == 3 and all(len(row["texts"]) == len(row["marks"]) for row in stories)
+    assert all(Image.open(folder / "stories" / row["file"]).height == 132 for row in stories)
     assert scores["edit_single_copied"] == 0 and 0 <= scores["edit_single"] <= 1
     assert json.loads((folder / "done.json").read_text())["seconds"] == scores["evaluation_seconds"]
     for text in (
@@ -76,6 +80,7 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
         "held-out loss",
         "source copied",
         "two images",
+        "image after an instruction",
     ):
         assert text in output
 
@@ -88,6 +93,7 @@ def test_the_report_builds_without_a_unet(evaluated):
     page = (root / "report.html").read_text()
     assert "U-Net" not in page and "pixel decoder" in page and "5 held-out images" in page
     assert "<h2>Compositions</h2>" in page and "&lt;image&gt; &lt;image&gt;" in page
+    assert "<h2>Stories</h2>" in page and "documents continued freely" in page
     assert "<h2>Edits</h2>" in page and page.count("<figure>") > 30 and "two edits, source not read" in page
     assert "held-out " in page and page.count("<svg") >= 8
     assert page.count("<img") == page.count('src="data:image/png;base64,') > 20

@@ -8,8 +8,9 @@ from unimm_jax import vocabulary as vocab
 from unimm_jax.data import scenes, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
-from unimm_jax.inference import sampling
+from unimm_jax.inference import requests, sampling
 from unimm_jax.inference.generator import Generator, Prompt, place_images
+from unimm_jax.inference.interleaved import continue_document, document_prompt
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
 from unimm_jax.vocabulary import Vocabulary
@@ -253,6 +254,154 @@ def test_images_are_composed_from_parts_in_their_order(generator):
     assert np.array_equal(made, generator.decode(*generator.codes(ids)))
 
 
+# ---- Documents -------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_may_draw_ends_with_an_image_or_the_end(generator):
+    """At a high temperature every legal id occurs: texts hold no code, and nothing follows [IMG] or </s>."""
+    v, eos = generator.vocabulary, generator.text_tokenizer.eos
+    prompts = [document_prompt([f"{word} circle"]) for word in ("a", "the", "red", "blue")] * 10
+    hot = Sampling(temperature=50.0)
+    ids = generator._continue(prompts, False, hot, 0, len(prompts), may_draw=True)
+    ends = []
+    for row in ids.tolist():
+        at = next((i for i, token in enumerate(row) if token in (v.start, eos)), len(row))
+        assert set(row[at + 1 :]) <= {eos} and all(v.kinds()[token] == vocab.TEXT for token in row[:at])
+        ends.append(row[at] if at < len(row) else None)
+    assert v.start in ends
+    found = generator.continue_until_image(prompts, hot)
+    assert [drawn for _, drawn in found] == [end == v.start for end in ends]
+    assert v.start not in generator._continue(prompts, False, hot, 0, len(prompts))
+    with pytest.raises(UserError, match="with 1 beam"):
+        generator.continue_until_image(prompts[:1], Sampling(temperature=0, beams=2))
+
+
+def test_the_first_id_of_a_document_is_the_most_likely_text_or_image(generator):
+    """Compared with a plain forward pass over <s>, text, [IMG] features [/IMG]."""
+    image = scenes.render(scenes.draw_scene(0, "test", 0))
+    prompt = document_prompt(["a red circle", image])
+    tokens, valid, index, images, keep = generator._rendered([prompt])
+    model, v, text = generator.objective.module(generator.params), generator.vocabulary, generator.text_tokenizer
+    n = int(valid[0].sum())
+    rows = model.features(model.encoder.normalize(images[0]), jnp.asarray(keep[0]))
+    x = model.inputs(jnp.asarray(tokens[:, -n:]), jnp.asarray(index[:, -n:]), rows[None])
+    hidden = model.language(x, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))[0, -1]
+    assert tokens[0, -n:][:1].tolist() == [text.bos] and tokens[0, -1] == v.end
+    legal = np.asarray(v.kinds() == vocab.TEXT)
+    legal[[text.pad, text.bos]] = False
+    legal[text.vocab_size : text.num_rows] = False
+    legal[v.start] = True
+    best = int(np.where(legal, np.asarray(model.language.head() @ hidden), NEG_INF).argmax())
+    assert generator._continue([prompt], False, Sampling(temperature=0), 0, 1, may_draw=True)[0, 0] == best
+
+
+def script(generator, monkeypatch, *rounds):
+    """Gives documents these texts, by round and stream; the last round stays. Returns all calls: (streams, prompts)."""
+    asked = []
+
+    def write(prompts, sampling, seed, streams):
+        asked.append((list(streams), prompts))
+        return [rounds[min(len(asked), len(rounds)) - 1][stream] for stream in streams]
+
+    monkeypatch.setattr(generator, "continue_until_image", write)
+    return asked
+
+
+def test_documents_go_on_with_texts_and_images_in_turn(generator, monkeypatch):
+    image = scenes.render(scenes.draw_scene(0, "test", 0))
+    end = ("", False)
+    asked = script(
+        generator,
+        monkeypatch,
+        [("and a cross", True), ("the end", False), ("", True), end],
+        [("add a square", True), end, ("", True), end],
+        [("more", False), end, ("", True), end],
+    )
+    prompts = [["a circle", image], ["a"], [image], ["b"]]
+    found = continue_document(generator, prompts, max_images=2, max_parts=9, seed=4)
+    shapes = [[part if isinstance(part, str) else part.shape for part in parts] for parts in found]
+    size = (64, 64, 3)
+    assert shapes == [["and a cross", size, "add a square", size, "more"], ["the end"], [size, size], []]
+    assert [streams for streams, _ in asked] == [[0, 1, 2, 3], [0, 2], [0, 2]]
+    second = asked[1][1][0]
+    kinds = [type(segment).__name__ for segment in second.document]
+    assert kinds == ["Special", "Text", "ImageIn", "Text", "ImageIn"]
+    assert np.array_equal(second.images, np.stack([image, found[0][1]]))  # it reads what it drew
+    assert [len(parts) for parts in prompts] == [2, 1, 1, 1]  # prompts stay as they are
+    ids = generator.continue_with_image([document_prompt(["a circle", image, "and a cross"])], seed=5)
+    assert np.array_equal(found[0][1], generator.decode(*generator.codes(ids))[0])
+    for limit, count in ((1, [1, 1, 1, 0]), (3, [3, 1, 2, 0])):
+        script(generator, monkeypatch, *[[("x", True), ("y", False), ("", True), end]] * 2)
+        limited = continue_document(generator, prompts, max_images=2, max_parts=limit)
+        assert [len(parts) for parts in limited] == count
+    script(generator, monkeypatch, [("x", True)])
+    assert continue_document(generator, [["a"]], max_images=0) == [["x"]]
+    with pytest.raises(UserError, match="neither text nor image"):
+        continue_document(generator, [["a"], [""]])
+
+
+def test_a_document_does_not_depend_on_when_others_end(generator, monkeypatch):
+    script(generator, monkeypatch, [("", False), ("", True)], [("", False), ("", True)])
+    first = continue_document(generator, [["a"], ["a circle"]], max_images=2)[1]
+    script(generator, monkeypatch, [("", True), ("", True)], [("", True), ("", True)])
+    second = continue_document(generator, [["two crosses"], ["a circle"]], max_images=2)[1]
+    assert len(first) == 2 and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_requests_are_checked_before_anything_is_loaded(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(transforms.encode_png(scenes.render(scenes.draw_scene(0, "test", 0))))
+    (tmp_path / "b.png").write_text("no image")
+    one = dict(images=[str(image)])
+    for options, reason in (
+        (dict(document=True, edits=["a"], **one), "needs no --edit and no --draw"),
+        (dict(document=True, draw=True, prompt="a"), "needs no --edit and no --draw"),
+        (dict(document=True, prompt="a", spoken=Sampling(temperature=0, beams=2)), "--beams and --min_length are for"),
+        (dict(document=True, prompt="a", size=(64, 64)), "without --image and without --document"),
+        (dict(document=True), "give --prompt"),
+        (dict(document=True, prompt="<image> <image>", **one), "has <image> 2 times, and there are 1 images"),
+        (dict(prompt="a", size=(64, 0)), "together or not at all"),
+        (dict(size=(64, 64), **one), "without --image and without --document"),
+        (dict(edits=["a"], prompt="b", **one), "--edit needs exactly one --image, and no --prompt"),
+        (dict(images=[str(tmp_path / "c.png")]), "there is no image file .*c.png"),
+        (dict(images=[str(tmp_path / "b.png")]), "b.png is not a readable image"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            requests.check(requests.Request(**options))
+    kinds = {
+        "draw": dict(prompt="a"),
+        "compose": dict(draw=True, **one),
+        "edit": dict(edits=["a"], **one),
+        "answer": one,
+        "document": dict(document=True, prompt="a <image> b", **one),
+    }
+    assert set(kinds) == set(requests.ANSWERS)
+    for kind, options in kinds.items():
+        assert requests.check(requests.Request(**options)).request.kind == kind
+    assert requests.check(requests.Request(**kinds["document"])).order == ["a", 0, "b"]
+
+
+def test_documents_are_written_with_their_images(generator, monkeypatch, tmp_path, capsys):
+    image = tmp_path / "a.png"
+    image.write_bytes(transforms.encode_png(scenes.render(scenes.draw_scene(0, "test", 0))))
+    script(generator, monkeypatch, [("add a cross", True), ("", False)], [("", False)] * 2)
+    request = requests.Request(prompt="a circle <image>", images=[str(image)], document=True, samples=2)
+    requests.write(requests.answer(requests.check(request), generator), tmp_path / "out")
+    assert capsys.readouterr().out.splitlines() == [
+        "a circle <image> add a cross <image>",
+        "a circle <image>",
+        f"3 images in {tmp_path / 'out'}",
+    ]
+    assert (tmp_path / "out" / "document.md").read_text() == (
+        "a circle\n\n![](0000_image0.png)\n\nadd a cross\n\n![](0000_image1.png)\n"
+        "\n---\n\na circle\n\n![](0001_image0.png)\n"
+    )
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
+    assert names == ["0000_image0.png", "0000_image1.png", "0001_image0.png"]
+    read = transforms.decode_image((tmp_path / "out" / names[0]).read_bytes())
+    assert np.array_equal(np.asarray(read), scenes.render(scenes.draw_scene(0, "test", 0)))
+
+
 def test_the_command_edits_turn_by_turn(run, tmp_path):
     image, out = tmp_path / "a.png", tmp_path / "out"
     image.write_bytes(transforms.encode_png(scenes.render(scenes.draw_scene(0, "test", 0))))
@@ -273,3 +422,14 @@ def test_the_command_edits_turn_by_turn(run, tmp_path):
     done = command(*asked, f"--output={out}/drawn", "--draw", "--prompt=<image> and a cross")
     assert done.returncode == 0, done.stderr
     assert len(list((out / "drawn").iterdir())) == 4
+    document = [*asked, f"--output={out}/document", "--document", "--max_parts=3", "--samples=2"]
+    done = command(*document, "--prompt=<image> <image>")
+    assert done.returncode == 1 and "has <image> 2 times, and there are 1 images" in done.stderr
+    done = command(*document, "--prompt=a red circle <image> add a blue square", "--temperature=5")
+    assert done.returncode == 0, done.stderr
+    pages = (out / "document" / "document.md").read_text().split("\n---\n\n")
+    assert [page.startswith(f"a red circle\n\n![](000{i}_image0.png)\n\nadd a") for i, page in enumerate(pages)] == [
+        True
+    ] * 2
+    assert len(list((out / "document").glob("*.png"))) == sum(page.count("![](") for page in pages)
+    assert done.stdout.count("a red circle <image> add a blue square") == 2

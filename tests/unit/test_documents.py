@@ -225,6 +225,35 @@ def test_interleaved_documents_read_images_or_end_with_one():
     assert written(record, "interleaved", 1) == "bos+|[0]|A|[1]|B|<2>"
 
 
+def test_interleaved_documents_predict_where_images_come():
+    """[IMG] is predicted at every image, its codes at the generated one only (with the image targets of ILLUME)."""
+    record = Record("k", [PIXELS] * 3, content=["a", 0, "b", 1, 2])
+    layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES)
+    keep, codes = contents(record, 0)
+    for variant, generated in ((0, 0), (1, keep[1].sum())):
+        whole, texts = document(record, "interleaved", variant, image_targets=0.0)
+        row = render(whole, texts, keep, codes, layout)
+        is_start = (row.ids == layout.vocabulary.start) & (row.feature == IGNORED)
+        assert is_start.sum() == (2 if variant else 3) and (row.weights[is_start] == 1).all()
+        is_code = row.targets >= layout.vocabulary.first_code
+        assert row.weights[is_code].sum() == generated
+        assert (row.weights[row.ids < TOKENIZER.num_rows] == 1).all()  # texts, <s>, </s>
+
+
+def test_a_prompt_of_a_document_is_laid_out_as_in_training():
+    record = Record("k", [PIXELS] * 3, content=["a", 0, "b", 1, "c", 2])
+    layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES)
+    keep, codes = contents(record, 0)
+    prompt = (*tasks.interleaved_prompt(["a", 0, "b"]), ImageStart())
+    start = render(prompt, (), keep, codes, layout)
+    for variant in (0, 1):
+        whole, texts = document(record, "interleaved", variant)
+        found = render(whole, texts, keep, codes, layout)
+        n = len(start.ids)
+        assert found.ids[:n].tolist() == start.ids.tolist() and found.feature[:n].tolist() == start.feature.tolist()
+    assert start.inputs == (0,) and not start.weights.any()
+
+
 def test_every_caption_is_trained_and_every_question_asked():
     record = Record("k", [PIXELS], captions=list("abcde"), questions=[Question("q", "a"), Question("r", "b")])
     assert {written(record, "caption", variant) for variant in range(10)} == {f"[0]|{c}|eos+" for c in "ABCDE"}

@@ -38,7 +38,9 @@ def test_given_options_replace_defaults():
 def test_wrong_entries_are_named():
     with pytest.raises(ConfigError, match="config.evals.x has no type"):
         evals.complete("config.evals.x", {"every": 3})
-    with pytest.raises(ConfigError, match="no evaluator 'scene'; evaluators are loss, scenes, edits, compositions"):
+    with pytest.raises(
+        ConfigError, match="no evaluator 'scene'; evaluators are loss, scenes, edits, compositions, stories"
+    ):
         evals.complete("config.evals.x", {"type": "scene"})
     with pytest.raises(ConfigError, match="'promts'; did you mean 'prompts'"):
         evals.complete("config.evals.x", {"type": "scenes", "promts": 3})
@@ -64,6 +66,7 @@ def test_evaluators_follow_the_sources():
     for name in sources.REGISTRY:
         special = dict.fromkeys(("interleaved", "edit", "text"), "") | dict.fromkeys(("llava", "chat"), "answers")
         special |= dict(scenes="scenes", scene_edits="edits", scene_compositions="compositions")
+        special |= dict(scene_stories="stories")
         assert evals.evaluator_of(f"{name}:/my/data") == special.get(name, "captions")
     assert evals.default_evals({"sources": "edit:/my/edits;text:/my/texts.jsonl"}) == ["loss"]
     assert evals.default_evals({"sources": "chat:/my/chat.jsonl;folder:/my/images"}) == ["captions", "answers"]

@@ -45,11 +45,13 @@ class ImageIn:
       image: its index in the images of the record.
       weight: loss weight of predicting its codes and [/IMG] at these positions (LaVIT's [image, text]; 0 in ILLUME).
       view: 0 is the whole image, i is its i-th slice (see `unimm_jax.data.slices`).
+      start_weight: loss weight of predicting [IMG].
     """
 
     image: int
     weight: float = 0.0
     view: int = 0
+    start_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +210,10 @@ def render(
         else:
             patches = np.flatnonzero(keep[segment.image])[: layout.max_image_tokens]
             written = vocabulary.write_image(patches, codes[segment.image][patches]).tolist()
+            put([vocabulary.start], segment.start_weight)
             if isinstance(segment, ImageOut):
-                put([vocabulary.start], segment.start_weight)
                 put(written, segment.weight)
             else:
-                put([vocabulary.start], 0.0)
                 places, rows = _place_features(patches, layout)
                 first = len(inputs) * layout.max_image_tokens
                 ids.extend(places.tolist())

@@ -6,6 +6,7 @@ layout and instruction is in both.
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -118,17 +119,17 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
     Args:
       free: indices of the scene's objects that may be anywhere; see `SceneEdit`.
     """
-    objects = list(scene.objects)
+    objects = scene.objects
     words: dict[str, str] = {}
+    changed: SceneObject | None = None
     if kind == "add":
         shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
         words["look"] = noun(1, shape, color)
         taken = {cell(item) for item in objects}
         cells = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
         x, y = cells[rng.integers(len(cells))]
-        free = free | {len(objects)}
         radius = RADII[rng.integers(len(RADII))]
-        objects.append(SceneObject(shape, color, radius, *cell_center(rng, x, y)))
+        place, changed = len(objects), SceneObject(shape, color, radius, *cell_center(rng, x, y))
     else:
         named = _named(scene)
         place, phrases = named[rng.integers(len(named))]
@@ -136,23 +137,80 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
         if kind == "recolor":
             others = [color for color in COLOURS if color != item.colour]
             words["color"] = others[rng.integers(len(others))]
-            objects[place] = dataclasses.replace(item, colour=words["color"])
+            changed = dataclasses.replace(item, colour=words["color"])
         elif kind == "reshape":
             others = [shape for shape in SHAPES if shape != item.shape]
             shape = others[rng.integers(len(others))]
             words["shape"] = noun(1, shape, None)
-            objects[place] = dataclasses.replace(item, shape=shape)
+            changed = dataclasses.replace(item, shape=shape)
         elif kind == "move":
             corners = _free_corners(scene)
             words["corner"] = corners[rng.integers(len(corners))]
             center = cell_center(rng, *CORNERS[words["corner"]])
-            objects[place] = dataclasses.replace(item, x=center[0], y=center[1])
-            free = free - {place}
-        else:
-            del objects[place]
-            free = frozenset(i - (i > place) for i in free if i != place)
+            changed = dataclasses.replace(item, x=center[0], y=center[1])
     wording = WORDINGS[kind][rng.integers(len(WORDINGS[kind]))]
-    return SceneEdit(kind, wording.format(**words), scene, dataclasses.replace(scene, objects=tuple(objects)), free)
+    return _edited(kind, wording.format(**words), scene, place, changed, free)
+
+
+# the words of instructions, as `draw_edit` writes them
+_SHAPES = {noun(1, shape, None): shape for shape in SHAPES}
+_LOOKS = {noun(1, shape, color): (shape, color) for shape in SHAPES for color in COLOURS}
+_WORDS = dict(object=["the [a-z ]+?"], color=COLOURS, shape=_SHAPES, look=_LOOKS, corner=CORNERS)
+_GROUPS = {name: f"(?P<{name}>{'|'.join(words)})" for name, words in _WORDS.items()}
+_PATTERNS = [(kind, re.compile(wording.format(**_GROUPS))) for kind in KINDS for wording in WORDINGS[kind]]
+
+
+def read_edit(instruction: str, scene: Scene, free: frozenset[int] = frozenset()) -> SceneEdit | None:
+    """The edit that an instruction asks for: the inverse of `draw_edit`.
+
+    A moved object is put at the center of the corner's cell, an added one at that of a cell which no instruction names.
+
+    Args:
+      free: see `draw_edit`.
+
+    Returns:
+      None if the text is not one of the wordings, or if `draw_edit` would not ask for this in the scene: the phrase
+      does not single out an object, nothing would change, the corner is taken, or there are too many or few objects.
+    """
+    match = next(((kind, found) for kind, pattern in _PATTERNS if (found := pattern.fullmatch(instruction))), None)
+    if match is None or match[0] not in kinds(scene):
+        return None
+    kind, words = match[0], match[1].groupdict()
+    if kind == "add":
+        taken = {cell(item) for item in scene.objects} | set(CORNERS.values())
+        x, y = next((x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken)
+        added = SceneObject(*_LOOKS[words["look"]], RADII[0], (x + 0.5) / GRID, (y + 0.5) / GRID)
+        return _edited(kind, instruction, scene, len(scene.objects), added, free)
+    place = {phrase: place for place, phrases in _named(scene) for phrase in phrases}.get(words["object"])
+    if place is None:
+        return None
+    item = scene.objects[place]
+    changed: SceneObject | None = None
+    if kind == "recolor":
+        changed = dataclasses.replace(item, colour=words["color"])
+    elif kind == "reshape":
+        changed = dataclasses.replace(item, shape=_SHAPES[words["shape"]])
+    elif kind == "move":
+        if words["corner"] not in _free_corners(scene):
+            return None
+        x, y = CORNERS[words["corner"]]
+        changed = dataclasses.replace(item, x=(x + 0.5) / GRID, y=(y + 0.5) / GRID)
+    return None if changed == item else _edited(kind, instruction, scene, place, changed, free)
+
+
+def _edited(
+    kind: str, instruction: str, scene: Scene, place: int, changed: SceneObject | None, free: frozenset[int]
+) -> SceneEdit:
+    """The edit after which `changed` is at a place of the objects; None removes the object there."""
+    objects = list(scene.objects)
+    objects[place : place + 1] = [] if changed is None else [changed]
+    if kind == "add":
+        free = free | {place}
+    elif kind == "move":
+        free = free - {place}
+    elif kind == "remove":
+        free = frozenset(i - (i > place) for i in free if i != place)
+    return SceneEdit(kind, instruction, scene, dataclasses.replace(scene, objects=tuple(objects)), free)
 
 
 def _free_corners(scene: Scene) -> list[str]:

@@ -110,14 +110,16 @@ def _interleaved(outline: Outline, variant: int, settings: TaskSettings) -> Docu
     """<s>, then texts and images in order, then </s>.
 
     Images are read. In half of the examples, the last image that follows a text is generated instead and ends the
-    document, so that the model learns to continue a document with an image.
+    document, so that the model learns to continue a document with an image. [IMG] is predicted at every image, so that
+    it learns where images come.
     """
     parts = outline.content
     follows = [i for i in range(1, len(parts)) if parts[i].is_image and not parts[i - 1].is_image]
     last = follows[-1] if follows and variant & 1 else None
     segments: list[Segment] = [Special("bos", 1.0)]
     for part in parts[:last]:
-        segments.append(ImageIn(part.number, settings.image_targets) if part.is_image else Text(part.number, 1.0))
+        image = ImageIn(part.number, settings.image_targets, start_weight=1.0)
+        segments.append(image if part.is_image else Text(part.number, 1.0))
     if last is None:
         return (*segments, Special("eos", 1.0))
     return (*segments, ImageOut(parts[last].number, settings.code_targets, 1.0))
@@ -287,6 +289,11 @@ def caption_prompt() -> Document:
 def user_prompt(parts: Sequence[int | str], settings: TaskSettings) -> Document:
     """A user turn of texts and images; images are numbered from 0 in the order of their use."""
     return converse([Spoken("user", [part if isinstance(part, str) else Part(True, part) for part in parts])], settings)
+
+
+def interleaved_prompt(parts: Sequence[int | str]) -> Document:
+    """<s>, then texts and images in order, as in `interleaved` examples; images are numbered from 0 in this order."""
+    return (Special("bos"), *(Text(part) if isinstance(part, str) else ImageIn(part) for part in parts))
 
 
 def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> Document:

@@ -20,6 +20,7 @@ REGISTRY = {
     "edits": "unimm_jax.evals.edits:Edits",
     "compositions": "unimm_jax.evals.compositions:Compositions",
     "small_objects": "unimm_jax.evals.small_objects:SmallObjects",
+    "stories": "unimm_jax.evals.stories:Stories",
     "captions": "unimm_jax.evals.captions:Captions",
     "answers": "unimm_jax.evals.answers:Answers",
 }
@@ -71,8 +72,8 @@ def options_of(entry: Mapping[str, Any]) -> Any:
 def default_evals(header: Mapping[str, Any]) -> list[str]:
     """The evaluators of a language stage, by the sources in its header.
 
-    Scenes get "scenes", their edits "edits", their compositions "compositions", sources with captions "captions",
-    conversations "answers", a mixture several of them. Other sources get "loss".
+    Scenes get "scenes", their edits "edits", their compositions "compositions", their stories "stories", sources with
+    captions "captions", conversations "answers", a mixture several of them. Other sources get "loss".
 
     Raises:
       CheckpointError: the model was not trained on sources (imported weights).

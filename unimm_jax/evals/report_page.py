@@ -18,6 +18,7 @@ from unimm_jax.evals.score_table import (
     composition_scores,
     edit_scores,
     small_object_scores,
+    story_scores,
 )
 from unimm_jax.metrics import read
 
@@ -67,7 +68,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
-    for name in ("edits", "compositions", "small_objects"):
+    for name in ("edits", "compositions", "stories", "small_objects"):
         parts += evaluation_images(folder / name)
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
@@ -124,6 +125,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
     if "small_objects" in scores:
         rows = "".join(row(name, f"{value:.3f}") for name, value in small_object_scores(scores))
         parts.append(f"<table>{head('questions on small objects', 'correct')}{rows}</table>")
+    if "story_image" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in story_scores(scores))
+        parts.append(f"<table>{head('stories', 'correct')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -219,6 +223,14 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
         parts.append("<h2>Questions on small objects</h2>")
         parts.append('<p class="note">The answer with slices, and the answer from the whole image alone.</p>')
         parts.append(figures([small_object_figure(folder, item) for item in examples["small_objects"]]))
+    if examples.get("stories"):
+        parts.append("<h2>Stories</h2>")
+        parts.append(
+            '<p class="note">Documents that start with a caption and an image. The model wrote the texts and drew the '
+            "images that follow, each text before its image.</p>"
+        )
+        found = [story_figure(folder, item) for item in examples["stories"]]
+        parts.append(f'<div class="strips">{figures(found)}</div>')
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -263,6 +275,16 @@ def composition_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
     """The images of a prompt and the result."""
     mark = f'<span class="{css(item["right"])}">{"✓" if item["right"] else "✗"}</span>'
     return f"<figure>{image(folder / item['file'])}{mark} {html.escape(item['prompt'])}</figure>"
+
+
+def story_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """The images of a document, its caption, and the texts, each marked by whether it and its image are right."""
+    lines = [html.escape(item["caption"])]
+    for text, ok in zip(item["texts"], item["marks"], strict=True):
+        lines.append(f'<span class="{css(ok)}">{"✓" if ok else "✗"}</span> {html.escape(text) or "no text"}')
+    if not item["texts"]:
+        lines.append('<span class="no">✗</span> not continued')
+    return f"<figure>{image(folder / item['file'])}{'<br>'.join(lines)}</figure>"
 
 
 def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

@@ -27,6 +27,9 @@ def table(scores: dict[str, Any]) -> str:
     if "small_objects" in scores:
         rows.append(f"{'questions on small objects':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in small_object_scores(scores)]
+    if "story_image" in scores:
+        rows.append(f"{'stories':34s} {'right':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in story_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -57,6 +60,18 @@ def small_object_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """Names and values of the scores of the evaluator `small_objects`."""
     found = scores["small_objects"]
     return [("read with slices", found["slices"]), ("read as a whole only", found["global_view"])]
+
+
+def story_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `stories`."""
+    names = {
+        "story_image": "image after an instruction",
+        "story_image_start": "[IMG] after an instruction",
+        "story_image_without_image": "image, source not read",
+        "story_consistent": "documents continued freely",
+        "story_instruction": "their first text",
+    }
+    return [(name, scores[key]) for key, name in names.items()]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Generator:
         max_codes = min(self.header["num_patches"], self.max_image_tokens)
         fixed = self.header["selection"] == "all"
         decoding = Decoding(self.objective, self.vocabulary, self.text_tokenizer, max_codes, fixed, answer_length)
-        self._run = jax.jit(decoding, static_argnames=("drawing", "sampling"))
+        self._run = jax.jit(decoding, static_argnames=("drawing", "sampling", "may_draw"))
 
     def _encode_images(
         self, params: Any, images_and_noise: tuple[jax.Array, jax.Array | None]
@@ -105,17 +105,19 @@ class Generator:
         sampling: Sampling = SAMPLED,
         seed: int = 0,
         free: Sequence[Prompt] | None = None,
+        streams: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Ids of the image that follows each prompt; see `generate_image_tokens`.
 
         Args:
           free: with guidance, the prompts without condition; [IMG] alone if None.
+          streams: number of the random stream of each prompt; its index if None.
         """
         free = [Prompt(())] * len(prompts) if free is None else free
         if len(free) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, and {len(free)} without condition")
         asked = [*prompts, *free] if sampling.guidance != 1 else prompts
-        return self._continue([_with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts))
+        return self._continue([_with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts), streams)
 
     def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image token ids → (codes int32 [N, P], keep boolean [N, P])."""
@@ -209,7 +211,7 @@ class Generator:
                 [Prompt(free, history[-1:]) for history in seen],
             )
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
-            for history, image in zip(seen, _resized(results[-1], self.config.data.image_size), strict=True):
+            for history, image in zip(seen, self.input_size(results[-1]), strict=True):
                 history.append(image)
         return results
 
@@ -250,6 +252,10 @@ class Generator:
         if not data.max_slices:
             return to_pixels(image, data.image_size)
         return np.asarray(decode_image(image)) if isinstance(image, bytes) else image
+
+    def input_size(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Generated images, each uint8 [H, W, 3], in the size that the model reads: [N, S, S, 3]."""
+        return _resized(images, self.config.data.image_size)
 
     # ---- Text ----------------------------------------------------------------------------------------------------
 
@@ -301,22 +307,62 @@ class Generator:
         found = self._continue(prompts, False, sampling, seed, len(prompts))
         return [self.text_tokenizer.decode(_until(row, self.text_tokenizer.eos)) for row in found]
 
+    def continue_until_image(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        streams: Sequence[int] | None = None,
+    ) -> list[tuple[str, bool]]:
+        """The text that follows each prompt, up to </s> or [IMG], and whether an image follows it.
+
+        The text is empty where an image or the end follows at once. A text of `answer_length` tokens is not followed by
+        an image.
+
+        Args:
+          streams: see `continue_with_image`.
+
+        Raises:
+          UserError: a prompt longer than `prompt_length`, or beam search.
+        """
+        if sampling.beams > 1:
+            raise UserError("beam search is for texts that end with </s>; write texts before images with 1 beam")
+        found = self._continue(prompts, False, sampling, seed, len(prompts), streams, may_draw=True)
+        texts = []
+        for row in found:
+            ids = _until(row, self.text_tokenizer.eos)
+            written = _until(np.asarray(ids), self.vocabulary.start)
+            texts.append((self.text_tokenizer.decode(written), len(written) < len(ids)))
+        return texts
+
     def _continue(
-        self, prompts: Sequence[Prompt], drawing: bool, sampling: Sampling, seed: int, number: int
+        self,
+        prompts: Sequence[Prompt],
+        drawing: bool,
+        sampling: Sampling,
+        seed: int,
+        number: int,
+        streams: Sequence[int] | None = None,
+        may_draw: bool = False,
     ) -> np.ndarray:
         """Continues the first `number` prompts: int32 [number, steps]. With guidance, as many without condition follow.
 
         One compilation per maximum number of images.
+
+        Args:
+          streams: see `continue_with_image`. may_draw: see `Decoding`.
         """
         arrays = self._rendered(prompts)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(number))
+        numbers = jnp.asarray(list(range(number) if streams is None else streams), jnp.int32)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
         places = np.arange(len(prompts)).reshape(-1, number)  # with, and perhaps without condition
         done = []
         for at in range(0, number, self.batch):
             part = _pad(places[:, at : at + self.batch].T, self.batch).T
             batch = [x[part.reshape(-1)] for x in arrays]
             with jax.set_mesh(self.model.mesh):
-                found = self._run(self.params, *batch, keys[part[0]], drawing=drawing, sampling=sampling)
+                how = dict(drawing=drawing, sampling=sampling, may_draw=may_draw)
+                found = self._run(self.params, *batch, keys[part[0]], **how)
             done.append(np.asarray(found))
         return np.concatenate(done)[:number]
 

@@ -109,17 +109,21 @@ class Decoding:
         """Tokens that an image takes at most, its end included."""
         return self.max_codes * (2 if self.vocabulary.num_position_ids else 1) + 1
 
-    def text_ids(self, index: jax.Array, min_length: int = 0) -> jax.Array:
+    def text_ids(self, index: jax.Array, min_length: int = 0, may_draw: bool = False) -> jax.Array:
         """Which ids may follow `index` ids of a text, boolean [1, V].
 
         No padding, no second beginning, no spare rows, and no end before `min_length` ids.
+
+        Args:
+          may_draw: whether [IMG] may follow, too; it ends the text, as </s> does.
         """
         t = self.text_tokenizer
         banned = [i for i in {t.pad, t.bos} if i is not None and i != t.eos]
         banned += range(t.vocab_size, t.num_rows)
         is_text = jnp.asarray(self.vocabulary.kinds()) == vocab.TEXT
         legal = is_text.at[jnp.asarray(banned, jnp.int32)].set(False)
-        return legal.at[t.eos].set(legal[t.eos] & (index >= min_length))[None]
+        legal = legal.at[t.eos].set(legal[t.eos] & (index >= min_length))
+        return (legal.at[self.vocabulary.start].set(index >= min_length) if may_draw else legal)[None]
 
     def __call__(
         self,
@@ -132,15 +136,17 @@ class Decoding:
         keys_N: jax.Array,
         drawing: bool,
         sampling: Sampling,
+        may_draw: bool = False,
     ) -> jax.Array:
         """Prefills the prompts (left-padded) and generates token by token: int32 [N, steps] for N keys.
 
-        It stops when all have ended; what follows an end is filled with it.
+        It stops when all have ended; what follows an end is filled with [/IMG] (images) or </s> (texts).
 
         Args:
           images_BRHWC: uint8, the images that the prompts read; R may be 0. keep_BRP: their keep masks.
           keys_N: B = N; with guidance B = 2 N, and the second half are the prompts without condition.
           drawing: generate an image rather than text.
+          may_draw: a text may also end with [IMG], where an image follows it; without beam search.
         """
         guided = drawing and sampling.guidance != 1
         steps = self.image_steps if drawing else self.answer_length
@@ -160,11 +166,13 @@ class Decoding:
             if drawing:
                 legal = image_mask(v, last, position, count, self.max_codes, self.fixed)
             else:
-                legal = self.text_ids(index, sampling.min_length)
+                legal = self.text_ids(index, sampling.min_length, may_draw)
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_N, index)
             token = sample_token(jnp.where(legal, logp, NEG_INF), keys, sampling)
             token = jnp.where(done, stop, token)
             done = done | (token == stop)
+            if may_draw and not drawing:
+                done = done | (token == v.start)
             position = jnp.where((token >= v.first_position), token - v.first_position, position)
             count = count + (kinds[token] == vocab.CODE)
             hidden, cache = read.advance(jnp.tile(token, b // len(token)), cache, index)

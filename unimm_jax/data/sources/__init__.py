@@ -17,6 +17,7 @@ REGISTRY = {
     "scenes": "unimm_jax.data.sources.scenes:SceneSource",
     "scene_edits": "unimm_jax.data.sources.scene_edits:SceneEditSource",
     "scene_compositions": "unimm_jax.data.sources.scene_compositions:SceneCompositionSource",
+    "scene_stories": "unimm_jax.data.sources.scene_stories:SceneStorySource",
     "folder": "unimm_jax.data.sources.folder:FolderSource",
     "tfds": "unimm_jax.data.sources.tfds:TfdsSource",
     "llava": "unimm_jax.data.sources.llava:LlavaSource",
