@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, input_images, render
+from unimm_jax.data.documents import Document, ImageStart, input_images, prompt_images, render
 from unimm_jax.data.transforms import to_pixels
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
@@ -179,7 +179,8 @@ class Generator:
         """Edits images turn by turn: for each turn, the results uint8 [N, S, S, 3].
 
         After each turn, the result is read again as the image tokenizer and the encoder see it. Guidance is away from
-        the reconstruction of the image that a turn edits, as in ILLUME+'s code.
+        the reconstruction of the image that a turn edits, as in ILLUME+'s code; with LaVIT's layout of prompts
+        (`config.data.image_prompts="codes"`), from [IMG] alone.
 
         Args:
           images: uint8 [N, S, S, 3]. instructions: of each image, as many for each.
@@ -194,12 +195,12 @@ class Generator:
         seen, results = images[:, None], []
         for turn in range(len(instructions[0])):
             asked = [tasks.edit_prompt(each[: turn + 1], self.task_settings) for each in instructions]
-            free = tasks.edit_prompt([tasks.RECONSTRUCT_INSTRUCTION], self.task_settings)
+            free = tasks.unconditional_edit_prompt(self.task_settings)
             ids = self.continue_with_image(
                 [Prompt(document, history) for document, history in zip(asked, seen, strict=True)],
                 sampling,
                 seed + turn,
-                [Prompt(free, history[-1:]) for history in seen],
+                [Prompt(free, history[-1:] if free else None) for history in seen],
             )
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
             seen = np.concatenate([seen, self._input_size(results[-1])[:, None]], 1)
@@ -214,22 +215,25 @@ class Generator:
     ) -> np.ndarray:
         """Prompts of images uint8 [S, S, 3] and texts, in any order → images uint8 [N, S, S, 3].
 
-        Guidance is away from [IMG] alone.
+        Their layout is `config.data.image_prompts`. Guidance is away from [IMG] alone.
 
         Raises:
           UserError: a prompt longer than `prompt_length`.
           CheckpointError: no such decoder.
         """
         decoder = self.decoder_name(decoder)
-        asked = [self.prompt_of(parts) for parts in prompts]
+        asked = [self.image_prompt_of(parts) for parts in prompts]
         return self.decode(*self.codes(self.continue_with_image(asked, sampling, seed)), decoder, seed)
 
     def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
         """A user turn of images, uint8 [S, S, 3], and texts."""
-        images = [part for part in parts if not isinstance(part, str)]
-        places = iter(range(len(images)))
-        numbered = [part if isinstance(part, str) else next(places) for part in parts]
-        return Prompt(tasks.user_prompt(numbered, self.task_settings), np.stack(images) if images else None)
+        numbered, images = _numbered(parts)
+        return Prompt(tasks.user_prompt(numbered, self.task_settings), images)
+
+    def image_prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
+        """A prompt of images, uint8 [S, S, 3], and texts for an image; its layout is `config.data.image_prompts`."""
+        numbered, images = _numbered(parts)
+        return Prompt(tasks.image_prompt(numbered, self.task_settings), images)
 
     def _input_size(self, images: np.ndarray) -> np.ndarray:
         """Generated images in the size that the model reads."""
@@ -303,7 +307,7 @@ class Generator:
     def _rendered(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, ...]:
         """Prompts as arrays for `Decoding`: tokens, which are valid, feature indices, images and keep masks.
 
-        Images that a prompt holds as generated are rendered with the codes that the image tokenizer gives them.
+        Images that a prompt holds as codes are rendered with the codes that the image tokenizer gives them.
         """
         counts = [0 if p.images is None else len(p.images) for p in prompts]
         slots, num_patches = max(counts), self.header["num_patches"]
@@ -317,7 +321,7 @@ class Generator:
             found_codes, masks = (np.split(x, np.cumsum(counts)[:-1]) for x in found)
         rows = []
         for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            reads = input_images(prompt.document)
+            reads = prompt_images(prompt.document)
             if reads != tuple(range(count)):
                 raise UserError(f"a prompt has {count} images and reads {len(reads)}")
             if count:
@@ -336,7 +340,8 @@ class Generator:
         for i, row in enumerate(rows):
             n = len(row.ids)
             tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
-        return tokens, valid, index, images, keep
+        slots = max(len(input_images(prompt.document)) for prompt in prompts)  # the images that need features
+        return tokens, valid, index, images[:, :slots], keep[:, :slots]
 
 
 PLACE = "<image>"
@@ -357,6 +362,14 @@ def place_images(prompt: str, count: int) -> list[int | str]:
     for i, text in enumerate(texts):
         parts += [*([i - 1] if i else []), *([text.strip()] if text.strip() else [])]
     return parts
+
+
+def _numbered(parts: Sequence[np.ndarray | str]) -> tuple[list[int | str], np.ndarray | None]:
+    """Parts with numbers for the images, and the images, uint8 [N, S, S, 3]."""
+    images = [part for part in parts if not isinstance(part, str)]
+    places = iter(range(len(images)))
+    numbered = [part if isinstance(part, str) else next(places) for part in parts]
+    return numbered, np.stack(images) if images else None
 
 
 def _with_start(prompt: Prompt) -> Prompt:
