@@ -537,6 +537,8 @@ def published(tmp_path_factory):
     lavit_words(folder / "published" / "language_model")
     pixel_folders(folder / "published")
     import_weights(str(folder / "published"), str(folder / "in"))
+    saved = json.loads(read_meta(folder / "in" / "language")["config"])
+    assert saved["data"]["image_prompts"] == "codes"
     return folder, files
 
 
