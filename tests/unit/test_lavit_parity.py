@@ -477,10 +477,9 @@ def test_prompts_with_images_for_images(guidance):
     tokens, valid, index, features, _ = g._rendered(prompts)
     assert (index < 0).all() and features.shape[1] == 0  # codes only: the encoder of the language model reads nothing
     for item, ids, row, is_valid in zip(PROMPTS_META["prompts"], found.tolist(), tokens, valid, strict=True):
-        assert [*row[is_valid].tolist(), IDS["IMG"]] == [*item["prompt_ids"], IDS["IMG"]]
-        wanted = item["image_ids"][str(guidance)]
-        length = min(len(wanted), ENCODER.num_patches)
-        assert length >= min(len(item["prompt_ids"]), 8) and ids[:length] == wanted[:length]
+        assert row[is_valid].tolist() == item["prompt_ids"]
+        wanted = item["image_ids"][str(guidance)][: ENCODER.num_patches]
+        assert len(wanted) >= 5 and ids[: len(wanted)] == wanted
 
 
 @pytest.mark.parametrize("mode", MODES)
