@@ -36,6 +36,7 @@ def get_config(size=None):
     if c.size == "lavit-7b":
         pairs = 93 + 100  # millions of [image, text] and [text, image] pairs
         c.data.tasks.update(text=2 / 3, caption=93 / pairs / 3, text_to_image=100 / pairs / 3)
+        c.data.image_prompts = "codes"
         c.optimizer.update(learning_rate=1e-5, warmup=2000 / 30_000, weight_decay=0.1, eps=1e-6)
         c.init_from = (common.start_from_tokenizer(c.size), common.start_from("text"))
     return c

@@ -149,6 +149,8 @@ class PackedDataConfig:
       text_targets: loss weight of the prompt's own tokens in text-to-image.
       code_targets: loss weight of the codes of generated images.
       template: layout of conversations, questions and edits, a name of `unimm_jax.data.tasks.TEMPLATES`.
+      image_prompts: layout of prompts with images for images, at generation: "features" is a user turn whose images
+        enter as features (ILLUME), "codes" has the images' codes without [IMG] and [/IMG] (LaVIT).
       tasks: share of the examples per task. A record has one of the tasks that apply to it, in proportion to them.
       mixture: sources with weights: dicts with `source` (as `pretokenize` got it), `weight` (relative share of the
         examples, default 1) and `tasks` (shares for this source, default those below). () reads every record once per
@@ -170,6 +172,7 @@ class PackedDataConfig:
     text_targets: float = ranged(1.0, low=0)
     code_targets: float = ranged(1.0, low=0)
     template: str = one_of("plain", *tasks.TEMPLATES)
+    image_prompts: str = one_of("features", *tasks.IMAGE_PROMPTS)
     mixture: tuple[dict[str, Any], ...] = ()
     tasks: dict[str, float] = shares()
     tasks_end: dict[str, float] = shares()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -400,6 +402,39 @@ def test_documents_are_written_with_their_images(generator, monkeypatch, tmp_pat
     assert names == ["0000_image0.png", "0000_image1.png", "0001_image0.png"]
     read = transforms.decode_image((tmp_path / "out" / names[0]).read_bytes())
     assert np.array_equal(np.asarray(read), scenes.render(scenes.draw_scene(0, "test", 0)))
+
+
+def test_prompts_of_codes_need_no_features_and_edits_read_their_results(generator, monkeypatch):
+    """LaVIT's layout, by a setting of the config."""
+    model = generator.model
+    data = dataclasses.replace(model.config.data, image_prompts="codes")
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+    coded = Generator(model, batch=4)
+    a, b = (scenes.render(scenes.draw_scene(0, "test", i)) for i in range(2))
+    codes, keep = coded.tokenize(np.stack([a, b]))
+    v, text = coded.vocabulary, coded.text_tokenizer
+    one, two = (v.write_image(np.flatnonzero(k), c[k]).tolist() for c, k in zip(codes, keep, strict=True))
+    words = list(text.encode("and"))
+    greedy = Sampling(guidance=1.5, temperature=0)
+    prompts = [coded.image_prompt_of(parts) for parts in ([a, "and", b], [b, a], ["and"])]
+    tokens, valid, index, images, mask = coded._rendered(prompts)
+    rows = [row[ok].tolist() for row, ok in zip(tokens, valid, strict=True)]
+    assert rows == [[text.bos, *one, *words, *two], [text.bos, *two, *one], [text.bos, *words]]
+    assert images.shape[1] == mask.shape[1] == 0 and (index < 0).all()
+    ids = coded.continue_with_image(prompts, greedy)
+    assert (ids[2] == generator.generate_image_tokens(["and"], greedy)[0]).all()  # without images, text to image
+    made = coded.compose_images([[a, "and", b], [b, a], ["and"]], greedy)
+    assert np.array_equal(made, coded.decode(*coded.codes(ids)))
+    asked = []
+    continued = coded.continue_with_image
+    monkeypatch.setattr(coded, "continue_with_image", lambda *x: asked.append(x) or continued(*x))
+    first, _ = coded.edit_images(np.stack([a, b]), [["add a cross", "and"]] * 2, greedy)
+    history, _, _, free = asked[1]
+    assert all(prompt.document == () and not len(prompt.images) for prompt in free)  # guidance is away from [IMG] alone
+    assert np.array_equal(history[1].images, np.stack([b, first[1]]))
+    assert history[1].document == coded.image_prompt_of([b, "add a cross", first[1], "and"]).document
+    answer = [coded.prompt_of([a, "is there a cross?"])]  # what is understood stays features
+    assert coded.continue_with_text(answer) == generator.continue_with_text(answer)
 
 
 def test_the_command_edits_turn_by_turn(run, tmp_path):

@@ -14,7 +14,7 @@ from unimm_jax.data import tasks
 from unimm_jax.data.documents import Layout, render
 from unimm_jax.data.outlines import Message, Record, flatten, outline
 from unimm_jax.data.tasks import TaskSettings
-from unimm_jax.interop import chat_template, export_hf
+from unimm_jax.interop import chat_template, export_hf, processing_unimm
 from unimm_jax.text_tokenizer import TextTokenizer
 from unimm_jax.vocabulary import Vocabulary
 
@@ -29,7 +29,7 @@ SCRIPT = """
 import json, sys, torch
 given, found, interop, *folders = sys.argv[1:]
 sys.path.append(interop)
-from check_export import chat_ids
+from check_export import chat_ids, image_prompt_ids
 from transformers import AutoProcessor
 g = json.load(open(given))
 keep = torch.tensor(g["keep"])
@@ -37,6 +37,7 @@ out = {}
 for folder in folders:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     out[folder] = [chat_ids(processor, chat, keep) for chat in g["chats"]]
+    out[folder] += [image_prompt_ids(processor, prompt, keep, torch.tensor(g["codes"])) for prompt in g["prompts"]]
 assert "jax" not in sys.modules and "unimm_jax" not in sys.modules
 json.dump(out, open(found, "w"))
 """
@@ -96,15 +97,16 @@ def random_conversation(rng):
     return messages
 
 
-def write(folder, layout, template):
+def write(folder, layout, settings):
     folder.mkdir(parents=True)
     export_hf.write_text_tokenizer(folder, layout.text_tokenizer, layout.vocabulary)
-    export_hf.write_processor(folder, layout, 24, template)
+    export_hf.write_processor(folder, layout, 24, settings)
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 
-def test_ids_of_chats_are_those_of_the_rendering(tmp_path):
+def test_ids_of_chats_and_of_prompts_for_images_are_those_of_the_rendering(tmp_path):
     rng = np.random.default_rng(0)
+    image_codes = rng.integers(0, CODES, KEEP.shape)
     chats = [*chat_template.EXAMPLES, *(random_conversation(rng) for _ in range(60))]
     tokenizers = {
         "bpe": bpe(),
@@ -115,15 +117,19 @@ def test_ids_of_chats_are_those_of_the_rendering(tmp_path):
     }
     expected = {}
     for name, words in tokenizers.items():
-        for template in tasks.TEMPLATES:
+        for template, image_prompts in [*((template, "features") for template in tasks.TEMPLATES), ("chatml", "codes")]:
             vocabulary = Vocabulary(words.num_rows, CODES, PATCHES if name == "bpe" else 0)
-            layout, settings = Layout(vocabulary, words, LIMIT), TaskSettings(template=template)
-            folder = tmp_path / f"{name}_{template}"
-            write(folder, layout, template)
+            layout = Layout(vocabulary, words, LIMIT)
+            settings = TaskSettings(template=template, image_prompts=image_prompts)
+            folder = tmp_path / f"{name}_{template}_{image_prompts}"
+            write(folder, layout, settings)
             no_codes = np.zeros(KEEP.shape, np.int32)
             documents = [chat_template.to_document(chat, settings) for chat in chats]
             expected[str(folder)] = [render(d, (), KEEP, no_codes, layout).ids.tolist() for d in documents]
-    given = {"keep": KEEP.tolist(), "chats": [chat_template.to_chat(chat) for chat in chats]}
+            expected[str(folder)] += chat_template.expected_image_prompts(KEEP, image_codes, layout, settings)
+    given = {"keep": KEEP.tolist(), "codes": image_codes.tolist()}
+    given["chats"] = [chat_template.to_chat(chat) for chat in chats]
+    given["prompts"] = [*chat_template.IMAGE_PROMPTS, *(dict(edits=edits) for edits in chat_template.EDITS)]
     (tmp_path / "given.json").write_text(json.dumps(given))
     arguments = [tmp_path / "given.json", tmp_path / "found.json", ROOT / "unimm_jax" / "interop", *expected]
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
@@ -131,7 +137,7 @@ def test_ids_of_chats_are_those_of_the_rendering(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for folder, rows in expected.items():
-        for chat, mine, theirs in zip(chats, rows, found[folder], strict=True):
+        for chat, mine, theirs in zip([*chats, *given["prompts"]], rows, found[folder], strict=True):
             has_exception = "symbols_" in folder or "unigram_" in folder  # see `_convert_sentencepiece`
             assert mine == theirs or (has_exception and "s>" in str(chat)), (folder, chat)
 
@@ -163,7 +169,7 @@ def processor(tmp_path_factory):
     from transformers import AutoProcessor
 
     folder = tmp_path_factory.mktemp("exported") / "plain"
-    write(folder, Layout(Vocabulary(bpe().num_rows, CODES), bpe(), LIMIT), "plain")
+    write(folder, Layout(Vocabulary(bpe().num_rows, CODES), bpe(), LIMIT), TaskSettings())
     return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
@@ -208,6 +214,20 @@ def test_a_processor_gives_ids_mask_and_pixels(processor, tmp_path):
 def test_messages_that_have_no_place_are_refused(processor, messages, reason):
     with pytest.raises(Exception, match=reason):
         processor.apply_chat_template(messages)
+
+
+def test_prompts_for_images_need_as_many_images_as_they_have(processor):
+    import torch
+
+    keep, codes = torch.tensor(KEEP), torch.zeros(KEEP.shape, dtype=torch.long)
+    segments = processor.edit_prompt(["a", "b"])
+    assert segments == [["image"], ["text", "a"], ["image_out"], ["eos"], ["image"], ["text", "b"], ["image_start"]]
+    with pytest.raises(ValueError, match="the prompt has 2 images, and 3 are given"):
+        processor.lay_out(segments, keep[:3], codes[:3])
+    with pytest.raises(ValueError, match="the prompt has more than 1 images"):
+        processor.lay_out(segments, keep[:1], codes[:1])
+    assert processing_unimm.RECONSTRUCT == tasks.RECONSTRUCT_INSTRUCTION
+    assert processor.unconditional_edit_prompt() == processor.edit_prompt([tasks.RECONSTRUCT_INSTRUCTION])
 
 
 def test_misuse_is_refused(processor):

@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 
 from unimm_jax import text_tokenizer
 from unimm_jax.data import tasks
-from unimm_jax.data.documents import IGNORED, ImageStart, Layout, input_views, length, render, with_slices
+from unimm_jax.data.documents import (
+    IGNORED,
+    ImageCodes,
+    ImageIn,
+    ImageStart,
+    Layout,
+    Special,
+    Text,
+    input_views,
+    length,
+    prompt_images,
+    render,
+    with_slices,
+)
 from unimm_jax.data.outlines import Message, Question, Record, flatten, outline
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import InvalidRecordError
@@ -69,6 +82,7 @@ task_settings = st.builds(
     max_questions=st.integers(1, 3),
     prompt_dropout=st.sampled_from([0.0, 0.5, 1.0]),
     template=st.sampled_from(list(tasks.TEMPLATES)),
+    image_prompts=st.sampled_from(tasks.IMAGE_PROMPTS),
 )
 
 
@@ -109,6 +123,46 @@ def test_the_length_of_every_document_is_that_of_its_rendering(record, layout, o
         for (_, view), (_, following) in zip(row.inputs, row.inputs[1:], strict=False):
             assert following in (0, view + 1)  # slices follow the whole image, in order
     assert applied
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(text, st.none()), max_size=6), layouts, task_settings, st.integers(0, 2**31 - 1))
+def test_the_length_of_every_prompt_for_an_image_is_that_of_its_rendering(parts, layout, options, seed):
+    numbers = iter(range(len(parts)))
+    numbered = [next(numbers) if part is None else part for part in parts]
+    instructions = [part for part in parts if part is not None] or ["a"]
+    record = Record("p", [PIXELS] * (len(parts) + 1))
+    keep, image_codes = contents(record, seed)
+    for document, images in (
+        (tasks.image_prompt(numbered, options), parts.count(None)),
+        (tasks.edit_prompt(instructions, options), len(instructions)),
+        (tasks.unconditional_edit_prompt(options), int(options.image_prompts == "features")),
+    ):
+        row = render((*document, ImageStart()), (), keep, image_codes, layout)
+        assert len(row.ids) == len(row.feature) == length(document, (), keep.sum(-1), layout) + 1
+        assert prompt_images(document) == tuple(range(images))
+        assert row.inputs == input_views(document)
+        assert options.image_prompts == "features" or (not row.inputs and (row.feature == IGNORED).all())
+
+
+@pytest.mark.parametrize("positions", [0, PATCHES])
+def test_prompts_of_codes_have_no_image_tokens_around_them(positions):
+    layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES, positions), TOKENIZER, 5)
+    codes_only = TaskSettings(image_prompts="codes", template="chatml")
+    document = tasks.image_prompt([0, "a red circle", 1], codes_only)
+    assert document == (Special("bos"), ImageCodes(0), Text("a red circle"), ImageCodes(1))
+    assert tasks.edit_prompt(["a", "b"], codes_only) == tasks.image_prompt([0, "a", 1, "b"], codes_only)
+    keep, image_codes = contents(Record("p", [PIXELS] * 2), 0)
+    one, two = (
+        layout.vocabulary.write_image(patches, image_codes[i][patches]).tolist()
+        for i, patches in enumerate(np.flatnonzero(k)[:5] for k in keep)
+    )
+    row = render((*document, ImageStart()), (), keep, image_codes, layout)
+    text_ids = TOKENIZER.encode("a red circle")
+    assert row.ids.tolist() == [TOKENIZER.bos, *one, *text_ids, *two, layout.vocabulary.start]
+    assert len(one) == (10 if positions else 5) and row.inputs == ()
+    features = tasks.image_prompt([0, "a"], TaskSettings())
+    assert features == tasks.user_prompt([0, "a"], TaskSettings()) == (ImageIn(0), Text("a"))
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,6 +4,8 @@
 """
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,12 @@ import peers
 import pytest
 from flax import nnx
 
-from unimm_jax.interop import lavit, llama
+from unimm_jax import resolve, sharding, text_tokenizer
+from unimm_jax.data import pipeline
+from unimm_jax.inference.generator import Generator
+from unimm_jax.inference.loading import LoadedTokenizer, Model
+from unimm_jax.inference.sampling import Sampling
+from unimm_jax.interop import import_lavit, lavit, llama
 from unimm_jax.interop.encoders import eva
 from unimm_jax.interop.table import compare, foreign_shapes, to_ours, to_theirs
 from unimm_jax.models.conditioner import Conditioner, ConditionerConfig
@@ -23,6 +30,7 @@ from unimm_jax.models.tokenizer.quantizer import cosine_kmeans, ema_update, l2_n
 from unimm_jax.models.tokenizer.selector import argmax_mask, straight_through
 from unimm_jax.models.unified import UnifiedConfig, UnifiedModel
 from unimm_jax.models.vit import ViTConfig, patchify
+from unimm_jax.objectives.language_modeling import LanguageModeling
 from unimm_jax.objectives.tokenization import reconstruction_loss
 from unimm_jax.sharding import flatten, unflatten
 from unimm_jax.vocabulary import Vocabulary
@@ -302,16 +310,18 @@ def test_loss_and_gradients_of_equation_4():
 # ---- The language model --------------------------------------------------------------------------------------------
 
 
+UNIFIED = UnifiedConfig(connector="merger", max_image_tokens=ENCODER.num_patches)
+
+
 @functools.cache
-def unified():
+def unified_params():
     text, visual = IDS["text_vocab"], 2 + C["n_code"]
-    config = UnifiedConfig(connector="merger", max_image_tokens=ENCODER.num_patches)
     abstract = nnx.eval_shape(
         lambda: UnifiedModel(
             ENCODER,
             TOKENIZER,
             LANGUAGE,
-            config,
+            UNIFIED,
             text_rows=text,
             visual_rows=128,
             rngs=Keys(params=0),
@@ -322,7 +332,11 @@ def unified():
     source = peers.lavit_weights("visual_tokenizer")
     flat |= load(shapes, lavit.visual_weight(TOKENIZER.merger_depth), source, lambda n: not n.startswith("vit_proj"))
     flat |= load(shapes, eva.table(ENCODER.depth, theirs="encoder."), source, lambda n: not n.startswith("encoder.b"))
-    return nnx.merge(nnx.graphdef(abstract), unflatten(flat))
+    return nnx.graphdef(abstract), unflatten(flat)
+
+
+def unified():
+    return nnx.merge(*unified_params())
 
 
 def logits_of(m, x, positions, mask):
@@ -410,6 +424,62 @@ def test_drawing_with_guidance():
     legal = mixed > -1e29
     close(np.where(legal, both, 0), np.where(legal, mixed, 0))
     assert (np.where(legal, both, -np.inf).argmax(-1) == chosen).all()
+
+
+# ---- Prompts with images for images ---------------------------------------------------------------------------------
+
+PROMPTS = np.load(peers.DATA / "lavit_prompts_tiny.npz")
+PROMPTS_META = json.loads(bytes(PROMPTS["meta_json"]).decode())
+
+
+def words_tokenizer():
+    """A text tokenizer whose word "wN" has the id N, and which starts no text, as LaVIT's."""
+    import tokenizers
+
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, IDS["text_vocab"]))]
+    kind = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    words = tokenizers.Tokenizer(kind)
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return text_tokenizer.TextTokenizer({"kind": "tokenizers", "model": words.to_str(), "begin": False})
+
+
+@functools.cache
+def generator():
+    """Our generator with the tiny weights of the reference, in the config of an import."""
+    sections = {"encoder": ENCODER, "image_tokenizer": TOKENIZER}
+    language_sections = sections | {"language": LANGUAGE, "unified": UNIFIED}
+    config = resolve.from_json(import_lavit.stage_config("language", language_sections))
+    shapes = dict(num_patches=ENCODER.num_patches, codes=TOKENIZER.codes, image_size=ENCODER.image_size)
+    header = shapes | dict(positions="order", selection="argmax", fingerprint="")
+    words = words_tokenizer()
+    data = pipeline.Input(None, words, pipeline.vocabulary_of(header, words), None, header)
+    mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
+    objective = LanguageModeling(config, data)
+    model = Model(config, objective, unified_params()[1], mesh, header, words, pathlib.Path())
+    of_tokenizer = resolve.from_json(import_lavit.stage_config("tokenizer", sections))
+    return Generator(model, batch=5, companions=(LoadedTokenizer(of_tokenizer, *tokenizer(), ""), {}))
+
+
+@pytest.mark.parametrize("guidance", PROMPTS_META["guidance"])
+def test_prompts_with_images_for_images(guidance):
+    """Prompts of text and images, greedy, with and without guidance: ids equal those of the reference's code.
+
+    The ids come from `LaVITforGeneration.multimodal_synthesis`, run as it is, with `generate` of transformers 4.33.2,
+    the version that the reference names, in float32. Three things around it differ from its defaults: the noise of its
+    selector is left out, decoding is greedy, and an image may end after one code. The code makes at most as many ids as
+    the prompt has (an error in it), and our images have at most one code per patch, so the ids are compared up to the
+    shorter of the two. Its mask leaves ids 0 to 2 and [IMG] legal; the prompts are such that it takes none of them.
+    """
+    g, images = generator(), PROMPTS["images"]
+    asked = [[part if isinstance(part, str) else images[part] for part in p["parts"]] for p in PROMPTS_META["prompts"]]
+    prompts = [g.image_prompt_of(parts) for parts in asked]
+    found = g.continue_with_image(prompts, Sampling(guidance=guidance, temperature=0))
+    tokens, valid, index, features, _ = g._rendered(prompts)
+    assert (index < 0).all() and features.shape[1] == 0  # codes only: the encoder of the language model reads nothing
+    for item, ids, row, is_valid in zip(PROMPTS_META["prompts"], found.tolist(), tokens, valid, strict=True):
+        assert row[is_valid].tolist() == item["prompt_ids"]
+        wanted = item["image_ids"][str(guidance)][: ENCODER.num_patches]
+        assert len(wanted) >= 5 and ids[: len(wanted)] == wanted
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -69,11 +69,24 @@ class ImageOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageCodes:
+    """The codes of an image, without [IMG] and [/IMG] around them: an image in LaVIT's prompts for images.
+
+    Attributes:
+      image: its index in the images of the record.
+      weight: loss weight of its codes.
+    """
+
+    image: int
+    weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageStart:
     """[IMG] alone: the end of a prompt whose continuation is an image."""
 
 
-Segment = Text | Special | ImageIn | ImageOut | ImageStart
+Segment = Text | Special | ImageIn | ImageOut | ImageCodes | ImageStart
 Document = tuple[Segment, ...]
 
 
@@ -142,6 +155,12 @@ def with_slices(document: Document, slices: Sequence[int]) -> Document:
     return tuple(found)
 
 
+def prompt_images(document: Document) -> tuple[int, ...]:
+    """The images of a prompt: first those that it reads, then those of which it has the codes alone, each in order."""
+    coded = tuple(segment.image for segment in document if isinstance(segment, ImageCodes))
+    return tuple(image for image, view in input_views(document) if not view) + coded
+
+
 def length(
     document: Document, text_counts: Sequence[int] | np.ndarray, kept: Sequence[int] | np.ndarray, layout: Layout
 ) -> int:
@@ -162,6 +181,8 @@ def length(
             total += 2 + layout.view_features
         elif isinstance(segment, ImageIn | ImageOut):
             total += 2 + min(int(kept[segment.image]), layout.max_image_tokens) * each
+        elif isinstance(segment, ImageCodes):
+            total += min(int(kept[segment.image]), layout.max_image_tokens) * each
         elif isinstance(segment, ImageStart):
             total += 1
         else:
@@ -183,7 +204,8 @@ def render(
     Args:
       texts: texts of the record.
       keep: keep mask of each image of the record, boolean [P].
-      codes: codes of each image, int32 [P]; used for images that are generated and as targets of those that are read.
+      codes: codes of each image, int32 [P]; used for images that are generated, for `ImageCodes`, and as targets of
+        images that are read.
     """
     vocabulary, tokenizer = layout.vocabulary, layout.text_tokenizer
     ids: list[int] = []
@@ -210,6 +232,9 @@ def render(
         else:
             patches = np.flatnonzero(keep[segment.image])[: layout.max_image_tokens]
             written = vocabulary.write_image(patches, codes[segment.image][patches]).tolist()
+            if isinstance(segment, ImageCodes):
+                put(written, segment.weight)
+                continue
             put([vocabulary.start], segment.start_weight)
             if isinstance(segment, ImageOut):
                 put(written, segment.weight)

@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
-from unimm_jax.data.documents import Document, ImageIn, ImageOut, ImageStart, Segment, Special, Text
+from unimm_jax.data.documents import Document, ImageCodes, ImageIn, ImageOut, ImageStart, Segment, Special, Text
 from unimm_jax.data.outlines import Outline, Part, Turn
 
 # name → "module:Task"; imported on first use
@@ -26,6 +26,7 @@ REGISTRY = {
     "interleaved": "unimm_jax.data.tasks:INTERLEAVED",
 }
 RECONSTRUCT_INSTRUCTION = "reconstruct"  # instruction of an edit example whose own instruction is dropped
+IMAGE_PROMPTS = ("features", "codes")  # layouts of prompts with images for images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TaskSettings:
       text_targets: loss weight of the prompt in text-to-image examples.
       code_targets: loss weight of the codes of generated images.
       template: how conversations are laid out, a name of `TEMPLATES`.
+      image_prompts: layout of prompts with images for images, one of `IMAGE_PROMPTS`; see `image_prompt`.
     """
 
     max_questions: int = 3
@@ -47,6 +49,7 @@ class TaskSettings:
     text_targets: float = 1.0
     code_targets: float = 1.0
     template: str = "plain"
+    image_prompts: str = "features"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,12 +304,38 @@ def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> D
     return user_prompt([*range(images), *([question] if question else [])], settings)
 
 
+def image_prompt(parts: Sequence[int | str], settings: TaskSettings) -> Document:
+    """A prompt of texts and images, in order, for an image; [IMG] follows it.
+
+    The layout is `settings.image_prompts`. "features" is a user turn, as in ILLUME. "codes" is LaVIT's multimodal
+    prompt: <s>, then texts and the codes of the images without [IMG] and [/IMG], all without roles (§4; its code,
+    `multimodal_synthesis`). Images are numbered from 0 in the order of their use.
+    """
+    if settings.image_prompts == "features":
+        return user_prompt(parts, settings)
+    return (Special("bos"), *(Text(part) if isinstance(part, str) else ImageCodes(part) for part in parts))
+
+
 def edit_prompt(instructions: Sequence[str], settings: TaskSettings) -> Document:
-    """The turns of edits up to the last instruction: image 0 is the source, image i the result of the i-th edit."""
+    """The turns of edits up to the last instruction: image 0 is the source, image i the result of the i-th edit.
+
+    With the layout "codes", the images and their instructions in order, as in `image_prompt`.
+    """
+    if settings.image_prompts == "codes":
+        return image_prompt([part for pair in enumerate(instructions) for part in pair], settings)
     turns = [Spoken("user", (Part(True, 0), instructions[0]))]
     for image, instruction in enumerate(instructions[1:], 1):
         turns += [Spoken("assistant", (Part(True, image),)), Spoken("user", (instruction,))]
     return converse(turns, settings)
+
+
+def unconditional_edit_prompt(settings: TaskSettings) -> Document:
+    """The prompt that guidance of an edit is away from; image 0 is the one that is edited.
+
+    With the layout "features" it asks for the reconstruction of the image, as in ILLUME+'s code. With "codes" it is
+    empty, so that [IMG] alone remains, as in LaVIT's code.
+    """
+    return () if settings.image_prompts == "codes" else edit_prompt([RECONSTRUCT_INSTRUCTION], settings)
 
 
 TEXT = Task(lambda o: bool(_any_text(o)) or o.text is not None, _text)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, input_views, render, with_slices
+from unimm_jax.data.documents import Document, ImageStart, prompt_images, render, with_slices
 from unimm_jax.data.slices import choose_grid, views
 from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
@@ -188,7 +188,8 @@ class Generator:
         """Edits images turn by turn: for each turn, the results uint8 [N, S, S, 3].
 
         After each turn, the result is read again as the image tokenizer and the encoder see it. Guidance is away from
-        the reconstruction of the image that a turn edits, as in ILLUME+'s code.
+        the reconstruction of the image that a turn edits, as in ILLUME+'s code; with LaVIT's layout of prompts
+        (`config.data.image_prompts="codes"`), from [IMG] alone.
 
         Args:
           images: each uint8 [H, W, 3]. instructions: of each image, as many for each.
@@ -203,12 +204,12 @@ class Generator:
         seen, results = [[image] for image in images], []
         for turn in range(len(instructions[0])):
             asked = [tasks.edit_prompt(each[: turn + 1], self.task_settings) for each in instructions]
-            free = tasks.edit_prompt([tasks.RECONSTRUCT_INSTRUCTION], self.task_settings)
+            free = tasks.unconditional_edit_prompt(self.task_settings)
             ids = self.continue_with_image(
                 [Prompt(document, list(history)) for document, history in zip(asked, seen, strict=True)],
                 sampling,
                 seed + turn,
-                [Prompt(free, history[-1:]) for history in seen],
+                [Prompt(free, history[-1:] if free else ()) for history in seen],
             )
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
             for history, image in zip(seen, self.input_size(results[-1]), strict=True):
@@ -224,22 +225,25 @@ class Generator:
     ) -> np.ndarray:
         """Prompts of images uint8 [S, S, 3] and texts, in any order → images uint8 [N, S, S, 3].
 
-        Guidance is away from [IMG] alone.
+        Their layout is `config.data.image_prompts`. Guidance is away from [IMG] alone.
 
         Raises:
           UserError: a prompt longer than `prompt_length`.
           CheckpointError: no such decoder.
         """
         decoder = self.decoder_name(decoder)
-        asked = [self.prompt_of(parts) for parts in prompts]
+        asked = [self.image_prompt_of(parts) for parts in prompts]
         return self.decode(*self.codes(self.continue_with_image(asked, sampling, seed)), decoder, seed)
 
     def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
         """A user turn of images, uint8 [H, W, 3], and texts."""
-        images = [part for part in parts if not isinstance(part, str)]
-        places = iter(range(len(images)))
-        numbered = [part if isinstance(part, str) else next(places) for part in parts]
+        numbered, images = _numbered(parts)
         return Prompt(tasks.user_prompt(numbered, self.task_settings), images)
+
+    def image_prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
+        """A prompt of images, uint8 [S, S, 3], and texts for an image; its layout is `config.data.image_prompts`."""
+        numbered, images = _numbered(parts)
+        return Prompt(tasks.image_prompt(numbered, self.task_settings), images)
 
     def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
         """An encoded image, or pixels, as the model reads them: uint8 [S, S, 3], or in their own size [H, W, 3] where
@@ -369,16 +373,16 @@ class Generator:
     def _rendered(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, ...]:
         """Prompts as arrays for `Decoding`: tokens, which are valid, feature indices, images and keep masks.
 
-        Images that a prompt holds as generated are rendered with the codes that the image tokenizer gives them.
+        Images that a prompt holds as codes are rendered with the codes that the image tokenizer gives them.
         """
         wholes = [image for prompt in prompts for image in prompt.images]
         codes, masks = self.tokenize(wholes) if wholes else ((), ())
         cuts = np.cumsum([0, *(len(prompt.images) for prompt in prompts)])
         rows, seen, kept = [], [], []
         for prompt, at, end in zip(prompts, cuts, cuts[1:], strict=False):
-            if input_views(prompt.document) != tuple((i, 0) for i in range(end - at)):
-                reads = len(input_views(prompt.document))
-                raise UserError(f"a prompt has {end - at} images and reads {reads}, or reads them in another order")
+            reads = prompt_images(prompt.document)
+            if reads != tuple(range(end - at)):
+                raise UserError(f"a prompt has {end - at} images and reads {len(reads)}")
             found = [self._views(image, prompt.slices) for image in prompt.images]
             document = with_slices(prompt.document, [len(x) - 1 for x in found])
             rows.append(row := render(document, (), masks[at:end], codes[at:end], self.layout))
@@ -438,6 +442,14 @@ def place_images(prompt: str, count: int) -> list[int | str]:
     for i, text in enumerate(texts):
         parts += [*([i - 1] if i else []), *([text.strip()] if text.strip() else [])]
     return parts
+
+
+def _numbered(parts: Sequence[np.ndarray | str]) -> tuple[list[int | str], list[np.ndarray]]:
+    """Parts with numbers for the images, and the images."""
+    images = [part for part in parts if not isinstance(part, str)]
+    places = iter(range(len(images)))
+    numbered = [part if isinstance(part, str) else next(places) for part in parts]
+    return numbered, images
 
 
 def _with_start(prompt: Prompt) -> Prompt:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from unimm_jax.data.documents import Document, Layout, render
+from unimm_jax.data.documents import Document, ImageStart, Layout, render
 from unimm_jax.data.outlines import Message, Part
-from unimm_jax.data.tasks import Spoken, TaskSettings, Template, converse
+from unimm_jax.data.tasks import Spoken, TaskSettings, Template, converse, edit_prompt, image_prompt
 
 # The values of the first four statements come from a `Template`. The template writes one JSON list per segment and
 # line, because `render` tokenizes each text on its own: tokens of the joined text would differ where texts meet.
@@ -24,6 +24,7 @@ _JINJA = """\
 {%%- macro segment(values) -%%}
   {{- (values | tojson) ~ "\\n" -}}
 {%%- endmacro -%%}
+{%%- set generated = namespace(count=0) -%%}
 {%%- set turns = messages | list -%%}
 {%%- if system and turns[0].role != "system" -%%}
   {%%- set turns = [{"role": "system", "content": system}] + turns -%%}
@@ -38,11 +39,18 @@ _JINJA = """\
   {%%- if turn.role in before -%%}
     {{- segment(["text", before[turn.role]]) -}}
   {%%- endif -%%}
+  {%%- for _ in range(generated.count) -%%}
+    {{- segment(["image"]) -}}
+  {%%- endfor -%%}
+  {%%- set generated.count = 0 -%%}
   {%%- for part in ([{"type": "text", "text": turn.content}] if turn.content is string else turn.content) -%%}
     {%%- if part.type == "text" -%%}
       {{- segment(["text", part.text]) -}}
     {%%- elif part.type == "image" and turn.role != "assistant" -%%}
       {{- segment(["image"]) -}}
+    {%%- elif part.type == "image" and generated_images is defined -%%}
+      {{- segment(["image_out"]) -}}
+      {%%- set generated.count = generated.count + 1 -%%}
     {%%- else -%%}
       {{- raise_exception("a message of the role " ~ turn.role ~ " has content of the type " ~ part.type ~ "; the\
  content is text, or text and image for system and user") -}}
@@ -106,6 +114,24 @@ EXAMPLES = (
     (Message("user", ('<image> [IMG] [/IMG] <code_0> <place_0> ["image"]\n["image"]\n\u2028\x1e "quoted" \\n',)),),
     (Message("user", ("ends with a space ", 0, " starts with one", "", "é 好 🙂")),),
 )
+
+
+# prompts for images: texts and images, and the instructions of edits
+IMAGE_PROMPTS: tuple[tuple[str | int, ...], ...] = ((0, "and a red circle"), (0, 1), (0, " with ", 1), ("a cross",))
+EDITS = (("make it red",), ("make it red", "remove the square", "add a star"))
+
+
+def expected_image_prompts(
+    keep: np.ndarray, codes: np.ndarray, layout: Layout, settings: TaskSettings
+) -> list[list[int]]:
+    """Token ids of each of `IMAGE_PROMPTS`, then of each of `EDITS`, up to [IMG].
+
+    Args:
+      keep: keep masks of the images in order, boolean [N, P]. codes: their codes, int32 [N, P].
+    """
+    documents = [image_prompt(parts, settings) for parts in IMAGE_PROMPTS]
+    documents += [edit_prompt(instructions, settings) for instructions in EDITS]
+    return [render((*d, ImageStart()), (), keep, codes, layout).ids.tolist() for d in documents]
 
 
 def expected_ids(keep: np.ndarray, layout: Layout, settings: TaskSettings) -> list[list[int]]:

@@ -13,7 +13,8 @@ TIE = 1e-4  # squared distance of unit vectors
 def main(folder: str, expected: str) -> None:
     """Prints the largest difference of logits, relative to the largest logit, and whether codes and ids are equal.
 
-    Two codes at the same distance, up to rounding, count as equal: which one is nearer differs between libraries.
+    The ids are those of conversations and of prompts for images. Two codes at the same distance, up to rounding, count
+    as equal: which one is nearer differs between libraries.
     """
     import numpy as np
     import torch
@@ -34,7 +35,7 @@ def main(folder: str, expected: str) -> None:
         keep, codes = model.tokenize(torch.tensor(wanted["images"]))
         same = bool((keep.numpy() == wanted["keep"]).all())
         if same:
-            of_kept, theirs = distances[0][keep], torch.tensor(wanted["codes"]).long()
+            of_kept, theirs = distances[0][keep], torch.tensor(wanted["codes"]).long()[keep]
             excess = of_kept.gather(1, theirs[:, None])[:, 0] - of_kept.min(1).values
             same = bool((excess < TIE).all())
         print(f"image tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
@@ -43,6 +44,10 @@ def main(folder: str, expected: str) -> None:
             for chat, ids in zip(wanted["chats"].tolist(), wanted["ids_of_chats"].tolist(), strict=True)
         )
         print(f"chat template: token ids of {len(wanted['chats'])} conversations {'equal' if same else 'DIFFER'}")
+        of_images = torch.tensor(wanted["keep"]), torch.tensor(wanted["codes"])
+        prompts = [json.loads(prompt) for prompt in wanted["image_prompts"].tolist()]
+        same = all(image_prompt_ids(model.processor, prompt, *of_images) == ids for prompt, ids in prompts)
+        print(f"prompts for images: token ids of {len(prompts)} prompts {'equal' if same else 'DIFFER'}")
     if "jax" in sys.modules:
         raise RuntimeError("JAX was imported")
 
@@ -52,6 +57,19 @@ def chat_ids(processor: Any, chat: list[dict[str, Any]], keep: Any) -> list[int]
     ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)[0].tolist()
     count = sum(part["type"] == "image" for message in chat for part in message["content"])
     return processor.place_images(ids, keep[:count])[0]
+
+
+def image_prompt_ids(processor: Any, prompt: Any, keep: Any, codes: Any) -> list[int]:
+    """Token ids of a prompt for an image, whose images have the first keep masks and codes [N, P].
+
+    Args:
+      prompt: texts and images in order, or {"edits": INSTRUCTIONS}.
+    """
+    if isinstance(prompt, dict):
+        count, segments = len(prompt["edits"]), processor.edit_prompt(prompt["edits"])
+    else:
+        count, segments = sum(not isinstance(part, str) for part in prompt), processor.image_prompt(prompt)
+    return processor.lay_out(segments, keep[:count], codes[:count])[0]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from flax import nnx
 
 from unimm_jax.checkpoint import read_params
 from unimm_jax.data.documents import Layout
-from unimm_jax.data.tasks import TEMPLATES
+from unimm_jax.data.tasks import TEMPLATES, TaskSettings
 from unimm_jax.errors import CheckpointError, UnsupportedConfigError, WeightMismatchError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
@@ -46,6 +46,8 @@ MODEL_USAGE = [
     'model = AutoModel.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)',
     'images = model.draw(["two red circles"], guidance=1.5)  # uint8 [1, H, W, 3]',
     'answers = model.describe(images, ["how many circles are there?"])',
+    'edited = model.edit(images, [["make the circles blue", "add a star"]])  # one tensor per turn',
+    'composed = model.compose([[images[0], "and a red star"]])',
     "```",
     "",
     "Chats with text and images:",
@@ -105,7 +107,7 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     published["auto_map"] = {"AutoModel": "modeling_unimm.UniMM"}
     (folder / "config.json").write_text(json.dumps(published, indent=1))
     write_text_tokenizer(folder, text_tokenizer, v)
-    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings.template)
+    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
 
@@ -176,15 +178,18 @@ def _expected(generator: Generator, rows: int) -> dict[str, np.ndarray]:
     images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     codes, keep = generator.tokenize(images)
     ids_of_chats = chat_template.expected_ids(keep, generator.layout, generator.task_settings)
+    prompts = [*chat_template.IMAGE_PROMPTS, *(dict(edits=edits) for edits in chat_template.EDITS)]
+    ids_of_prompts = chat_template.expected_image_prompts(keep, codes, generator.layout, generator.task_settings)
     chats = [json.dumps(chat_template.to_chat(example)) for example in chat_template.EXAMPLES]
     return {
         "ids": ids,
         "logits": logits,
         "images": images,
         "keep": keep,
-        "codes": codes[keep],
+        "codes": codes,
         "chats": np.array(chats),
         "ids_of_chats": np.array([json.dumps(found) for found in ids_of_chats]),
+        "image_prompts": np.array([json.dumps(pair) for pair in zip(prompts, ids_of_prompts, strict=True)]),
     }
 
 
@@ -250,11 +255,11 @@ def write_text_tokenizer(folder: pathlib.Path, text_tokenizer: TextTokenizer, v:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, template: str) -> None:
+def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings) -> None:
     """Writes the processor and its chat template; the text tokenizer is written already.
 
     Args:
-      image_size: side of the images in pixels. template: a name of `TEMPLATES`.
+      image_size: side of the images in pixels. tasks: how conversations and prompts are laid out.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {
@@ -264,13 +269,15 @@ def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, templ
         "max_image_tokens": layout.max_image_tokens,
         "start": v.start,
         "end": v.end,
+        "first_code": v.first_code,
         "first_position": v.first_position,
         "num_position_ids": v.num_position_ids,
         "bos": text_tokenizer.bos,
         "eos": text_tokenizer.eos,
         "text_vocabulary": text_tokenizer.vocab_size,
         "is_literal": text_tokenizer.payload["kind"] == "sentencepiece",
+        "image_prompts": tasks.image_prompts,
     }
     (folder / "processor_config.json").write_text(json.dumps(settings, indent=1))
-    (folder / "chat_template.jinja").write_text(chat_template.to_jinja(TEMPLATES[template]))
+    (folder / "chat_template.jinja").write_text(chat_template.to_jinja(TEMPLATES[tasks.template]))
     shutil.copy(HERE / "processing_unimm.py", folder)

@@ -164,7 +164,7 @@ def stage_config(name: str, model: dict[str, Any]) -> str:
         given |= dict(objective="tokenization", loss=dict(phase="codes"))
     elif name == "language":
         given |= dict(objective="language_modeling", loss=dict(chunk=1024), companions=COMPANIONS)
-        given["data"]["tasks"] = dict(caption=0.5, text_to_image=0.5)
+        given["data"] |= dict(image_prompts="codes", tasks=dict(caption=0.5, text_to_image=0.5))
     else:
         given |= dict(objective="denoising", loss=dict(sampling_steps=50))
         shrink = 2 ** (len(model["vae"].block_out_channels) - 1)

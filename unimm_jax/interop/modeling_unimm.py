@@ -4,6 +4,8 @@
     keep, codes = model.tokenize(images)                    # uint8 [B, H, W, 3], or PIL images
     model.describe(images, ["how many circles are there?"]) # "" asks for a caption
     images = model.draw(["two red circles"], guidance=1.5)  # uint8 [1, H, W, 3]
+    model.compose([[images[0], "and a blue square"]])       # prompts of images and texts
+    model.edit(images, [["make it blue", "add a cross"]])   # the results of each turn
 
 Chats go through the processor, in `processing_unimm.py`; `model.generate` takes what it gives. The language model alone
 opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
@@ -111,8 +113,16 @@ class UniMM(nn.Module):
 
     def embed_prompt(self, ids: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
         """Ids of a prompt without padding, its images uint8 [N, S, S, 3] and their keep masks → [1, T, D]."""
-        placed, where = self.processor.place_images(ids, keep)
-        x = self.embed(placed)
+        return self.embed_placed(*self.processor.place_images(ids, keep), images, keep)
+
+    def embed_parts(self, segments: Sequence[Sequence[str]], images: Tensor, keep: Tensor, codes: Tensor) -> Tensor:
+        """Segments of a prompt, its images uint8 [N, S, S, 3], keep masks and codes [N, P] → [1, T, D]."""
+        read = sum(segment[0] == "image" for segment in segments)  # the others need no features
+        return self.embed_placed(*self.processor.lay_out(segments, keep, codes), images[:read], keep[:read])
+
+    def embed_placed(self, ids: Sequence[int], where: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
+        """Ids of a prompt, [1, T, D], with the features of its images at the positions `where`."""
+        x = self.embed(ids)
         limit = self.settings["max_image_tokens"]
         read = zip(images, keep, strict=True)
         rows = [self.features(image, mask)[: min(int(mask.sum()), limit)] for image, mask in read]
@@ -199,36 +209,67 @@ class UniMM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> list[list[int]]:
         """Image token ids for each prompt; temperature 0 is greedy, top_k 0 chooses from all tokens."""
-        s = self.settings
+        asked = [self.processor.encode([("bos",), ("text", prompt), ("image_start",)]) for prompt in prompts]
+        return [self.write_image(self.embed(ids), None, guidance, temperature, top_k, generator) for ids in asked]
+
+    @torch.no_grad()
+    def compose_image_tokens(self, prompts: Sequence[Sequence[Any]], **sampling: Any) -> list[list[int]]:
+        """Image token ids for prompts with images; arguments as for `compose`."""
         found = []
-        for prompt in prompts:
-            streams = [self.processor.encode([("bos",), ("text", prompt), ("image_start",)])]
-            streams += [[s["start"]]] if guidance != 1 else []
-            caches: list[Any] = [None] * len(streams)
-            ids: list[int] = []
-            position = -1
-            for _ in range(s["max_image_tokens"] * (2 if s["num_position_ids"] else 1) + 1):
-                logp = []
-                for i, stream in enumerate(streams):
-                    inputs = stream if caches[i] is None else ids[-1:]
-                    out = self.language(inputs_embeds=self.embed(inputs), past_key_values=caches[i], use_cache=True)
-                    caches[i] = out.past_key_values
-                    logp.append(out.logits[0, -1].float().log_softmax(-1))
-                score = logp[0] if guidance == 1 else logp[1] + guidance * (logp[0] - logp[1])
-                score = torch.where(self.legal(ids, position).to(score.device), score, NEG_INF)
-                if temperature == 0:
-                    token = int(score.argmax())
-                else:
-                    score = score / temperature
-                    if top_k:
-                        score[score < score.topk(min(top_k, len(score))).values[-1]] = NEG_INF
-                    token = int(torch.multinomial(score.softmax(-1), 1, generator=generator))
-                if token == s["end"]:
-                    break
-                ids.append(token)
-                position = token - s["first_position"] if token >= s["first_position"] else position
-            found.append(ids)
+        for parts in prompts:
+            images = [part for part in parts if not isinstance(part, str)]
+            seen = self.seen(self.processor(images)["pixel_values"]) if images else (torch.zeros(0, 0),) * 3
+            prompt = self.embed_parts(self.processor.image_prompt(parts), *seen)
+            found.append(self.write_image(prompt, **sampling))
         return found
+
+    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images uint8 [N, S, S, 3] with their keep masks and codes [N, P]."""
+        return pixels, *self.image_tokenizer.encode(pixels)
+
+    def write_image(
+        self,
+        prompt: Tensor,
+        free: Tensor | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> list[int]:
+        """Ids of the image after a prompt [1, T, D] that ends with [IMG], without [/IMG].
+
+        Args:
+          free: with guidance, the prompt without condition; [IMG] alone if None.
+          guidance: s in log p = lu + s (lc - lu); 1 is off. temperature: 0 is greedy. top_k: 0 chooses from all tokens.
+        """
+        s = self.settings
+        streams = [prompt]
+        if guidance != 1:
+            streams.append(self.embed([s["start"]]) if free is None else free)
+        caches: list[Any] = [None] * len(streams)
+        ids: list[int] = []
+        position = -1
+        for _ in range(s["max_image_tokens"] * (2 if s["num_position_ids"] else 1) + 1):
+            logp = []
+            for i, stream in enumerate(streams):
+                x = stream if caches[i] is None else self.embed(ids[-1:])
+                out = self.language(inputs_embeds=x, past_key_values=caches[i], use_cache=True)
+                caches[i] = out.past_key_values
+                logp.append(out.logits[0, -1].float().log_softmax(-1))
+            score = logp[0] if guidance == 1 else logp[1] + guidance * (logp[0] - logp[1])
+            score = torch.where(self.legal(ids, position).to(score.device), score, NEG_INF)
+            if temperature == 0:
+                token = int(score.argmax())
+            else:
+                score = score / temperature
+                if top_k:
+                    score[score < score.topk(min(top_k, len(score))).values[-1]] = NEG_INF
+                token = int(torch.multinomial(score.softmax(-1), 1, generator=generator))
+            if token == s["end"]:
+                break
+            ids.append(token)
+            position = token - s["first_position"] if token >= s["first_position"] else position
+        return ids
 
     def legal(self, ids: list[int], position: int) -> Tensor:
         """Which ids may follow inside an image, boolean [V]; `position` is the last one, -1 before the first."""
@@ -363,3 +404,65 @@ class UniMM(nn.Module):
     ) -> Tensor:
         """Prompts → uint8 [N, H, W, 3]; `sampling` as for `generate_image_tokens`."""
         return self.decode(*self.codes(self.generate_image_tokens(prompts, **sampling)), decoder, size=size)
+
+    def compose(self, prompts: Sequence[Sequence[Any]], decoder: str = "", **sampling: Any) -> Tensor:
+        """Prompts of images and texts, in any order → uint8 [N, H, W, 3].
+
+        The layout of the prompts is the processor's `image_prompts`. Guidance is away from [IMG] alone.
+
+        Args:
+          prompts: lists of texts and of images of any kind that the processor takes, except for paths and URLs.
+          decoder: see `decode`. sampling: guidance, temperature, top_k and generator, see `write_image`.
+        """
+        return self.decode(*self.codes(self.compose_image_tokens(prompts, **sampling)), decoder)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Any,
+        instructions: Sequence[str | Sequence[str]],
+        decoder: str = "",
+        guidance: float = 1.0,
+        **sampling: Any,
+    ) -> list[Tensor]:
+        """Edits images turn by turn: for each turn, the results uint8 [N, H, W, 3].
+
+        After each turn, the result is read again as the image tokenizer and the encoder see it. Guidance is away from
+        the reconstruction of the image that a turn edits; with the layout "codes" of prompts, from [IMG] alone.
+
+        Args:
+          images: of any kind that the processor takes. instructions: of each image, one or several, as many for each.
+          decoder: see `decode`. guidance, sampling: temperature, top_k and generator, see `write_image`.
+
+        Raises:
+          ValueError: images with other numbers of instructions.
+        """
+        pixels = self.processor(images)["pixel_values"]
+        asked = [[each] if isinstance(each, str) else list(each) for each in instructions]
+        if len(pixels) != len(asked) or len(set(map(len, asked))) != 1 or not asked[0]:
+            raise ValueError("edits need the same number of instructions, at least one, for each image")
+        seen: list[tuple[Tensor, ...]] = []  # of each turn: images, keep masks, codes
+        results: list[Tensor] = []
+        for turn in range(len(asked[0])):
+            pixels = pixels if turn == 0 else self.input_size(results[-1])
+            seen.append(self.seen(pixels))
+            found = []
+            for i, each in enumerate(asked):
+                history = [torch.stack([x[i] for x in turns]) for turns in zip(*seen, strict=True)]
+                prompt = self.embed_parts(self.processor.edit_prompt(each[: turn + 1]), *history)
+                free = None if guidance == 1 else self.unconditional_edit(*(x[-1:] for x in history))
+                found.append(self.write_image(prompt, free, guidance, **sampling))
+            results.append(self.decode(*self.codes(found), decoder))
+        return results
+
+    def unconditional_edit(self, image: Tensor, keep: Tensor, codes: Tensor) -> Tensor | None:
+        """The prompt [1, T, D] that guidance of an edit of an image [1, S, S, 3] is away from; None for [IMG] alone."""
+        segments = self.processor.unconditional_edit_prompt()
+        return self.embed_parts(segments, image, keep, codes) if segments else None
+
+    def input_size(self, images: Tensor) -> Tensor:
+        """Generated images, uint8 [N, H, W, 3], in the size that the model reads."""
+        if images.shape[1:3] == (self.image_size,) * 2:
+            return images
+        pil = importlib.import_module("PIL.Image")
+        return self.processor([pil.fromarray(image.numpy()) for image in images.cpu()])["pixel_values"]

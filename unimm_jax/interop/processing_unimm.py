@@ -8,6 +8,8 @@
 
 A prompt is a list of segments: ("text", TEXT), ("image",), ("image_start",), ("bos",) and ("eos",). Each text is
 tokenized on its own, as in training. `chat_template.jinja` writes the segments of a chat, one JSON list per line.
+Prompts for images also have ("image_out",), a generated image, and ("image_codes",), the codes of an image alone; the
+model's `compose` and `edit` lay them out.
 """
 
 import functools
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+RECONSTRUCT = "reconstruct"  # the instruction that guidance of an edit is away from
 ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
 
 
@@ -85,10 +88,13 @@ class UniMMProcessor(ProcessorMixin):
     Args (constructor):
       tokenizer: with [IMG], [/IMG], codes and positions as added tokens.
       image_size: side of the images in pixels. max_image_tokens: maximum number of kept patches per image.
-      start, end: ids of [IMG] and [/IMG]. first_position: id of patch position 0. num_position_ids: 0 for none.
+      start, end: ids of [IMG] and [/IMG]. first_code: id of image code 0. first_position: id of patch position 0.
+      num_position_ids: 0 for none.
       bos, eos: ids of the beginning and end of a text; None where texts have no beginning token.
       text_vocabulary: number of ids of the text tokenizer of the training, which come first.
       is_literal: whether texts such as "</s>" are plain text (sentencepiece).
+      image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
+        "codes" for texts and the images' codes in order.
       chat_template: `chat_template.jinja`.
     """
 
@@ -99,19 +105,22 @@ class UniMMProcessor(ProcessorMixin):
         max_image_tokens: int,
         start: int,
         end: int,
+        first_code: int,
         first_position: int,
         num_position_ids: int,
         bos: int | None,
         eos: int,
         text_vocabulary: int,
         is_literal: bool,
+        image_prompts: str = "features",
         chat_template: str | None = None,
     ):
         self.image_size, self.max_image_tokens = image_size, max_image_tokens
-        self.start, self.end = start, end
+        self.start, self.end, self.first_code = start, end, first_code
         self.first_position, self.num_position_ids = first_position, num_position_ids
         self.bos, self.eos = bos, eos
         self.text_vocabulary, self.is_literal = text_vocabulary, is_literal
+        self.image_prompts = image_prompts
         super().__init__(tokenizer, chat_template=chat_template)
 
     @functools.cached_property
@@ -140,8 +149,82 @@ class UniMMProcessor(ProcessorMixin):
         """The text for `__call__` of a question about one image; an empty question asks for a caption."""
         if not question:
             return '["image"]'
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.apply_chat_template([message("user", [None, question])], add_generation_prompt=True)
+
+    def image_prompt(self, parts: Sequence[Any]) -> list[list[str]]:
+        """Segments of a prompt for an image; its layout is `image_prompts`.
+
+        Args:
+          parts: texts, and anything else for an image, in order.
+        """
+        if self.image_prompts == "codes":
+            placed = [["text", part] if isinstance(part, str) else ["image_codes"] for part in parts]
+            return [["bos"], *placed, ["image_start"]]
+        return self._image_after([message("user", parts)])
+
+    def edit_prompt(self, instructions: Sequence[str]) -> list[list[str]]:
+        """Segments of a prompt for the result of the last instruction. The images are the source, then the results."""
+        if self.image_prompts == "codes":
+            return self.image_prompt([part for each in instructions for part in (None, each)])
+        messages = [message("user", [None, instructions[0]])]
+        for instruction in instructions[1:]:
+            messages += [message("assistant", [None]), message("user", [instruction])]
+        return self._image_after(messages)
+
+    def unconditional_edit_prompt(self) -> list[list[str]]:
+        """Segments of the prompt that guidance of an edit is away from, whose image is edited; none for [IMG] alone."""
+        return [] if self.image_prompts == "codes" else self.edit_prompt([RECONSTRUCT])
+
+    def _image_after(self, messages: list[dict[str, Any]]) -> list[list[str]]:
+        """Segments of a chat that an image follows. Generated images are read again at the start of the next turn."""
+        text = self.apply_chat_template(messages, add_generation_prompt=True, generated_images=True)
+        return [*read_segments(text), ["image_start"]]
+
+    def lay_out(self, segments: Sequence[Sequence[str]], keep: Tensor, codes: Tensor) -> tuple[list[int], list[int]]:
+        """Lays out a prompt whose images have been tokenized.
+
+        The n-th ("image",) reads image n. ("image_out",) and ("image_codes",) stand for the first image that no segment
+        before them has.
+
+        Args:
+          keep: keep masks of the images, boolean [N, P]. codes: their codes [N, P].
+
+        Returns:
+          see `place_images`.
+
+        Raises:
+          ValueError: the number of images differs.
+        """
+        ids: list[int] = []
+        features: list[int] = []
+        read = used = 0
+        for segment in segments:
+            name = segment[0]
+            if name == "image":
+                placed, where = self.place_images([self.start, self.end], keep[read : read + 1])
+                features += [len(ids) + at for at in where]
+                ids += placed
+                read += 1
+                used = max(read, used)
+            elif name in ("image_out", "image_codes"):
+                if used == len(keep):
+                    raise ValueError(f"the prompt has more than {used} images")
+                written = self._written(keep[used], codes[used])
+                ids += written if name == "image_codes" else [self.start, *written, self.end]
+                used += 1
+            else:
+                ids += self.encode([segment])
+        if used != len(keep):
+            raise ValueError(f"the prompt has {used} images, and {len(keep)} are given")
+        return ids, features
+
+    def _written(self, keep: Tensor, codes: Tensor) -> list[int]:
+        """Ids of a generated image without [IMG] and [/IMG]: keep mask and codes [P] → ids."""
+        found: list[int] = []
+        for patch in keep.nonzero()[:, 0].tolist()[: self.max_image_tokens]:
+            found += [self.first_position + patch] if self.num_position_ids else []
+            found.append(self.first_code + int(codes[patch]))
+        return found
 
     def apply_chat_template(self, conversation: Any, *arguments: Any, **options: Any) -> Any:
         """Lays chats out; see `ProcessorMixin.apply_chat_template`.
@@ -243,6 +326,12 @@ def read_segments(text: str) -> list[list[str]]:
     if not all(isinstance(segment, list) for segment in found):
         raise ValueError(f"{text[:80]!r} is not a chat that apply_chat_template(..., tokenize=False) has laid out")
     return found
+
+
+def message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """A message of a chat from texts, and anything else for an image without pixels."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": role, "content": content}
 
 
 def flat_images(images: Any) -> list[Any]:
