@@ -142,7 +142,7 @@ def input_views(document: Document) -> tuple[tuple[int, int], ...]:
 
 
 def with_slices(document: Document, slices: Sequence[int]) -> Document:
-    """A document in which every image that is read is followed by its slices.
+    """A document in which every image that is read is followed by its slices, whose [IMG] are not in the loss.
 
     Args:
       slices: number of slices of each image of the record; 0 for images that are read as a whole only.
@@ -151,7 +151,8 @@ def with_slices(document: Document, slices: Sequence[int]) -> Document:
     for segment in document:
         found.append(segment)
         if isinstance(segment, ImageIn):
-            found += [dataclasses.replace(segment, view=1 + i) for i in range(slices[segment.image])]
+            plain = dataclasses.replace(segment, start_weight=0.0)
+            found += [dataclasses.replace(plain, view=1 + i) for i in range(slices[segment.image])]
     return tuple(found)
 
 
