@@ -8,8 +8,8 @@ from absl import flags
 from unimm_jax import process
 
 OPTIONS = (
-    "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "guidance", "temperature", "split",
-    "sources", "batches", "batch_size",
+    "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "drawings", "best_of", "guidance",
+    "temperature", "split", "sources", "batches", "batch_size",
 )  # fmt: skip
 
 
@@ -20,7 +20,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "evals",
         [],
-        "Evaluators (scenes, edits, compositions, captions, answers, loss); by the model's sources if empty.",
+        "Evaluators (scenes, edits, compositions, assessments, captions, answers, loss); by the model's sources if "
+        "empty.",
     )
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "scenes: prompts per task (50).")
@@ -30,8 +31,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("edits", None, "edits: single edits (200).")
     flags.DEFINE_integer("chains", None, "edits: chains of two edits (100).")
     flags.DEFINE_integer("compositions", None, "compositions: prompts (100).")
-    flags.DEFINE_float("guidance", None, "Classifier-free guidance. scenes, captions: 1.5; edits, compositions: 1.25.")
-    flags.DEFINE_float("temperature", None, "edits, compositions: temperature (0.7).")
+    flags.DEFINE_integer("drawings", None, "assessments: images to assess (400).")
+    flags.DEFINE_integer("best_of", None, "assessments: prompts of which the best of four images is chosen (100).")
+    flags.DEFINE_float(
+        "guidance", None, "Classifier-free guidance. scenes, assessments, captions: 1.5; edits, compositions: 1.25."
+    )
+    flags.DEFINE_float("temperature", None, "edits, compositions: temperature (0.7); assessments: (1).")
     flags.DEFINE_string("split", None, "captions, answers: test (held-out) or train; answers: also all (test).")
     flags.DEFINE_string("sources", None, "captions, answers: data sources; those of the model if not given.")
     flags.DEFINE_integer("batches", None, "loss: number of batches (4).")

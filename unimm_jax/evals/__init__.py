@@ -19,6 +19,7 @@ REGISTRY = {
     "scenes": "unimm_jax.evals.scenes:Scenes",
     "edits": "unimm_jax.evals.edits:Edits",
     "compositions": "unimm_jax.evals.compositions:Compositions",
+    "assessments": "unimm_jax.evals.assessments:Assessments",
     "captions": "unimm_jax.evals.captions:Captions",
     "answers": "unimm_jax.evals.answers:Answers",
 }

@@ -66,7 +66,8 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
-    parts += [*evaluation_images(folder / "edits"), *evaluation_images(folder / "compositions")]
+    for name in ("edits", "compositions", "assessments"):
+        parts += evaluation_images(folder / name)
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
     for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
@@ -119,6 +120,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
     if "composition" in scores:
         rows = "".join(row(name, f"{value:.3f}") for name, value in composition_scores(scores))
         parts.append(f"<table>{head('compositions', 'correct')}{rows}</table>")
+    if "assessment_agreement" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in assessment_scores(scores))
+        parts.append(f"<table>{head('assessments of its own images', 'share')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -210,6 +214,13 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
         parts.append('<p class="note">The images of the prompt and, last, the result.</p>')
         found = [composition_figure(folder, item) for item in examples["compositions"]]
         parts.append(f'<div class="strips">{figures(found)}</div>')
+    if examples.get("assessments"):
+        parts.append("<h2>Assessments</h2>")
+        parts.append(
+            '<p class="note">A generated image, its prompt, and what the model says about it; the verdict of the exact '
+            "judge is below if it differs.</p>"
+        )
+        parts.append(figures([assessment_figure(folder, item) for item in examples["assessments"]]))
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -254,6 +265,14 @@ def composition_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
     """The images of a prompt and the result."""
     mark = f'<span class="{css(item["right"])}">{"✓" if item["right"] else "✗"}</span>'
     return f"<figure>{image(folder / item['file'])}{mark} {html.escape(item['prompt'])}</figure>"
+
+
+def assessment_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """A generated image with its prompt and the model's verdict."""
+    truth = "" if item["reply"] == item["truth"] else f"<br><small>{html.escape(item['truth'])}</small>"
+    reply = html.escape(item["reply"]) or "no verdict"
+    text = f'<b>{html.escape(item["prompt"])}</b><br><span class="{css(item["right"])}">{reply}</span>{truth}'
+    return f"<figure>{image(folder / item['file'])}{text}</figure>"
 
 
 def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

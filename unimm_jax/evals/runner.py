@@ -16,7 +16,8 @@ from unimm_jax.evals.base import Context, Result
 from unimm_jax.inference.loading import Model, load_model
 
 # where the scores of an evaluator are, if it is not the only one; "" is the top level, others are under their name
-SECTIONS = {"scenes": "", "edits": "", "compositions": "", "captions": "own_images", "loss": "held_out"}
+SECTIONS = dict.fromkeys(("scenes", "edits", "compositions", "assessments"), "")
+SECTIONS |= {"captions": "own_images", "loss": "held_out"}
 
 
 def evaluate(
@@ -24,8 +25,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a language stage and returns the content of `scores.json`.
 
-    Scores of a single evaluator are at the top level. Of several, those of scenes, edits and compositions are, and
-    every other evaluator has a section. Images and examples of all but the scenes are in a subdirectory.
+    Scores of a single evaluator are at the top level. Of several, those of scenes, edits, compositions and assessments
+    are, and every other evaluator has a section. Images and examples of all but the scenes are in a subdirectory.
 
     Args:
       checkpoint: workdir or step directory. output: directory for everything that is written.

@@ -24,6 +24,9 @@ def table(scores: dict[str, Any]) -> str:
     if "composition" in scores:
         rows.append(f"{'compositions':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in composition_scores(scores)]
+    if "assessment_agreement" in scores:
+        rows.append(f"{'assessments':34s} {'share':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in assessment_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -48,6 +51,19 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
     found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
     return found + [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+
+
+def assessment_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `assessments`."""
+    numbers, chosen = scores["assessment_drawings"], scores["best_of_4"]
+    found = [("agree with the exact judge", scores["assessment_agreement"])]
+    sides = scores["assessment_agreement_by_side"].items()
+    found += [(f"  of {numbers[side]} {side} images", value) for side, value in sides]
+    found += [(f"  {name}", value) for name, value in scores["assessment_agreement_by_category"].items()]
+    found += [("not readable", scores["assessment_unparsed"]), ("one sample right", chosen["one_sample"])]
+    found += [("best of 4 by the model right", chosen["best_of_4"]), ("  difference", chosen["difference"])]
+    found += [("  95% interval, low", chosen["interval"][0]), ("  95% interval, high", chosen["interval"][1])]
+    return [*found, ("any of 4 right", chosen["oracle"])]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:
