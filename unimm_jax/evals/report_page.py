@@ -15,6 +15,7 @@ from unimm_jax.evals.score_table import (
     SPLIT_NAMES,
     answer_scores,
     answers_of,
+    assessment_scores,
     composition_scores,
     edit_scores,
 )
