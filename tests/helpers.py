@@ -177,7 +177,7 @@ def with_records(stage: str, run: pathlib.Path, **changes: Any) -> Config:
 # ---- Self-enhancement ------------------------------------------------------------------------------------------------
 
 
-def paint(prompt: str, good: bool = True) -> np.ndarray:
+def paint(prompt: str, good: bool = True, background: int = 1) -> np.ndarray:
     """An image uint8 [64, 64, 3] of what a prompt of the scenes says; without its last object if not `good`."""
     from unimm_jax.data import scene_language, scenes
 
@@ -194,7 +194,7 @@ def paint(prompt: str, good: bool = True) -> np.ndarray:
         scenes.SceneObject(s, c or "red", 0.1, *place)
         for (s, c), place in zip(looks, places[: len(looks)], strict=True)
     ]
-    return scenes.render(scenes.Scene("mixed", tuple(objects if good else objects[:-1]), 1))
+    return scenes.render(scenes.Scene("mixed", tuple(objects if good else objects[:-1]), background))
 
 
 class FakeRecords:
@@ -222,7 +222,7 @@ class FakeRecords:
 
 
 class FakePainter:
-    """Draws prompts: right if a hash of seed and index is odd. Notes in `asked` what it was asked for."""
+    """Draws prompts: right if the sum of seed and index is odd. Notes in `asked` what it was asked for."""
 
     def __init__(self):
         self.asked: list[tuple[list[str], int]] = []
@@ -235,7 +235,7 @@ class FakePainter:
         return ids, ids
 
     def decode(self, codes, keep, decoder, seed):
-        return np.stack([paint(prompt, code % 2) for prompt, code in zip(self.asked[-1][0], codes, strict=True)])
+        return np.stack([paint(prompt, n % 2, n) for prompt, n in zip(self.asked[-1][0], codes.tolist(), strict=True)])
 
 
 def write_drawings(folder: pathlib.Path, records: int = 12, **settings: Any) -> tuple[Any, Any]:

@@ -159,18 +159,11 @@ def test_the_share_of_bad_images_is_limited(assessed, tmp_path):
 
 
 def test_duplicates_and_drawings_without_a_verdict_are_counted(assessed, tmp_path):
-    folder, _, items = assessed
-    found = Drawings(folder)
-    prompts = [item.prompt for item in items]
-    first = next(i for i in range(30) if prompts[i] in prompts[:i]) if len(set(prompts)) < 30 else None
-    if first is None:  # makes one
-        block = found.block(0)
-        lines = [json.dumps(vars(item) | {"prompt": block[0].prompt}) for item in block[:2]]
-        (folder / "blocks" / "000000.jsonl").write_text("\n".join([*lines, *[json.dumps(vars(i)) for i in block[2:]]]))
-        (folder / block[1].image).write_bytes((folder / block[0].image).read_bytes())
-    else:
-        other = prompts.index(prompts[first])
-        (folder / items[first].image).write_bytes((folder / items[other].image).read_bytes())
+    folder, _, _ = assessed
+    first, second, *others = Drawings(folder).block(0)
+    twice = [vars(first), vars(second) | {"prompt": first.prompt}, *map(vars, others)]
+    (folder / "blocks" / "000000.jsonl").write_text("\n".join(map(json.dumps, twice)))
+    (folder / second.image).write_bytes((folder / first.image).read_bytes())
     journal = folder / "verdicts" / "verdicts-0.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(line for line in lines if json.loads(line)["index"] != 29))

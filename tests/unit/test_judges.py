@@ -69,9 +69,9 @@ def test_good_is_the_strict_rule_of_the_detector():
     counts = {True: 0, False: 0}
     for task in scenes.TASKS:
         prompts = [scenes.draw_prompt(task, 1, index) for index in range(12)]
+        there = [(other, detect(paint(other.text))) for other in prompts]
         for prompt in prompts:
-            for other in prompts:
-                found = detect(paint(other.text))
+            for other, found in there:
                 strict = detector.judge(prompt, found)[1]
                 assert verdict_on(parse(prompt.text), found).good == strict, (prompt, other)
                 counts[strict] += 1
@@ -138,7 +138,7 @@ def test_the_scenes_judge_assesses_every_drawing_once(drawn, capsys):
     assert sorted(row["index"] for row in found) == list(range(20))
     assert "verdicts: 20 of 20 drawings" in capsys.readouterr().out
     assert assess(str(drawn.path), "scenes") == summary and len(rows(drawn.path / "verdicts")) == 20
-    with pytest.raises(DataError, match=r"holds verdicts of another run \(judge differ"):
+    with pytest.raises(DataError, match=r"holds verdicts of another run \(judge, name differ"):
         assess(str(drawn.path), "file:" + str(drawn.path / "verdicts" / "verdicts-0.jsonl"))
 
 

@@ -127,7 +127,7 @@ class EndpointJudge(Judge):
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._stopped = threading.Event()
         self._pace = Pace(options.requests_per_minute)
-        self._budget = Budget(None, 0.0, self._cost(4 * len(RUBRIC) + 4 * IMAGE_TOKENS, 4 * options.max_tokens))
+        self._budget = Budget(None, 0.0, self._cost(len(RUBRIC) + 4 * IMAGE_TOKENS, 4 * options.max_tokens))
 
     @classmethod
     def open(cls, rest: str) -> "EndpointJudge":
@@ -261,7 +261,7 @@ class EndpointJudge(Judge):
         ]
         if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found):
             return self._cost(4 * found[0], 4 * found[1])  # type: ignore[operator]
-        return self._cost(4 * len(RUBRIC) + 4 * IMAGE_TOKENS, len(content))
+        return self._cost(len(RUBRIC) + 4 * IMAGE_TOKENS, len(content))
 
 
 class Pace:
