@@ -132,7 +132,7 @@ def test_documents_are_read_by_the_source_chat(assessed, tmp_path, capsys):
         asked = [record.messages[0].content, record.messages[1].content]
         assert asked == [[0, question(item.prompt)], [verdict.to_text()]]
         document = tasks.CONVERSATION.build(outline(flatten(record)[1], len(record.images)), 0, tasks.TaskSettings())
-        kinds = [(type(s), getattr(s, "in_loss", None)) for s in document if isinstance(s, ImageIn | ImageOut | Text)]
+        kinds = [(type(s), getattr(s, "weight", None)) for s in document if isinstance(s, ImageIn | ImageOut | Text)]
         assert kinds[0][0] is ImageIn and kinds[1] == (Text, 0.0) and kinds[2] == (Text, 1.0)
         if verdict.good:
             assert len(record.images) == 1 and len(kinds) == 3

@@ -152,7 +152,7 @@ def test_failures_are_counted_and_tried_again(drawn, monkeypatch, capsys):
     assert summary["assessed"] == 10 and summary["remaining"] == 10
     assert summary["failed"] == {"timed out": 5, "malformed reply": 5}
     said = capsys.readouterr().out
-    assert "10 failures in this run (timed out 5, malformed reply 5)" in said and "10 drawings have none" in said
+    assert "10 failures in this run (malformed reply 5, timed out 5)" in said and "10 drawings have none" in said
     judge, summary = run(drawn, monkeypatch, lambda index: GOOD)
     assert sorted(judge.calls) == list(range(1, 20, 2)) and summary["assessed"] == 20 and summary["failed"] == {}
 

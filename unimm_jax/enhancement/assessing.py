@@ -53,7 +53,7 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"verdicts {folder.name}")
     verdicts, spent = read_verdicts(folder), total_spent(folder)
-    summary = counts_of(verdicts) | {"remaining": len(found) - len(verdicts), "failed": dict(failed)}
+    summary = counts_of(verdicts) | {"remaining": len(found) - len(verdicts), "failed": dict(sorted(failed.items()))}
     summary |= {"spent": round(spent, 4)} if spent else {}
     if not verdicts:
         kinds = ", ".join(f"{number} × {kind}" for kind, number in failed.items()) or "no block is complete"
