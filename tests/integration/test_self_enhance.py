@@ -46,7 +46,7 @@ def test_the_commands_give_records_that_stage_3_reads(run, drawn, tmp_path):
     sources = f"scenes:count=96;chat:{tmp_path}/built/documents.jsonl"
     done = command(
         "pretokenize", f"--image_tokenizer={run / 'tokenizer'}", f"--text_tokenizer={run / 'stage3'}",
-        f"--sources={sources}", f"--output={tmp_path / 'records'}",
+        f"--sources={sources}", f"--output={tmp_path / 'records'}", "--batch_size=32",  # as the records
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     both, before = Records(tmp_path / "records"), Records(run / "records")
@@ -90,8 +90,6 @@ def test_drawings_resume_bitwise_and_know_their_checkpoint(run, drawn, tmp_path,
     assert np.array_equal(images[5], found.image(item))
     with pytest.raises(DataError, match=r"\(checkpoint differ|\(checkpoint, "):
         draw(str(run / "stage2"), str(run / "records"), str(copied), settings)
-    with pytest.raises(DataError, match=r"\(settings differ\)"):
-        draw(str(run / "stage3"), str(run / "records"), str(copied), DrawingSettings(share=0.3, temperature=0.5))
     with pytest.raises(DataError, match="none of the .* was chosen; raise --share"):
         draw(str(run / "stage3"), str(run / "records"), str(tmp_path / "none"), DrawingSettings(share=0.0))
     assert drawings.BLOCK == 256 and not (tmp_path / "none").exists()
