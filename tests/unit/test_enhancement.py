@@ -239,7 +239,6 @@ def test_assessments_are_compared_with_the_exact_judge(says, agreement, unparsed
     assert len(rows) == 12 and all(
         row["right"] == (row["reply"] == row["truth"]) for row in rows if says is not praises
     )
-    assert {prompts for prompts, _, _ in [(tuple(p), g, s) for p, g, s in generator.drawn]}
     assert [guidance for _, guidance, _ in generator.drawn] == [2.0] * len(generator.drawn)
     assert f"of {6} right images" in score_table.table(scores)
 

@@ -4,13 +4,16 @@ import base64
 import http.server
 import io
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from helpers import free_port, paint, write_drawings
+from helpers import ROOT, free_port, paint, write_drawings
 from PIL import Image
 
 from unimm_jax.enhancement import drawings, judge_endpoint
@@ -24,6 +27,7 @@ ITEM = Drawing(0, 0, "key", "a red circle", 0, "x.png", 0)
 VERDICT = {"seen": "a red circle"} | {
     name: {"ok": True, "reason": "as asked"} for name in ("object", "count", "color", "spatial")
 }
+PROXY = {"no_proxy": "127.0.0.1"}
 KEY = "sk-secret-0123456789"
 
 
@@ -190,7 +194,10 @@ def test_failures_of_the_server_are_tried_again(serve, answer, kind):
 
 def test_retry_after_holds_all_threads(serve, drawn):
     def script(n, body):
-        return (429, {"Retry-After": "0.4"}, b"") if n == 0 else reply()
+        if n == 0:
+            return 429, {"Retry-After": "0.4"}, b""
+        time.sleep(0.05)
+        return reply()
 
     server = serve(script)
     summary = assess(str(drawn.path), server.describe(workers=2))
@@ -204,13 +211,13 @@ def test_slow_replies_time_out(serve):
 
     def script(n, body):
         if n == 0:
-            released.wait(5)
+            released.wait(20)
         return reply()
 
     server = serve(script)
     began = time.monotonic()
     assert once(server, timeout=0.2).good
-    assert 0.2 <= time.monotonic() - began < 3
+    assert 0.2 <= time.monotonic() - began < 15
     released.set()
     released.clear()
     slow = serve(lambda n, body: released.wait(5) or reply())
@@ -244,8 +251,8 @@ def test_errors_of_the_user_stop_the_run_at_once(serve, drawn, monkeypatch, answ
 
 
 def test_other_refusals_are_counted_without_further_attempts(serve):
-    server = serve(lambda n, body: (400, {}, b"image too large"))
-    with pytest.raises(JudgeError, match="refused: 400 Bad Request: image too large"):
+    server = serve(lambda n, body: (400, {}, b"image\x1b[31m\n too large"))
+    with pytest.raises(JudgeError, match=r"refused: 400 Bad Request: image\?\[31m too large"):
         once(server)
     assert len(server.bodies) == 1
 
@@ -280,6 +287,37 @@ def test_a_server_that_is_killed_in_the_middle_loses_nothing(serve, drawn):
     assert (summary["assessed"], summary["bad"], summary["remaining"]) == (20, bad, 0) and bad >= 6
 
 
+def test_a_run_that_is_killed_is_resumed(serve, drawn):
+    """SIGKILL in the middle: the verdicts that the first run wrote stay, the others are asked for again."""
+    served = threading.Event()
+
+    def script(n, body):
+        if n >= 9:
+            served.set()
+            time.sleep(5)
+        return reply()
+
+    server = serve(script)
+    line = [sys.executable, "-m", "unimm_jax.self_enhance", "assess", f"--drawings={drawn.path}"]
+    process = subprocess.Popen([*line, f"--judge={server.describe(workers=2)}"], cwd=ROOT, env=os.environ | PROXY)
+    assert served.wait(60)
+    file = drawn.path / "verdicts" / "verdicts-0.jsonl"
+    while file.stat().st_size == 0:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    assert 1 <= len(before) <= 9
+    port = server.server_port
+    server.shutdown()
+    server.server_close()
+    again = serve(lambda n, body: reply(), port)
+    summary = assess(str(drawn.path), again.describe(workers=2))
+    assert (summary["assessed"], len(again.bodies)) == (20, 20 - len(before))
+    assert file.read_text().splitlines()[: len(before)] == before
+    assert sorted(row["index"] for row in rows(drawn)) == list(range(20))
+
+
 def test_the_limit_of_the_cost_is_not_exceeded(serve, drawn):
     """A request costs 0.012 dollars here; the limit counts all runs."""
     server = serve(lambda n, body: reply())
@@ -310,9 +348,9 @@ def test_a_budget_counts_what_is_running():
 
 def test_requests_are_spaced_by_the_rate(serve, drawn):
     server = serve(lambda n, body: reply())
+    began = time.monotonic()
     assess(str(drawn.path), server.describe(requests_per_minute=3000, workers=8))
-    gaps = np.diff(sorted(server.times))
-    assert server.times[-1] - server.times[0] >= 19 * 0.02 * 0.9 and len(gaps) == 19
+    assert max(server.times) - began >= 19 * 0.02 and len(server.times) == 20
     pace = Pace(60)
     assert [round(pace.turn()) for _ in range(3)] == [0, 1, 2]
     pace.hold(10)

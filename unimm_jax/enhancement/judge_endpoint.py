@@ -243,8 +243,9 @@ class EndpointJudge(Judge):
         return _FailedAttemptError("refused", message, is_last=True)
 
     def _clean(self, text: str) -> str:
-        """A message without the key."""
-        return text.replace(self._key, "***") if self._key else text
+        """What the endpoint says as one line without control characters and without the key."""
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+        return line.replace(self._key, "***") if self._key else line
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(max(seconds, 0.0)):

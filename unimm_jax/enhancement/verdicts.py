@@ -80,7 +80,8 @@ def from_text(text: str) -> Verdict | None:
     match = _TEXT.fullmatch(" ".join(text.split()))
     if match is None:
         return None
-    verdict = Verdict(match["seen"] or "", **{name: match[name].lower() == "yes" for name in CATEGORIES})
+    flags = {name: match[name].lower() == "yes" for name in CATEGORIES}
+    verdict = Verdict(match["seen"] or "", flags["object"], flags["count"], flags["color"], flags["spatial"])
     return verdict if _word(verdict.good) == match["overall"].lower() else None
 
 
