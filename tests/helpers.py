@@ -208,6 +208,7 @@ class FakeRecords:
 
         self.header, self._outline, source = {"contents": f"scenes {count}"}, outline, open_source("scenes")
         records = [source[i] for i in range(count)]
+        self.texts = [[len(text) for text in flatten(record)[0]] for record in records]  # tokens
         self.codes = [flatten(record)[1] for record in records]
         self.items = [StoredRecord(r.key, [encode_png(r.images[0])], [], [], flatten(r)[0], []) for r in records]
 
@@ -244,7 +245,7 @@ def write_drawings(folder: pathlib.Path, records: int = 12, **settings: Any) -> 
     from unimm_jax.inference.sampling import SAMPLED
 
     stored, wanted = FakeRecords(records), DrawingSettings(share=1.0, **settings)
-    chosen = select(stored, 1.0, wanted.seed)
+    chosen, _ = select(stored, 1.0, wanted.seed)
     identity = dict(records=stored.header["contents"], settings=dict(samples=wanted.samples, seed=wanted.seed))
     draw_blocks(FakePainter(), stored, chosen, folder, wanted, identity, SAMPLED)
     return Drawings(folder), stored

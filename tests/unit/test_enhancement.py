@@ -45,16 +45,20 @@ def small_blocks(monkeypatch):
 # ---- Drawings --------------------------------------------------------------------------------------------------------
 
 
-def test_a_share_of_the_records_is_chosen_by_a_hash():
+def test_a_share_of_the_records_is_chosen_by_a_hash(monkeypatch):
     stored = FakeRecords(300)
-    some, more = select(stored, 0.2, 3), select(stored, 0.5, 3)
-    assert 30 < len(some) < 90 and set(some) < set(more) and some == select(stored, 0.2, 3)
-    assert len(select(stored, 1.0, 3)) == 300 and not select(stored, 0.0, 3)
-    assert select(stored, 0.2, 4) != some
+    (some, _), (more, unusable) = select(stored, 0.2, 3), select(stored, 0.5, 3)
+    assert 30 < len(some) < 90 and set(some) < set(more) and some == select(stored, 0.2, 3)[0]
+    assert len(select(stored, 1.0, 3)[0]) == 300 and not select(stored, 0.0, 3)[0]
+    assert select(stored, 0.2, 4)[0] != some and unusable == 0
     texts = [text for _, text in more]
     assert len(set(texts)) > 3 and all(text < len(stored[record].texts) for record, text in more)
     for record, text in more:  # questions and answers are texts of the record, too
         scene_language.parse(stored[record].texts[text])
+    monkeypatch.setattr(drawings, "MAX_TOKENS", 20)
+    short, unusable = select(stored, 0.5, 3)
+    assert unusable > 10 and len(short) + unusable == len(more)
+    assert all(len(stored[record].texts[text]) <= 20 for record, text in short)
 
 
 def test_an_interrupted_run_gives_the_same_drawings(tmp_path):
@@ -66,7 +70,7 @@ def test_an_interrupted_run_gives_the_same_drawings(tmp_path):
     settings, identity = DrawingSettings(share=1.0, samples=2), dict(whole.header)
     for name in ("drawings", "block", "blocks"):
         del identity[name]
-    draw_blocks(painter, stored, select(stored, 1.0, 0), tmp_path / "b", settings, identity, SAMPLED)
+    draw_blocks(painter, stored, select(stored, 1.0, 0)[0], tmp_path / "b", settings, identity, SAMPLED)
     assert len(painter.asked) == 1 and len(painter.asked[0][0]) == 8
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     items = [item for block in again.complete() for item in again.block(block)]

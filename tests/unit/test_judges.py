@@ -1,12 +1,13 @@
 """The judges of scenes and of files, and runs of a judge over drawings."""
 
 import json
+import re
 import threading
 import time
 
 import numpy as np
 import pytest
-from helpers import paint, write_drawings
+from helpers import ROOT, paint, write_drawings
 
 from unimm_jax.data import scenes
 from unimm_jax.data.scene_language import parse
@@ -304,6 +305,16 @@ def test_wrong_lines_of_a_file_are_named(tmp_path, line, message):
 def test_wrong_descriptions_are_named(description, message):
     with pytest.raises(DataError, match=message):
         open_judge(description)
+
+
+def test_the_judge_of_the_docs(drawn, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "self_enhancement.md").read_text()
+    code = re.search(r"judge_brightness.py`:\n\n```python\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "judge_brightness.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(judges.REGISTRY, "brightness", "judge_brightness:BrightnessJudge")
+    assert assess(str(drawn.path), "brightness:100", str(tmp_path / "a"))["good"] == 20
+    assert assess(str(drawn.path), "brightness:255", str(tmp_path / "b"))["wrong"]["object"] == 20
 
 
 def test_every_registered_judge_exists():

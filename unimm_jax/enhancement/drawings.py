@@ -22,6 +22,7 @@ from unimm_jax.inference.pretokenization import Progress
 from unimm_jax.inference.sampling import Sampling
 
 BLOCK = 256  # drawings per block; an interrupted run loses at most one block per process
+MAX_TOKENS = 1000  # of a text; longer ones are not drawn
 REMEDY = "draw images with python -m unimm_jax.self_enhance generate"
 
 
@@ -145,15 +146,19 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
       output: directory for the drawings.
 
     Raises:
-      CheckpointError: no such model, or no decoder beside it. UserError: a text that is longer than a prompt may be.
+      CheckpointError: no such model, or no decoder beside it.
       DataError: no records, none with captions, or drawings of another run in `output`.
     """
     sampling = settings.sampling  # raises for wrong settings before anything is loaded
     stored = Records.open(resolve.local_path(records))
-    chosen = select(stored, settings.share, settings.seed)
+    chosen, unusable = select(stored, settings.share, settings.seed)
     if not chosen:
         raise DataError(
             f"none of the {len(stored)} records in {records} was chosen; raise --share, or give records with captions"
+        )
+    if unusable and jax.process_index() == 0:
+        print(
+            f"drawings: {unusable} chosen records have no caption or prompt of at most {MAX_TOKENS} tokens", flush=True
         )
     generator = Generator(load_model(checkpoint), settings.batch)
     decoder = generator.decoder_name(settings.decoder)
@@ -215,21 +220,23 @@ def draw_blocks(
         print(f"drawings: {count} images for {len(chosen)} texts are in {folder}", flush=True)
 
 
-def select(stored: Records, share: float, seed: int) -> list[tuple[int, int]]:
-    """The records to draw for and one text of each, as (record, index of the text among its texts).
+def select(stored: Records, share: float, seed: int) -> tuple[list[tuple[int, int]], int]:
+    """Chooses records to draw for, and one text of each.
 
-    A record is chosen by a hash of (seed, record), its caption or prompt by another one. Records without captions and
-    prompts are left out.
+    A record is chosen by a hash of (seed, record), its caption or prompt by another one.
+
+    Returns:
+      (record, index of the text among its texts) of each text, and the number of chosen records that have no caption
+      or prompt of at most `MAX_TOKENS` tokens.
     """
-    numbers = np.arange(len(stored))
-    order = hashed(seed, numbers)
-    picks = hashed(seed + 1, order)
+    order = hashed(seed, np.arange(len(stored)))
+    records = np.flatnonzero((order >> np.uint64(11)) * 2.0**-53 < share)
     found = []
-    for record in np.flatnonzero((order >> np.uint64(11)) * 2.0**-53 < share).tolist():
-        outline = stored.outline(record)
-        if texts := outline.captions + outline.prompts:
-            found.append((record, texts[int(picks[record]) % len(texts)]))
-    return found
+    for record, pick in zip(records.tolist(), hashed(seed + 1, order[records]).tolist(), strict=True):
+        outline, counts = stored.outline(record), stored.texts[record]
+        if texts := [text for text in outline.captions + outline.prompts if counts[text] <= MAX_TOKENS]:
+            found.append((record, texts[pick % len(texts)]))
+    return found, len(records) - len(found)
 
 
 def _digest(checkpoint: pathlib.Path) -> str:
