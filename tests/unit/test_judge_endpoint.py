@@ -245,6 +245,7 @@ def test_errors_of_the_user_stop_the_run_at_once(serve, drawn, monkeypatch, answ
     assert not isinstance(caught.value, JudgeError)
     written = "".join(file.read_text() for file in (drawn.path / "verdicts").iterdir())
     assert KEY not in str(caught.value) and KEY not in written
+    assert assess(str(drawn.path), "scenes")["assessed"] == 20  # no verdict, so another judge may begin
     monkeypatch.setenv("UNIMM_JUDGE_KEY", "a\nb")
     with pytest.raises(DataError, match="has characters that no key has"):
         open_judge(server.describe())

@@ -41,7 +41,8 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     found = Drawings(resolve.local_path(drawings))
     folder = verdict_folder(found, output)
     who = open_judge(judge)
-    claim(folder, dict(drawings=found.identity, **who.identity()), "verdicts")
+    identity = dict(drawings=found.identity, **who.identity())
+    claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
     journal = Journal(folder, jax.process_index())
     try:
         others = max(total_spent(folder) - journal.spent, 0.0)

@@ -40,21 +40,19 @@ def read_header(folder: pathlib.Path, remedy: str) -> dict[str, Any]:
     return found
 
 
-def claim(folder: pathlib.Path, identity: dict[str, Any], what: str) -> dict[str, Any]:
+def claim(folder: pathlib.Path, identity: dict[str, Any], what: str, is_empty: bool = False) -> None:
     """Writes the header of a directory, or checks that the one that is there is the same.
 
     Args:
       identity: JSON-compatible description of what the directory holds.
       what: is in the directory, for messages.
-
-    Returns:
-      the header as read from JSON.
+      is_empty: the directory has a header only, which is replaced.
 
     Raises:
       DataError: the directory holds something else.
     """
     wanted = json.loads(json.dumps(identity))
-    if (folder / HEADER).exists():
+    if (folder / HEADER).exists() and not is_empty:
         found = read_header(folder, "remove the directory or give another --output")
         if differing := [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]:
             raise DataError(
@@ -64,7 +62,6 @@ def claim(folder: pathlib.Path, identity: dict[str, Any], what: str) -> dict[str
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / HEADER, json.dumps(wanted, indent=1).encode())
-    return wanted
 
 
 def digest_of(value: Any) -> str:

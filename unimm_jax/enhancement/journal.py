@@ -101,7 +101,7 @@ def _whole(file: pathlib.Path) -> int:
 
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a journal. Another process may be writing the last one."""
+    """The lines of a journal, without a damaged last one: another process may be writing it."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
@@ -109,6 +109,8 @@ def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError:
+                if not stream.readline():
+                    return
                 raise DataError(f"{file}, line {number}, is damaged; remove the line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{file}, line {number}, is not an object; remove the line")
