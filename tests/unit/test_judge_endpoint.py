@@ -233,7 +233,7 @@ def test_slow_replies_time_out(serve):
         ((401, {}, f"wrong key {KEY}".encode()), "refuses the key; set UNIMM_JUDGE_KEY or OPENAI_API_KEY .401"),
         ((403, {}, b""), "refuses the key"),
         ((404, {}, b"no such model"), "or no model 'm' .404 Not Found: no such model"),
-        ((307, {"Location": "http://127.0.0.1:1/v2"}, b""), "redirects to 'http://127.0.0.1:1/v2'; give the URL"),
+        ((302, {"Location": "http://127.0.0.1:1/v2"}, b""), "redirects to 'http://127.0.0.1:1/v2'; give the URL"),
     ],
 )
 def test_errors_of_the_user_stop_the_run_at_once(serve, drawn, monkeypatch, answer, message):

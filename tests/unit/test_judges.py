@@ -158,6 +158,17 @@ def test_failures_are_counted_and_tried_again(drawn, monkeypatch, capsys):
     assert sorted(judge.calls) == list(range(1, 20, 2)) and summary["assessed"] == 20 and summary["failed"] == {}
 
 
+def test_failures_between_verdicts_do_not_stop_the_run(drawn, monkeypatch):
+    def fails_on_odd(index):
+        if index % 2:
+            raise JudgeError("timed out")
+        return GOOD
+
+    monkeypatch.setattr(ScriptedJudge, "workers", 1)
+    _, summary = run(drawn, monkeypatch, fails_on_odd, patience=2)
+    assert summary["assessed"] == 10 and summary["failed"] == {"timed out": 10}
+
+
 def test_a_dead_judge_stops_the_run_and_what_ends_meanwhile_is_saved(drawn, monkeypatch):
     released = threading.Event()
 
