@@ -13,7 +13,7 @@ MIXTURE = (
     dict(source="scene_edits", weight=0.28),
     dict(source="scene_compositions", weight=0.12),
     dict(source="scene_stories", weight=0.06),
-    dict(source="scenes:count=4000,seed=1,size=192,scale=0.35", weight=0.10, tasks=dict(question=1.0)),
+    dict(source="scenes:count=3000,seed=1,size=192,scale=0.35", weight=0.10, tasks=dict(question=1.0)),
     dict(source="chat", weight=0.08),  # assessments of own images
 )
 
