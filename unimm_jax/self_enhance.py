@@ -8,8 +8,11 @@ Judges are scenes, file:PATH, and endpoint:URL,model=NAME,... (docs/self_enhance
 interruption. `self_enhance generate --help` lists the flags of `generate`.
 """
 
+import json
 import os
+import pathlib
 import sys
+import time
 
 from absl import flags
 
@@ -20,31 +23,50 @@ FLAGS = flags.FLAGS
 
 def generate() -> None:
     """Draws images for a share of the training captions."""
-    from unimm_jax import distributed
-    from unimm_jax.enhancement.drawings import DrawingSettings, draw
+    from unimm_jax import distributed, resolve
+    from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw
 
     f = FLAGS
     distributed.start()
     settings = DrawingSettings(
         f.share, f.samples, f.guidance, f.temperature, f.top_k, f.top_p, f.seed, f.decoder, f.batch_size, f.source
     )
+    began = time.perf_counter()
     draw(f.checkpoint, f.records, f.output, settings)
+    found = Drawings(resolve.local_path(f.output))
+    if len(found.complete()) == found.header["blocks"]:
+        finish(found.path, began)
 
 
 def assess() -> None:
     """Assesses the images by a judge."""
-    from unimm_jax import distributed
+    from unimm_jax import distributed, resolve
     from unimm_jax.enhancement.assessing import assess as run
+    from unimm_jax.enhancement.assessing import verdict_folder
+    from unimm_jax.enhancement.drawings import Drawings
 
     distributed.start()
-    run(FLAGS.drawings, FLAGS.judge, FLAGS.output)
+    began = time.perf_counter()
+    if not run(FLAGS.drawings, FLAGS.judge, FLAGS.output)["remaining"]:
+        finish(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
 
 
 def build() -> None:
     """Builds the documents for stage 3."""
+    from unimm_jax import resolve
     from unimm_jax.enhancement.building import build as run
 
+    began = time.perf_counter()
     run(FLAGS.drawings, FLAGS.records, FLAGS.output, FLAGS.verdicts, FLAGS.max_bad_share)
+    finish(resolve.local_path(FLAGS.output), began)
+
+
+def finish(folder: pathlib.Path, began: float) -> None:
+    """Writes done.json, with the seconds since `began`, unless an earlier run did."""
+    import jax
+
+    if jax.process_index() == 0 and not (folder / "done.json").exists():
+        (folder / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - began, 1)}))
 
 
 COMMANDS = {"generate": generate, "assess": assess, "build": build}

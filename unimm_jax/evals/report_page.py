@@ -25,7 +25,7 @@ from unimm_jax.metrics import read
 
 STAGES = (
     "encoder", "selector", "tokenizer", "records", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2",
-    "stage3",
+    "drawings", "drawings/verdicts", "assessments", "records_stage3", "stage3",
 )  # fmt: skip
 # directories with the answers to own questions → title
 ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
