@@ -608,6 +608,11 @@ def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_pa
     composed = [g.image_prompt_of(parts) for parts in ([images[0], "two red stars."], [images[0], images[1]])]
     ids = g.continue_with_image(composed, Sampling(guidance=4.0, temperature=0))
     assert (found["composed"] == g.codes(ids)[0]).all()
+    (tmp_path / "a.png").write_bytes(transforms.encode_png(images[0]))
+    how = ["--draw", f"--image={tmp_path / 'a.png'}", "--prompt=two red stars.", "--samples=1", "--temperature=0"]
+    done = command("generate", f"--checkpoint={folder / 'in' / 'language'}", f"--output={tmp_path / 'drawn'}", *how)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["0000.png"]
     with pytest.raises(UserError, match="multiples of 4"):
         g.decode(codes, keep, "unet_decoder", size=(22, 16))
     with pytest.raises(CheckpointError, match="no pixel_decoder beside .*present: unet_decoder, unet_decoder_high"):
