@@ -4,11 +4,11 @@
 #
 #   bash launch/illume.sh
 #
-# Environment variables: RUN (output directory), SIZE, SEED and PYTHON (for a new .venv). After an interruption, run the
+# Environment variables: RUN (output directory), SEED and PYTHON (for a new .venv). After an interruption, run the
 # same command again: it resumes. When everything is done, it prints the scores only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/illume} SIZE=${SIZE:-laptop-illume} SEED=${SEED:-0}
+RUN=${RUN:-runs/illume} SIZE=laptop-illume SEED=${SEED:-0}
 . launch/common.sh
 
 LARGE="scenes:count=3000,seed=1,size=192,scale=0.35"

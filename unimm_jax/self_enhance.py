@@ -44,11 +44,13 @@ def assess() -> None:
     from unimm_jax.enhancement.assessing import assess as run
     from unimm_jax.enhancement.assessing import verdict_folder
     from unimm_jax.enhancement.drawings import Drawings
+    from unimm_jax.errors import DataError
 
     distributed.start()
     began = time.perf_counter()
-    if not run(FLAGS.drawings, FLAGS.judge, FLAGS.output)["remaining"]:
-        finish(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
+    if left := run(FLAGS.drawings, FLAGS.judge, FLAGS.output)["remaining"]:
+        raise DataError(f"{left} drawings have no verdict yet; run the same command again to assess them")
+    finish(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
 
 
 def build() -> None:
@@ -108,7 +110,7 @@ def cli() -> None:
     if name in ("--help", "-h", "--helpshort", "--helpfull"):
         print(__doc__)
     elif name == "--version":
-        process.app(build)
+        process.app(lambda: None)
     elif name not in COMMANDS:
         sys.exit(f"error: the first argument is one of {', '.join(COMMANDS)}, not {name!r}; see --help")
     else:

@@ -297,7 +297,13 @@ def packed_input(config: Config, split: str = "train") -> Input:
     if config.data.max_slices and not records.has_sizes:
         raise DataError(
             f"the records in {config.data.records} do not say how large their images are, which config.data.max_slices "
-            "needs; write them again with python -m unimm_jax.pretokenize"
+            "needs; remove that directory and write it again with python -m unimm_jax.pretokenize"
+        )
+    features, patches = view_features(config), records.header["num_patches"]
+    if config.data.image_targets and features and features != patches:
+        raise ConfigError(
+            f"config.data.image_targets is {config.data.image_targets}; it must be 0, because images are read as "
+            f"{features} features and have {patches} codes"
         )
     packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)

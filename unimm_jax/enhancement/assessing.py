@@ -12,8 +12,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from unimm_jax import resolve
+from unimm_jax.data.records import write_whole
 from unimm_jax.enhancement.drawings import Drawing, Drawings
-from unimm_jax.enhancement.files import claim, read_header, write_whole
+from unimm_jax.enhancement.files import claim, read_header
 from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
 from unimm_jax.enhancement.judges import STOPPED, Judge, open_judge
 from unimm_jax.enhancement.verdicts import CATEGORIES, Verdict
@@ -42,9 +43,9 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     folder = verdict_folder(found, output)
     who = open_judge(judge)
     identity = dict(drawings=found.identity, **who.identity())
-    claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
-    journal = Journal(folder, jax.process_index())
+    journal = Journal(folder, jax.process_index())  # first: it locks out another run
     try:
+        claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
         others = max(total_spent(folder) - journal.spent, 0.0)
         who.start(found.header, journal.spent, others, jax.process_count())
         done = set(read_verdicts(folder))

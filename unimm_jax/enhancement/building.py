@@ -88,6 +88,11 @@ def write(
     if not kept:
         raise DataError(f"none of the drawings in {drawings.path} has a verdict; assess them first")
     chosen = _without_surplus(kept, verdicts, max_bad_share)
+    if not chosen:
+        raise DataError(
+            f"no document is left: all {len(kept)} images are bad, and --max_bad_share is {max_bad_share:g}; raise it, "
+            "or draw more images"
+        )
     with (folder / DOCUMENTS).open("w", encoding="utf-8") as stream:
         for drawing in chosen:
             image = f"images/{drawing.index:08d}.png"

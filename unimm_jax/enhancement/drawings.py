@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 from unimm_jax import checkpoint as checkpoints
 from unimm_jax import resolve
 from unimm_jax.data import transforms
-from unimm_jax.data.records import Records
+from unimm_jax.data.records import Records, write_whole
 from unimm_jax.data.sources import source_number, split_sources
-from unimm_jax.enhancement.files import HEADER, claim, digest_of, hashed, read_header, write_whole
+from unimm_jax.enhancement.files import HEADER, claim, digest_of, hashed, read_header
 from unimm_jax.errors import DataError, InvalidRecordError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
@@ -154,12 +154,12 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
     """
     sampling = settings.sampling  # raises for wrong settings before anything is loaded
     stored = Records.open(resolve.local_path(records))
-    chosen, unusable = select(stored, settings.share, settings.seed)
-    if settings.source:
-        number = source_number(settings.source, split_sources(stored.header["sources"]))
-        if number is None:
-            raise DataError(f"the records in {records} have no source {settings.source!r}: {stored.header['sources']}")
-        chosen = [pair for pair in chosen if stored.source[pair[0]] == number]
+    number = source_number(settings.source, split_sources(stored.header["sources"])) if settings.source else None
+    if settings.source and number is None:
+        raise DataError(
+            f"the records in {records} have no source {settings.source!r}; theirs are {stored.header['sources']}"
+        )
+    chosen, unusable = select(stored, settings.share, settings.seed, number)
     if not chosen:
         raise DataError(
             f"none of the {len(stored)} records in {records} was chosen; raise --share, or give records with captions"
@@ -228,17 +228,21 @@ def draw_blocks(
         print(f"drawings: {count} images for {len(chosen)} texts are in {folder}", flush=True)
 
 
-def select(stored: Records, share: float, seed: int) -> tuple[list[tuple[int, int]], int]:
+def select(stored: Records, share: float, seed: int, source: int | None = None) -> tuple[list[tuple[int, int]], int]:
     """Chooses records to draw for, and one text of each.
 
     A record is chosen by a hash of (seed, record), its caption or prompt by another one.
+
+    Args:
+      source: number of the source of the records; None is all.
 
     Returns:
       (record, index of the text among its texts) of each text, and the number of chosen records that have no caption
       or prompt of at most `MAX_TOKENS` tokens.
     """
     order = hashed(seed, np.arange(len(stored)))
-    records = np.flatnonzero((order >> np.uint64(11)) * 2.0**-53 < share)
+    wanted = (order >> np.uint64(11)) * 2.0**-53 < share
+    records = np.flatnonzero(wanted if source is None else wanted & (np.asarray(stored.source) == source))
     found = []
     for record, pick in zip(records.tolist(), hashed(seed + 1, order[records]).tolist(), strict=True):
         outline, counts = stored.outline(record), stored.texts[record]

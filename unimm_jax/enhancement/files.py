@@ -3,21 +3,14 @@
 import hashlib
 import json
 import pathlib
-import uuid
 from typing import Any
 
 import numpy as np
 
+from unimm_jax.data.records import write_whole
 from unimm_jax.errors import DataError
 
 HEADER = "header.json"
-
-
-def write_whole(file: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically."""
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(data)
-    partial.rename(file)
 
 
 def read_header(folder: pathlib.Path, remedy: str) -> dict[str, Any]:

@@ -42,9 +42,9 @@ def verdict_on(wanted: Description, found: Sequence[Detection]) -> Verdict:
     """The verdict on an image with the objects `found`. The prompt names all objects, so nothing else may be there.
 
     object: the shapes are those asked for. count: of each shape there are as many as asked for, and no other object.
-    color: as many objects of each shape as possible have a color that was asked for; False if a shape whose color was
-    asked for is missing. spatial: the relation holds between two objects of the looks asked for; True if none is asked
-    for.
+    color: the objects of each shape have the colors asked for, as far as there are enough of them; objects beyond the
+    number asked for may have any color. False if a shape whose color was asked for is missing.
+    spatial: the relation holds between two objects of the looks asked for; True if none is asked for.
     """
     asked = collections.Counter(shape for shape, _ in wanted.objects)
     there = collections.Counter(item.shape for item in found)

@@ -12,14 +12,15 @@ from unimm_jax.errors import DataError
 
 CATEGORIES = ("object", "count", "color", "spatial")
 SPELLINGS = {"count": ("count", "counting"), "color": ("color", "colour")}  # in JSON
+MAX_TOKENS = 96  # of the text of a verdict that a model writes
 CORRECTION = "draw it again"  # the user turn that asks for the correction of a bad image
 _CATEGORIES = ", ".join(rf"{name} (?P<{name}>yes|no)" for name in CATEGORIES)
 _TEXT = re.compile(rf"(?:(?P<seen>.*)\. )?{_CATEGORIES}, overall (?P<overall>yes|no)\.?", re.IGNORECASE)
 
 
 def question(prompt: str) -> str:
-    """The user turn after a drawn image: whether it shows what its prompt says."""
-    return f"does the image show {prompt}?"
+    """The user turn after a drawn image: whether it shows what its prompt says. A final period is dropped."""
+    return f"does the image show {prompt.rstrip(' .')}?"
 
 
 @dataclasses.dataclass(frozen=True)

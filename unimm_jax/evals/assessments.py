@@ -13,7 +13,7 @@ from unimm_jax.config import ranged
 from unimm_jax.data import scenes
 from unimm_jax.data.scene_language import parse
 from unimm_jax.enhancement.judge_scenes import verdict_on
-from unimm_jax.enhancement.verdicts import CATEGORIES, Verdict, from_text
+from unimm_jax.enhancement.verdicts import CATEGORIES, MAX_TOKENS, Verdict, from_text
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.bootstrap import paired_difference
 from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
@@ -62,7 +62,7 @@ class Assessments(GeneratingEvaluator):
     """
 
     options = AssessmentsOptions
-    answer_length = 96
+    answer_length = MAX_TOKENS
 
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""

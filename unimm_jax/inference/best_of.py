@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from unimm_jax.data.transforms import to_pixels
-from unimm_jax.enhancement.verdicts import Verdict, from_text, question
+from unimm_jax.enhancement.verdicts import MAX_TOKENS, Verdict, from_text, question
+from unimm_jax.errors import UserError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.sampling import SAMPLED, Sampling
 
@@ -58,7 +59,15 @@ def assessments(generator: Generator, prompts: Sequence[str], images: np.ndarray
 
     Args:
       images: uint8 [N, H, W, 3].
+
+    Raises:
+      UserError: the generator's answers are too short for a verdict.
     """
+    if generator.answer_length < MAX_TOKENS:
+        raise UserError(
+            f"a verdict has up to {MAX_TOKENS} tokens, and answers of this generator have {generator.answer_length}; "
+            f"give Generator(..., answer_length={MAX_TOKENS})"
+        )
     size = generator.config.data.image_size
     return generator.generate_text(
         np.stack([to_pixels(image, size) for image in images]), [question(prompt) for prompt in prompts]
