@@ -8,9 +8,7 @@ Judges are scenes, file:PATH, and endpoint:URL,model=NAME,... (docs/self_enhance
 interruption. `self_enhance generate --help` lists the flags of `generate`.
 """
 
-import json
 import os
-import pathlib
 import sys
 import time
 
@@ -25,6 +23,7 @@ def generate() -> None:
     """Draws images for a share of the training captions."""
     from unimm_jax import distributed, resolve
     from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw
+    from unimm_jax.enhancement.files import mark_done
 
     f = FLAGS
     distributed.start()
@@ -35,7 +34,7 @@ def generate() -> None:
     draw(f.checkpoint, f.records, f.output, settings)
     found = Drawings(resolve.local_path(f.output))
     if len(found.complete()) == found.header["blocks"]:
-        finish(found.path, began)
+        mark_done(found.path, began)
 
 
 def assess() -> None:
@@ -44,31 +43,25 @@ def assess() -> None:
     from unimm_jax.enhancement.assessing import assess as run
     from unimm_jax.enhancement.assessing import verdict_folder
     from unimm_jax.enhancement.drawings import Drawings
+    from unimm_jax.enhancement.files import mark_done
     from unimm_jax.errors import DataError
 
     distributed.start()
     began = time.perf_counter()
     if left := run(FLAGS.drawings, FLAGS.judge, FLAGS.output)["remaining"]:
         raise DataError(f"{left} drawings have no verdict yet; run the same command again to assess them")
-    finish(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
+    mark_done(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
 
 
 def build() -> None:
     """Builds the documents for stage 3."""
     from unimm_jax import resolve
     from unimm_jax.enhancement.building import build as run
+    from unimm_jax.enhancement.files import mark_done
 
     began = time.perf_counter()
     run(FLAGS.drawings, FLAGS.records, FLAGS.output, FLAGS.verdicts, FLAGS.max_bad_share)
-    finish(resolve.local_path(FLAGS.output), began)
-
-
-def finish(folder: pathlib.Path, began: float) -> None:
-    """Writes done.json, with the seconds since `began`, unless an earlier run did."""
-    import jax
-
-    if jax.process_index() == 0 and not (folder / "done.json").exists():
-        (folder / "done.json").write_text(json.dumps({"seconds": round(time.perf_counter() - began, 1)}))
+    mark_done(resolve.local_path(FLAGS.output), began)
 
 
 COMMANDS = {"generate": generate, "assess": assess, "build": build}
