@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.claims.comparison import Difference
+from benchmarks.claims.stages import compile_fast
 
 Row = Sequence[str | float | int | Difference | None]
 
@@ -47,7 +48,9 @@ def comparison_table(found: Mapping[str, Difference]) -> str:
     return table(head, rows)
 
 
-def write(output: pathlib.Path, title: str, sections: Mapping[str, str], numbers: Any, plots: Mapping[str, str]) -> None:
+def write(
+    output: pathlib.Path, title: str, sections: Mapping[str, str], numbers: Any, plots: Mapping[str, str]
+) -> None:
     """Writes `results.md`, `results.json` and the plots, and prints the tables.
 
     Args:
@@ -76,15 +79,21 @@ def _plain(value: Any) -> Any:
     return "never" if isinstance(value, float) and math.isinf(value) else value
 
 
-def reserve(output: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+def prepare(output: pathlib.Path, name: str, quick: bool, **settings: Any) -> pathlib.Path:
     """The output directory, absolute, with a note of the settings that its results depend on.
+
+    Args:
+      name: of the experiment. settings: others that must not change when it resumes.
 
     Raises:
       SystemExit: it holds results of other settings.
     """
+    if quick:
+        compile_fast()
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    note, text = output / "settings.json", json.dumps(dict(settings), indent=1, default=str)
+    note = output / "settings.json"
+    text = json.dumps(dict(experiment=name, quick=quick) | settings, indent=1, default=str)
     if note.exists() and note.read_text() != text:
         raise SystemExit(f"{output} holds results of other settings ({note}); give another --output")
     note.write_text(text)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.claims.measure_steps --run=runs/S --output=runs/S/steps
 
-The first point is the end of `RUN/stage1`; the others are the checkpoints of `RUN/stage2`. Steps count from the start of
-stage 1. Each step gets `OUTPUT/STEP.npz`; a step that has one is not scored again.
+The first point is the end of `RUN/stage1`; the others are the checkpoints of `RUN/stage2`. Steps count from the start
+of stage 1. Each step gets `OUTPUT/STEP.npz`; a step that has one is not scored again.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Image tokenization by a pixel loss (as VQGAN's), the counterpart of ILLUME's feature loss; not an objective of the core.
+"""Image tokenization by a pixel loss (as VQGAN's), the counterpart of ILLUME's feature loss.
 
 The image tokenizer, its quantizer and its codebook update are those of `unimm_jax.objectives.tokenization`. What the
 decoder reconstructs from the codes goes through a pixel decoder, and the loss is that of the pixel decoder stage: mean

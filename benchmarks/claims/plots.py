@@ -1,4 +1,4 @@
-"""Plots as SVG: curves with one line per arm (the median of the seeds) and a band from the lowest to the highest seed."""
+"""Plots as SVG: a curve per arm, the median of the seeds, with a band from the lowest to the highest seed."""
 
 import html
 import statistics
@@ -34,7 +34,10 @@ def curves(title: str, across: str, arms: Mapping[str, Curve]) -> str:
     frame = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
     parts.append(f'<rect {frame} fill="none" stroke="#c5ccd6"/>')
     parts += [text(LEFT - 6, TOP + 8, f"{high:.3g}", "end"), text(LEFT - 6, HEIGHT - BOTTOM, f"{low:.3g}", "end")]
-    parts += [text(LEFT, HEIGHT - BOTTOM + 15, f"{left:g}"), text(WIDTH - RIGHT, HEIGHT - BOTTOM + 15, f"{right:g}", "end")]
+    parts += [
+        text(LEFT, HEIGHT - BOTTOM + 15, f"{left:g}"),
+        text(WIDTH - RIGHT, HEIGHT - BOTTOM + 15, f"{right:g}", "end"),
+    ]
     parts.append(text(WIDTH / 2, HEIGHT - 8, across, "middle"))
     for number, (name, (xs, seeds)) in enumerate(arms.items()):
         color = COLORS[number % len(COLORS)]

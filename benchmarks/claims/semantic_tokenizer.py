@@ -141,11 +141,7 @@ def step_ratio(fast: Mapping[str, Any], slow: Mapping[str, Any], measure: str) -
 
 def drawn_steps(results: Mapping[str, Any]) -> list[int]:
     """The steps at which every arm and seed drew."""
-    return [
-        step
-        for step in results["steps"]
-        if "drawing" in results["at"][step]
-    ]
+    return [step for step in results["steps"] if "drawing" in results["at"][step]]
 
 
 def compare(arms: Mapping[str, list[dict[str, Any]]]) -> dict[str, Difference]:
@@ -231,7 +227,10 @@ def report(output: pathlib.Path, seeds: Sequence[int], names: Sequence[str]) -> 
         {arm: (found[0]["steps"], [relative(x) for x in found]) for arm, found in arms.items()},
     )
     curves = {
-        arm: [dict(steps=r["steps"], codes=r["codes"]) | {m: curve(r, m) for m in ("cross_entropy", *MEASURES[:2])} for r in f]
+        arm: [
+            dict(steps=r["steps"], codes=r["codes"]) | {m: curve(r, m) for m in ("cross_entropy", *MEASURES[:2])}
+            for r in f
+        ]
         for arm, f in arms.items()
     }
     numbers = dict(seeds=seeds, curves=curves, comparisons=compared, criterion=verdicts)
@@ -244,7 +243,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS), help="S is always trained")
     flags = parser.parse_args()
     arms = [arm for arm in ARMS if arm in ("S", *flags.arms)]
-    output = experiment.reserve(flags.output, dict(experiment="semantic_tokenizer", quick=flags.quick))
+    output = experiment.prepare(flags.output, "semantic_tokenizer", flags.quick)
     by_seed = {seed: commands(output / f"seed{seed}", seed, arms, flags.quick) for seed in flags.seeds}
     run_all(output, by_seed, flags.lanes)
     report(output, flags.seeds, arms)

@@ -45,13 +45,19 @@ QUICK: dict[str, Any] = {
     "evals.held_out.batches": 1,
 }
 
-# Seconds of each stage on two cores of an AMD EPYC of family 25, by size (docs/results.md and docstrings of the configs)
+# Seconds of each stage on two cores of an AMD EPYC of family 25, by size: docs/results.md, docstrings of the configs
 SECONDS = {
     "laptop": dict(
         encoder=107, selector=84, tokenizer=65, records=20, pixel_decoder=47, text=36, stage1=48, stage2=123, stage3=690
     ),
     "laptop-illume": dict(encoder=130, tokenizer=72, records=20, pixel_decoder=47, text=36, stage1=48, stage2=450),
 }
+
+
+def compile_fast() -> None:
+    """Makes the commands compile fast and run slowly, for `--quick`."""
+    preset = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
+    os.environ.setdefault("XLA_FLAGS", preset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +169,9 @@ def run(module: str, *arguments: str, log: pathlib.Path | None = None) -> None:
         code = subprocess.run(line, stdout=stream, stderr=subprocess.STDOUT, **where).returncode
     if code:
         last = "\n".join(log.read_text().splitlines()[-8:])
-        raise SystemExit(f"python -m {module} failed with status {code}; its output is in {log}, the end of it:\n{last}")
+        raise SystemExit(
+            f"python -m {module} failed with status {code}; its output is in {log}, the end of it:\n{last}"
+        )
 
 
 class Progress:
