@@ -320,10 +320,12 @@ def test_the_criterion_of_the_semantic_tokenizer():
     fast = curve([100, 200, 400], [2.0, 4.0, 5.0], [0.5, 0.9, 1.0], 0.6)
     slow = curve([100, 200, 400], [0.0, 1.0, 3.0], [0.1, 0.4, 0.7], 0.5)
     found = semantic_tokenizer.criterion({"S": [fast], "P": [slow]})
-    assert found["step_ratios"] == {"gain": [150 / 400], "matched": [150 / 400]} and found["holds"]
+    assert found["step_ratios"] == {"gain": [150 / 400], "matched": [150 / 400]} and found["verdict"] == "met"
     assert semantic_tokenizer.relative(fast) == [0.5, 0.5, 0.5]
-    assert not semantic_tokenizer.criterion({"S": [slow], "P": [fast]})["holds"]
-    assert semantic_tokenizer.criterion({"S": [slow], "P": [fast]})["step_ratios"]["gain"] == [math.inf]
+    reversed_arms = semantic_tokenizer.criterion({"S": [slow], "P": [fast]})
+    assert reversed_arms["verdict"] == "not met" and reversed_arms["step_ratios"]["gain"] == [math.inf]
+    nothing = curve([100, 200, 400], [0.0, 0.0, 0.0], [0.06, 0.07, 0.1], 0.0)  # reached at once, which shows nothing
+    assert semantic_tokenizer.criterion({"S": [fast], "P": [nothing]})["verdict"] == "not testable"
 
 
 @pytest.mark.parametrize(
