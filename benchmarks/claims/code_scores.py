@@ -3,8 +3,10 @@
 Raw cross-entropy cannot be compared between image tokenizers, because their codes have different entropies. Therefore:
 
 - relative cross-entropy: cross-entropy of a code given the caption, divided by the unigram entropy of the codes;
-- gain: cross-entropy of the codes of an image after the unconditional prompt, less that after the caption, in nats per
-  image: what the model has learned from the caption;
+- gain: cross-entropy of the codes of an image without its caption, less that after the caption, in nats per image: what
+  the model has learned from the caption. Without the caption, the codes are predicted after [IMG] alone, by their
+  unigram distribution, or by the mean of the probabilities after the other captions of the group, whichever is best on
+  average. Early in training, a model has hardly seen [IMG] alone; its large cross-entropy there is no gain;
 - matching: whether the own caption gives the codes the highest probability of all captions of a group.
 """
 
@@ -24,7 +26,7 @@ class CodeScores:
     """Scores of one model. One value per image [N].
 
     Attributes:
-      cross_entropy: of all codes of the image after its caption, in nats. unconditional: after [IMG] alone.
+      cross_entropy: of all codes of the image after its caption, in nats. unconditional: without the caption.
       matched: whether the own caption ranks first in its group.
     """
 
@@ -38,18 +40,20 @@ class CodeScores:
         return self.unconditional - self.cross_entropy
 
 
-def scores_of(losses: np.ndarray, unconditional: np.ndarray) -> CodeScores:
+def scores_of(losses: np.ndarray, unconditional: np.ndarray, unigram_losses: np.ndarray) -> CodeScores:
     """Scores from cross-entropies.
 
     Args:
       losses: [N, G] of the codes of image i after each caption of its group; image i is number i % G of its group.
-      unconditional: [N].
+      unconditional: after [IMG] alone, [N]. unigram_losses: by the frequencies of the codes, [N].
     """
     own = np.arange(len(losses)) % losses.shape[1]
     right = losses[np.arange(len(losses)), own]
     others = losses.copy()
     others[np.arange(len(losses)), own] = np.inf
-    return CodeScores(right, unconditional, right < others.min(-1))
+    mixture = np.log(losses.shape[1] - 1) - np.logaddexp.reduce(-others, axis=-1)
+    without = min((unconditional, unigram_losses, mixture), key=np.mean)
+    return CodeScores(right, without, right < others.min(-1))
 
 
 def groups(captions: Sequence[str], number: int, size: int = GROUP) -> np.ndarray:
@@ -116,6 +120,10 @@ class CodeScorer:
         sample = range(0, len(training), max(len(training) // 4000, 1))
         codes = np.concatenate([training[i].codes[0][training[i].keep[0]] for i in sample])
         self.entropy, self.used = unigram(codes, int(training.header["codes"]))
+        counts = np.bincount(codes, minlength=int(training.header["codes"])) + 1  # a code that is not seen is possible
+        log_shares = np.log(counts / counts.sum())
+        own = [held_out[i] for i in self.groups.ravel()]
+        self.unigram_losses = np.array([-log_shares[item.codes[0][item.keep[0]]].sum() for item in own])
         self.codes_per_image = float(np.mean([held_out[i].keep[0].sum() for i in self.groups.ravel()]))
         objective = model.objective
         self._loss = jax.jit(lambda params, batch: (objective.cross_entropy(params, batch) * batch["weights"]).sum(-1))
@@ -150,4 +158,5 @@ class CodeScorer:
 
     def score(self, params: Any) -> CodeScores:
         """The scores of a model with these parameters."""
-        return scores_of(self._losses(params, self.rows).reshape(-1, GROUP), self._losses(params, self.free))
+        losses = self._losses(params, self.rows).reshape(-1, GROUP)
+        return scores_of(losses, self._losses(params, self.free), self.unigram_losses)

@@ -32,7 +32,8 @@ def write(selector: pathlib.Path, records: pathlib.Path, output: pathlib.Path) -
 
     began = time.perf_counter()
     header = Records(records).header
-    params = constant(read_params(selector), header["tokens"] / header["num_patches"])
+    share = min(header["tokens"] / header["num_patches"], 0.99)  # an untrained selector may keep everything
+    params = constant(read_params(selector), share)
     meta = read_meta(selector)
     checkpoints = Checkpoints(output)
     checkpoints.save(meta["step"], {"params": params}, meta)

@@ -2,8 +2,9 @@
 
 python -m benchmarks.claims.measure_steps --run=runs/S --output=runs/S/steps
 
-The first point is the end of `RUN/stage1`; the others are the checkpoints of `RUN/stage2`. Steps count from the start
-of stage 1. Each step gets `OUTPUT/STEP.npz`; a step that has one is not scored again.
+The steps are the checkpoints of `RUN/stage2`, counted from the start of stage 1. The end of stage 1 is left out: that
+stage has no text to image, so the model does not know what follows [IMG] alone, and its gain would mean nothing. Each
+step gets `OUTPUT/STEP.npz`; a step that has one is not scored again.
 """
 
 import argparse
@@ -15,13 +16,12 @@ import numpy as np
 
 
 def checkpoints_of(run: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
-    """(step since the start of stage 1, checkpoint) of the end of stage 1 and of every saved step of stage 2."""
+    """(step since the start of stage 1, checkpoint) of every saved step of stage 2."""
     from unimm_jax.checkpoint import find
 
-    first = find(run / "stage1")
-    before = int(first.name)
+    before = int(find(run / "stage1").name)
     saved = sorted(int(p.name) for p in (run / "stage2" / "checkpoints").iterdir() if p.name.isdigit())
-    return [(before, first), *((before + step, run / "stage2" / "checkpoints" / str(step)) for step in saved)]
+    return [(before + step, run / "stage2" / "checkpoints" / str(step)) for step in saved]
 
 
 def measure(run: pathlib.Path, output: pathlib.Path, images: int, drawn: int, prompts: int) -> None:

@@ -123,9 +123,29 @@ def test_steps_to_a_threshold_are_interpolated():
 
 def test_gain_and_matching_of_known_cross_entropies():
     losses = np.array([[1.0, 5.0], [2.0, 3.0], [4.0, 4.0], [9.0, 2.0]])  # images 1 and 2 prefer no caption of their own
-    found = code_scores.scores_of(losses, np.array([6.0, 6.0, 6.0, 6.0]))
-    assert found.cross_entropy.tolist() == [1.0, 3.0, 4.0, 2.0] and found.gain.tolist() == [5.0, 3.0, 2.0, 4.0]
+    found = code_scores.scores_of(losses, np.full(4, 4.5), np.full(4, 7.0))
+    assert found.cross_entropy.tolist() == [1.0, 3.0, 4.0, 2.0] and found.gain.tolist() == [3.5, 1.5, 0.5, 2.5]
     assert found.matched.tolist() == [True, False, False, True]  # a tie is no match
+    # a model that has not learned the unconditional prompt: the unigram distribution, or the other captions
+    assert code_scores.scores_of(losses, np.full(4, 90.0), np.full(4, 4.0)).gain.tolist() == [3.0, 1.0, 0.0, 2.0]
+    found = code_scores.scores_of(losses, np.full(4, 90.0), np.full(4, 70.0))
+    np.testing.assert_allclose(found.gain, [4.0, -1.0, 0.0, 7.0])  # with groups of two: the other caption
+
+
+def test_a_model_that_ignores_captions_has_no_gain():
+    losses = np.repeat(np.random.default_rng(0).uniform(20, 40, (32, 1)), 16, axis=1)
+    found = code_scores.scores_of(losses, np.full(32, 90.0), np.full(32, 50.0))
+    np.testing.assert_allclose(found.gain, 0, atol=1e-9)
+    assert not found.matched.any()
+
+
+def test_a_model_that_knows_one_of_sixteen_gains_what_the_caption_tells():
+    """Given its caption, an image is certain; without it, 1 of 64: the gain is log(64), not that of a group."""
+    losses = np.full((16, 16), 99.0)
+    np.fill_diagonal(losses, 0.0)
+    found = code_scores.scores_of(losses, np.full(16, math.log(64)), np.full(16, 9.0))
+    np.testing.assert_allclose(found.gain, math.log(64))
+    assert found.matched.all()
 
 
 def test_unigram_entropy_and_use():
@@ -160,19 +180,19 @@ def test_the_scorer_sees_what_a_model_knows(tmp_path):
             first_code = records.text_tokenizer.num_rows + 2
             is_code = (batch["targets"] >= first_code) & (batch["targets"] < first_code + codes)
             prompted = (batch["tokens"][:, :1] == records.text_tokenizer.bos) & params
-            return jnp.where(is_code & ~prompted, jnp.log(float(codes)), jnp.where(is_code, 0.0, 100.0))
+            return jnp.where(is_code & ~prompted, jnp.log(float(codes)), 0.0)
 
     model = Model(config, Uniform(), None, make_mesh((1, 1, 1)), records.header, records.text_tokenizer, tmp_path)
     scorer = code_scores.CodeScorer(model, tmp_path, 32)
-    # weights are on codes and position ids; these records have both, of which this model charges 100 for positions
+    # weights are on codes and position ids; these records have both, and this model knows the positions
     lengths = (scorer.free["weights"] > 0).sum(-1)
     kept = np.array([records[i].keep[0].sum() for i in scorer.groups.ravel()])
     assert (lengths == 2 * kept).all()
     plain, known = scorer.score(jnp.asarray(False)), scorer.score(jnp.asarray(True))
-    np.testing.assert_allclose(plain.cross_entropy, kept * (100 + math.log(codes)), rtol=1e-5)
-    np.testing.assert_allclose(plain.gain, 0, atol=1e-3)
+    np.testing.assert_allclose(plain.cross_entropy, kept * math.log(codes), rtol=1e-5)
+    assert abs(plain.gain.mean()) < 0.05 * kept.mean()  # the unigram distribution of few random codes is almost uniform
     assert not plain.matched.any()  # all captions are equally good
-    np.testing.assert_allclose(known.gain, kept * math.log(codes), rtol=1e-4)
+    assert (known.cross_entropy == 0).all() and known.gain.mean() == pytest.approx(scorer.entropy * kept.mean(), rel=0.05)
 
 
 # ---- Arms ------------------------------------------------------------------------------------------------------------
@@ -320,6 +340,7 @@ def test_the_criterion_of_the_semantic_tokenizer():
     fast = curve([100, 200, 400], [2.0, 4.0, 5.0], [0.5, 0.9, 1.0], 0.6)
     slow = curve([100, 200, 400], [0.0, 1.0, 3.0], [0.1, 0.4, 0.7], 0.5)
     found = semantic_tokenizer.criterion({"S": [fast], "P": [slow]})
+    assert found["early_ratios"]["gain"] == [pytest.approx(135 / 370)]
     assert found["step_ratios"] == {"gain": [150 / 400], "matched": [150 / 400]} and found["verdict"] == "met"
     assert semantic_tokenizer.relative(fast) == [0.5, 0.5, 0.5]
     reversed_arms = semantic_tokenizer.criterion({"S": [slow], "P": [fast]})
@@ -404,6 +425,7 @@ def test_results_of_single_examples_are_paired_and_complete(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("experiment_module", [semantic_tokenizer, joint_training, dynamic_tokens])
 def test_an_experiment_runs_from_start_to_end(experiment_module, tmp_path, monkeypatch):
     """Minutes: every stage is a process."""
