@@ -162,7 +162,7 @@ def test_captions_of_a_group_differ():
 
 
 def test_the_scorer_sees_what_a_model_knows(tmp_path):
-    """Rows of real records, and a "model" that spreads its probability over the codes, or knows them from captions."""
+    """Rows of records, and a "model" with uniform probabilities, except for sequences that it knows by heart."""
     from unimm_jax.data.records import Records
     from unimm_jax.inference.loading import Model
     from unimm_jax.sharding import make_mesh
@@ -170,29 +170,29 @@ def test_the_scorer_sees_what_a_model_knows(tmp_path):
     helpers.write_random_records(tmp_path)
     helpers.write_random_records(tmp_path / "test")
     records = Records(tmp_path)
-    codes = records.header["codes"]
-    config = helpers.tiny("stage2", data__records=str(tmp_path))
+    codes, first_code = records.header["codes"], records.text_tokenizer.num_rows + 2
 
-    class Uniform:
-        """Cross-entropy log(codes) for every target; 0 in place of it where `knows` says so."""
+    class Memory:
+        """Cross-entropy log(codes) for every code, and 0 in the sequences `params` [M, T] and for everything else."""
 
         def cross_entropy(self, params, batch):
-            first_code = records.text_tokenizer.num_rows + 2
             is_code = (batch["targets"] >= first_code) & (batch["targets"] < first_code + codes)
-            prompted = (batch["tokens"][:, :1] == records.text_tokenizer.bos) & params
-            return jnp.where(is_code & ~prompted, jnp.log(float(codes)), 0.0)
+            is_known = (batch["tokens"][:, None] == params).all(-1).any(-1)
+            return jnp.where(is_code & ~is_known[:, None], jnp.log(float(codes)), 0.0)
 
-    model = Model(config, Uniform(), None, make_mesh((1, 1, 1)), records.header, records.text_tokenizer, tmp_path)
+    config, mesh = helpers.tiny("stage2", data__records=str(tmp_path)), make_mesh((1, 1, 1))
+    model = Model(config, Memory(), None, mesh, records.header, records.text_tokenizer, tmp_path)
     scorer = code_scores.CodeScorer(model, tmp_path, 32)
-    # weights are on codes and position ids; these records have both, and this model knows the positions
-    lengths = (scorer.free["weights"] > 0).sum(-1)
     kept = np.array([records[i].keep[0].sum() for i in scorer.groups.ravel()])
-    assert (lengths == 2 * kept).all()
-    plain, known = scorer.score(jnp.asarray(False)), scorer.score(jnp.asarray(True))
-    np.testing.assert_allclose(plain.cross_entropy, kept * math.log(codes), rtol=1e-5)
-    assert abs(plain.gain.mean()) < 0.05 * kept.mean()  # the unigram distribution of few random codes is almost uniform
-    assert not plain.matched.any()  # all captions are equally good
-    assert (known.cross_entropy == 0).all() and known.gain.mean() == pytest.approx(scorer.entropy * kept.mean(), rel=0.05)
+    assert ((scorer.free["weights"] > 0).sum(-1) == 2 * kept).all()  # a position and a code for each patch, no [/IMG]
+    own = np.arange(32) * code_scores.GROUP + np.arange(32) % code_scores.GROUP
+    nothing, known = scorer.score(jnp.zeros((1, 1), int)), scorer.score(jnp.asarray(scorer.rows["tokens"][own]))
+    np.testing.assert_allclose(nothing.cross_entropy, kept * math.log(codes), rtol=1e-5)
+    assert abs(nothing.gain.mean()) < 0.05 * kept.mean()  # the unigram distribution of random codes is almost uniform
+    assert not nothing.matched.any() and known.matched.all()
+    assert (known.cross_entropy == 0).all()
+    assert known.gain.mean() == pytest.approx(scorer.entropy * kept.mean(), rel=0.05)
+    assert scorer.codes_per_image == kept.mean() and 0.9 < scorer.used <= 1
 
 
 # ---- Arms ------------------------------------------------------------------------------------------------------------
