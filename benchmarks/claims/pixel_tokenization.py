@@ -3,6 +3,9 @@
 The image tokenizer, its quantizer and its codebook update are those of `unimm_jax.objectives.tokenization`. What the
 decoder reconstructs from the codes goes through a pixel decoder, and the loss is that of the pixel decoder stage: mean
 absolute error + 2 × mean squared error. VQGAN's perceptual and adversarial losses are left out.
+
+The phase "selector" trains without codes, as in the core. An encoder from scratch needs it: with codes from the first
+step on, all patches get the same code within ten steps.
 """
 
 import dataclasses
@@ -47,10 +50,10 @@ class PixelTokenization(Tokenization):
     @classmethod
     def check(cls, config: Config) -> list[str]:
         """See `Objective.check`."""
-        found = super().check(config)
-        if config.loss.phase != "codes":
-            found.append(f"config.loss.phase is {config.loss.phase!r}; a pixel loss needs 'codes'")
-        return found
+        codes = dataclasses.replace(
+            config.loss, phase="codes"
+        )  # without codes, it also trains bidirectional tokenizers
+        return super().check(dataclasses.replace(config, loss=codes))
 
     def loss(self, params: Tree, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Aux]:
         """See `Tokenization.loss`; the features carry a gradient, and pixels are compared instead of features."""
@@ -59,14 +62,15 @@ class PixelTokenization(Tokenization):
         keep_BP = model.decide(x_BPD, self._noise(x_BPD, key))
         weight_BP = keep_BP.astype(jnp.float32)
         z_BPC = model.project(x_BPD, keep_BP)
+        if c.phase == "selector":
+            loss, mse = self._pixel_loss(model, z_BPC.astype(x_BPD.dtype), keep_BP, batch)
+            return loss, Aux({"pixel_mse": mse})
         fixed_BPC = jax.lax.stop_gradient(z_BPC)
         codes_BP = model.quantizer.lookup(fixed_BPC)
         rows_BPC = model.quantizer.rows(codes_BP)
         commit = (((z_BPC - jax.lax.stop_gradient(rows_BPC)) ** 2).mean(-1) * weight_BP).sum() / weight_BP.sum()
         straight_BPC = z_BPC + jax.lax.stop_gradient(rows_BPC - z_BPC)
-        found_BPD = model.reconstruct(straight_BPC.astype(x_BPD.dtype), keep_BP)
-        gap = model.pixel_decoder(found_BPD).astype(jnp.float32) - batch["images"].astype(jnp.float32) / 255
-        mse = (gap * gap).mean()
+        loss, mse = self._pixel_loss(model, straight_BPC.astype(x_BPD.dtype), keep_BP, batch)
         updates, hits = self._update_codebook(model, fixed_BPC, codes_BP, weight_BP, key)
         share, count = hits / hits.sum(), updates["quantizer/count"]
         metrics = {
@@ -76,7 +80,16 @@ class PixelTokenization(Tokenization):
             "codebook_usage": (count > USED * count.mean()).mean(),
             "kept": weight_BP.sum(-1).mean(),
         }
-        return jnp.abs(gap).mean() + 2 * mse + c.commitment * commit, Aux(metrics, updates)
+        return loss + c.commitment * commit, Aux(metrics, updates)
+
+    def _pixel_loss(
+        self, model: PixelTokenizer, z_BPC: jax.Array, keep_BP: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Loss of the pixels that are decoded from vectors [B, P, C], and their mean squared error."""
+        found = model.pixel_decoder(model.reconstruct(z_BPC, keep_BP)).astype(jnp.float32)
+        gap = found - batch["images"].astype(jnp.float32) / 255
+        mse = (gap * gap).mean()
+        return jnp.abs(gap).mean() + 2 * mse, mse
 
 
 def image_tokenizer_config(config: Config) -> Config:

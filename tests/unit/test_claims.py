@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -211,11 +212,13 @@ def test_the_arms_of_the_semantic_tokenizer_differ_in_the_codes_only(tmp_path, p
     loss = {"objective", "model.pixel_decoder"} | {
         f"model.pixel_decoder.{x}" for x in ("width", "depth", "heads", "mlp_width")
     }
-    pixel = {arm: config_of(arguments(found[f"{arm}/pixel_tokenizer"])) for arm in ("P", "P2", "P_long")}
+    pixel = {arm: config_of(arguments(found[f"{arm}/pixel_tokenizer"])) for arm in ("P", "P2")}
     assert differing(ordinary, pixel["P2"]) <= loss
     assert differing(pixel["P2"], pixel["P"]) == {"init_from", "optimizer.rules"}
-    assert differing(pixel["P"], pixel["P_long"]) == {"train.steps"}
-    assert pixel["P_long"].train.steps == 1000
+    before = config_of(arguments(found["P/pixel_encoder"]))
+    assert differing(pixel["P"], before) == {"init_from", "loss.phase", "train.steps"} and before.init_from == ()
+    encoder = config_of(arguments(found["encoder"]))
+    assert before.train.steps == encoder.train.steps and before.train.batch_size == encoder.train.batch_size
     for stage in ("pixel_decoder", "stage1", "stage2"):
         configs = [config_of(arguments(found[f"{arm}/{stage}"])) for arm in semantic_tokenizer.ARMS]
         assert all(differing(configs[0], other) == set() for other in configs[1:]), stage
@@ -234,13 +237,18 @@ def test_a_pixel_tokenizer_trains_its_encoder_and_becomes_an_image_tokenizer(tmp
     from unimm_jax.inference.loading import load_image_tokenizer
     from unimm_jax.train import train
 
-    given = resolve.load(f"{semantic_tokenizer.PIXEL_CONFIG}:P")
-    given.update_from_flattened_dict({k: v for k, v in helpers.TINY.items() if k.split(".")[0] in ("train", "evals")})
-    given.update_from_flattened_dict(
-        stages.overrides_of("tokenizer", "laptop-illume", stages.QUICK) | {"train.steps": 12}
+    metrics = {}
+    for kind, workdir in (("encoder", "pixel_encoder"), ("P", "pixel")):
+        given = resolve.load(f"{semantic_tokenizer.PIXEL_CONFIG}:{kind}")
+        small = stages.overrides_of("tokenizer", "laptop-illume", stages.QUICK) | {"train.steps": 12}
+        given.update_from_flattened_dict(small)
+        metrics[kind] = train(resolve.parse(given), tmp_path / workdir)
+    assert metrics["encoder"].keys() >= {"pixel_mse"} and "perplexity" not in metrics["encoder"]
+    assert metrics["P"]["pixel_mse"] < 0.1 and 0 < metrics["P"]["codebook_usage"] <= 1
+    before, after = (read_params(tmp_path / name)["encoder"] for name in ("pixel_encoder", "pixel"))
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)
     )
-    metrics = train(resolve.parse(given), tmp_path / "pixel")
-    assert metrics["pixel_mse"] < 0.1 and 0 < metrics["codebook_usage"] <= 1
     extract(tmp_path / "pixel", tmp_path / "tokenizer")
     tokenizer, whole = load_image_tokenizer(tmp_path / "tokenizer"), read_params(tmp_path / "pixel")
     assert set(tokenizer.params) == set(whole) - {"pixel_decoder"}
