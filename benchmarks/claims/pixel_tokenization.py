@@ -4,8 +4,8 @@ The image tokenizer, its quantizer and its codebook update are those of `unimm_j
 decoder reconstructs from the codes goes through a pixel decoder, and the loss is that of the pixel decoder stage: mean
 absolute error + 2 × mean squared error. VQGAN's perceptual and adversarial losses are left out.
 
-The phase "selector" trains without codes, as in the core. An encoder from scratch needs it: with codes from the first
-step on, all patches get the same code within ten steps.
+The phase "selector" trains without codes, as in the core. A pixel loss needs it: with codes from the first step on,
+nearly all patches get the same code within twenty steps.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Config of the arms P and P2 of `semantic_tokenizer`: size `laptop-illume`'s tokenizer stage with a pixel loss.
 
-"P" trains the encoder, too (VQGAN). It starts from "encoder", the same model trained from scratch without codes, for as
-many steps as the encoder stage. "P2" has the frozen text-aligned encoder. Everything else is equal.
+"P" trains the encoder from scratch (VQGAN); "P2" has the frozen text-aligned encoder. Each has two stages: "P_start"
+and "P2_start" train without codes, for as many steps as the encoder stage; "P" and "P2" continue with codes. Everything
+else is equal.
 """
 
 from configs import common, encoder, pixel_decoder, tokenizer
@@ -10,16 +11,19 @@ SIZE = "laptop-illume"
 CODEBOOK = "quantizer/(codebook|count)"
 
 
-def get_config(arm="P"):
-    """Config of an arm, "P" or "P2", or of the stage before "P", "encoder"."""
+def get_config(kind="P"):
+    """Config of "P", "P2", "P_start" or "P2_start"."""
+    arm, _, start = kind.partition("_")
     c = tokenizer.get_config(SIZE)
     c.objective = "pixel_tokenization"
     c.model.pixel_decoder = common.of_size(SIZE, pixel_decoder.SHAPES)
-    if arm != "P2":
+    if arm == "P":
         c.optimizer.rules = [(CODEBOOK, common.FROZEN), (f"(?!{CODEBOOK}).*", 1.0)]
-        c.init_from = (dict(checkpoint="../pixel_encoder", rename=[(f"(?!{CODEBOOK})", "")]),)
-    if arm == "encoder":
+    if start:
         c.loss.phase = "selector"
         c.train.steps = encoder.get_config(SIZE).train.steps
-        c.init_from = ()
+        if arm == "P":
+            c.init_from = ()
+    else:
+        c.init_from = (dict(checkpoint="../pixel_start", rename=[(f"(?!{CODEBOOK})", "")]),)
     return c

@@ -3,9 +3,9 @@
 python -m benchmarks.claims.semantic_tokenizer --output=runs/semantic_tokenizer --seeds 0 1 2
 
 Arms: S, size `laptop-illume` as it is (frozen text-aligned encoder, feature loss); P, an encoder from scratch and a
-pixel loss (VQGAN); P2, the frozen encoder and a pixel loss. Only the codes differ: all arms read images through the same
-frozen encoder and start from the same text stage. docs/claims.md has the prediction and the criterion. An interrupted
-run resumes.
+pixel loss (VQGAN); P2, the frozen encoder and a pixel loss. Only the codes differ: all arms read images through the
+same frozen encoder and start from the same text stage. docs/claims.md has the prediction and the criterion. An
+interrupted run resumes.
 """
 
 import json
@@ -68,7 +68,7 @@ def tokenizer_commands(arm: str, folder: pathlib.Path, seed: int, quick: bool) -
         flags = [f"--config={PIXEL_CONFIG}:{kind}", f"--workdir={folder / name}", *flags_of({"seed": seed} | small)]
         return Command(folder / name, "benchmarks.claims.train_pixel_tokenizer", flags, seconds)
 
-    found = [pixel_training("pixel_encoder", "encoder", each * steps_of("encoder", False))] if arm == "P" else []
+    found = [pixel_training("pixel_start", f"{arm}_start", each * steps_of("encoder", False))]
     found.append(pixel_training("pixel_tokenizer", arm, each * steps_of("tokenizer", False)))
     extract = [f"--pixel_tokenizer={folder / 'pixel_tokenizer'}", f"--output={folder / 'tokenizer'}"]
     return [*found, Command(folder / "tokenizer", "benchmarks.claims.extract_image_tokenizer", extract, 8)]
