@@ -44,7 +44,7 @@ def reconstruction(generator: Any, images: int) -> dict[str, np.ndarray]:
     `reconstruction_random` keeps as many patches, chosen at random, with the same weights.
     """
     from unimm_jax.evals import scene_detector as detector
-    from unimm_jax.evals.scenes import draw_test_scenes
+    from unimm_jax.evals.scenes import EVALUATION_SEED, draw_test_scenes
 
     test = draw_test_scenes(generator, images, 1.0)
     objects = np.array([len(scene.objects) for scene in test.scenes])
@@ -54,7 +54,7 @@ def reconstruction(generator: Any, images: int) -> dict[str, np.ndarray]:
         right = [detector.objects_right(s, detector.detect(x)) for s, x in zip(test.scenes, decoded, strict=True)]
         return np.array(right) / objects
 
-    order = np.random.default_rng(0).random(test.keep.shape).argsort(-1).argsort(-1)
+    order = np.random.default_rng(EVALUATION_SEED).random(test.keep.shape).argsort(-1).argsort(-1)
     random = generator.tokenize(test.images, order < test.keep.sum(-1, keepdims=True))
     return {
         "reconstruction": found(test.codes, test.keep),
