@@ -65,6 +65,10 @@ class Pairs:
         """Noise."""
         return np.random.default_rng(index).integers(0, 256, (224, 224, 3)).astype(np.uint8)
 
+    def views(self, index: int, number: int, side: int, max_slices: int, rule: str) -> list[np.ndarray]:
+        """The whole image alone."""
+        return [self.image(index, number)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:

@@ -15,7 +15,7 @@ COMMANDS=$RUN/commands.txt
 
 step() { # step DIRECTORY COMMAND...: runs the command unless the directory is done
   local done=$1/done.json; shift
-  echo "python $*" >> "$COMMANDS.new"
+  { printf python; printf ' %q' "$@"; echo; } >> "$COMMANDS.new"
   [ -e "$done" ] || .venv/bin/python "$@"
 }
 

@@ -4,14 +4,14 @@
 #
 #   bash launch/illume.sh
 #
-# Environment variables: RUN (output directory), SIZE, SEED and PYTHON (for a new .venv). After an interruption, run the
+# Environment variables: RUN (output directory), SEED and PYTHON (for a new .venv). After an interruption, run the
 # same command again: it resumes. When everything is done, it prints the scores only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/illume} SIZE=${SIZE:-laptop-illume} SEED=${SEED:-0}
+RUN=${RUN:-runs/illume} SIZE=laptop-illume SEED=${SEED:-0}
 . launch/common.sh
 
-LARGE="scenes:count=4000,seed=1,size=192,scale=0.35"
+LARGE="scenes:count=3000,seed=1,size=192,scale=0.35"
 MORE="scene_edits:count=12000,turns=3;scene_compositions:count=6000;scene_stories:count=4000;$LARGE"
 records() { # records DIRECTORY SOURCES OPTION...: tokenizes the sources
   step "$RUN/$1" -m unimm_jax.pretokenize --image_tokenizer="$RUN/tokenizer" --output="$RUN/$1" --sources="$2" "${@:3}"
@@ -25,9 +25,10 @@ for stage in text stage1 stage2; do
 done
 # the model draws for training captions, and learns from what is right and wrong in its images
 enhance() { step "$RUN/$1" -m unimm_jax.self_enhance "${@:2}"; }
-enhance drawings generate --checkpoint="$RUN/stage2" --records="$RUN/records" --output="$RUN/drawings" --share=0.12
+enhance drawings generate --checkpoint="$RUN/stage2" --records="$RUN/records" --output="$RUN/drawings" \
+  --share=0.35 --source=scenes
 enhance drawings/verdicts assess --drawings="$RUN/drawings" --judge=scenes
-enhance assessments build --drawings="$RUN/drawings" --records="$RUN/records" --output="$RUN/assessments"
+enhance assessments build --drawings="$RUN/drawings" --records="$RUN/records" --output="$RUN/assessments" --max_bad_share=0.6
 records records_stage3 "scenes;$MORE;chat:$RUN/assessments/documents.jsonl" --text_tokenizer="$RUN/stage2"
 step "$RUN/stage3" -m unimm_jax.main --config="launch/illume_stage3.py:$SIZE" --workdir="$RUN/stage3" --config.seed="$SEED"
 step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation" \

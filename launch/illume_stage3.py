@@ -9,12 +9,12 @@ from configs import stage3
 
 # source → weight and, for scenes, the shares of the tasks
 MIXTURE = (
-    dict(source="scenes", weight=0.36, tasks=dict(question=0.5, text_to_image=0.45, caption=0.05)),
-    dict(source="scene_edits", weight=0.28),
-    dict(source="scene_compositions", weight=0.12),
+    dict(source="scenes", weight=0.30, tasks=dict(question=0.5, text_to_image=0.45, caption=0.05)),
+    dict(source="scene_edits", weight=0.30),
+    dict(source="scene_compositions", weight=0.11),
     dict(source="scene_stories", weight=0.06),
-    dict(source="scenes:count=4000,seed=1,size=192,scale=0.35", weight=0.10, tasks=dict(question=1.0)),
-    dict(source="chat", weight=0.08),  # assessments of own images
+    dict(source="scenes:count=3000,seed=1,size=192,scale=0.35", weight=0.12, tasks=dict(question=1.0)),
+    dict(source="chat", weight=0.11),  # assessments of own images
 )
 
 

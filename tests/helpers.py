@@ -172,3 +172,80 @@ def with_records(stage: str, run: pathlib.Path, **changes: Any) -> Config:
     """The parsed tiny config of a stage; stages that read records read those of `run`."""
     reads = "records" in tiny_dict(stage).data
     return tiny(stage, **changes | (dict(data__records=str(run / "records")) if reads else {}))
+
+
+# ---- Self-enhancement ------------------------------------------------------------------------------------------------
+
+
+def paint(prompt: str, good: bool = True, background: int = 1) -> np.ndarray:
+    """An image uint8 [64, 64, 3] of what a prompt of the scenes says; without its last object if not `good`."""
+    from unimm_jax.data import scene_language, scenes
+
+    looks, relation = scene_language.parse(prompt)
+    places = [(0.2, 0.2), (0.8, 0.8), (0.2, 0.8), (0.8, 0.2)]
+    if relation:
+        places = {
+            "left": [(0.2, 0.5), (0.8, 0.5)],
+            "right": [(0.8, 0.5), (0.2, 0.5)],
+            "above": [(0.5, 0.2), (0.5, 0.8)],
+            "below": [(0.5, 0.8), (0.5, 0.2)],
+        }[relation]
+    objects = [
+        scenes.SceneObject(s, c or "red", 0.1, *place)
+        for (s, c), place in zip(looks, places[: len(looks)], strict=True)
+    ]
+    return scenes.render(scenes.Scene("mixed", tuple(objects if good else objects[:-1]), background))
+
+
+class FakeRecords:
+    """Records of scenes that were never pretokenized: keys, texts and images."""
+
+    def __init__(self, count: int):
+        from unimm_jax.data.outlines import flatten, outline
+        from unimm_jax.data.records import StoredRecord
+        from unimm_jax.data.sources import open_source
+        from unimm_jax.data.transforms import encode_png
+
+        self.header, self._outline, source = {"contents": f"scenes {count}"}, outline, open_source("scenes")
+        records = [source[i] for i in range(count)]
+        self.texts = [[len(text) for text in flatten(record)[0]] for record in records]  # tokens
+        self.codes = [flatten(record)[1] for record in records]
+        self.items = [StoredRecord(r.key, [encode_png(r.images[0])], [], [], flatten(r)[0], []) for r in records]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+    def outline(self, index: int) -> Any:
+        return self._outline(self.codes[index], 1)
+
+
+class FakePainter:
+    """Draws prompts: right if the sum of seed and index is odd. Notes in `asked` what it was asked for."""
+
+    def __init__(self):
+        self.asked: list[tuple[list[str], int]] = []
+
+    def generate_image_tokens(self, prompts, sampling, seed):
+        self.asked.append((list(prompts), seed))
+        return np.arange(len(prompts)) + seed
+
+    def codes(self, ids):
+        return ids, ids
+
+    def decode(self, codes, keep, decoder, seed):
+        return np.stack([paint(prompt, n % 2, n) for prompt, n in zip(self.asked[-1][0], codes.tolist(), strict=True)])
+
+
+def write_drawings(folder: pathlib.Path, records: int = 12, **settings: Any) -> tuple[Any, Any]:
+    """Drawings for every one of some records: (drawings, records)."""
+    from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw_blocks, select
+    from unimm_jax.inference.sampling import SAMPLED
+
+    stored, wanted = FakeRecords(records), DrawingSettings(share=1.0, **settings)
+    chosen, _ = select(stored, 1.0, wanted.seed)
+    identity = dict(records=stored.header["contents"], settings=dict(samples=wanted.samples, seed=wanted.seed))
+    draw_blocks(FakePainter(), stored, chosen, folder, wanted, identity, SAMPLED)
+    return Drawings(folder), stored

@@ -24,6 +24,18 @@ class InvalidRecordError(DataError):
     """One record of a source is unusable. Readers skip and count such records."""
 
 
+class JudgeError(DataError):
+    """A judge gave no verdict on one image. It is counted under `kind`, and the image can be assessed again.
+
+    Attributes:
+      kind: a few words without details, for example "timed out".
+    """
+
+    def __init__(self, kind: str, details: str = ""):
+        super().__init__(f"{kind}: {details}" if details else kind)
+        self.kind = kind
+
+
 class CheckpointError(UserError):
     """There is no checkpoint where one is expected, or it does not belong to what it is used for."""
 

@@ -9,7 +9,7 @@ from unimm_jax import process
 
 OPTIONS = (
     "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "stories", "small_questions",
-    "guidance", "temperature", "split", "sources", "batches", "batch_size",
+    "drawings", "best_of", "guidance", "temperature", "split", "sources", "batches", "batch_size",
 )  # fmt: skip
 
 
@@ -20,8 +20,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "evals",
         [],
-        "Evaluators (scenes, edits, compositions, stories, small_objects, captions, answers, loss); by the model's "
-        "sources if empty.",
+        "Evaluators (scenes, edits, compositions, stories, small_objects, assessments, captions, answers, loss); by "
+        "the model's sources if empty.",
     )
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("prompts", None, "scenes: prompts per task (50).")
@@ -33,10 +33,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("compositions", None, "compositions: prompts (100).")
     flags.DEFINE_integer("stories", None, "stories: documents (100).")
     flags.DEFINE_integer("small_questions", None, "small_objects: questions per kind (100).")
+    flags.DEFINE_integer("drawings", None, "assessments: images to assess (400).")
+    flags.DEFINE_integer("best_of", None, "assessments: prompts of which the best of four images is chosen (100).")
     flags.DEFINE_float(
-        "guidance", None, "Classifier-free guidance. scenes, captions: 1.5; edits, compositions: 1.25; stories: 1."
+        "guidance",
+        None,
+        "Classifier-free guidance. scenes, assessments, captions: 1.5; edits, compositions: 1.25; stories: 1.",
     )
-    flags.DEFINE_float("temperature", None, "edits, compositions, stories: temperature (0.7).")
+    flags.DEFINE_float("temperature", None, "edits, compositions, stories: temperature (0.7); assessments: (1).")
     flags.DEFINE_string("split", None, "captions, answers: test (held-out) or train; answers: also all (test).")
     flags.DEFINE_string("sources", None, "captions, answers: data sources; those of the model if not given.")
     flags.DEFINE_integer("batches", None, "loss: number of batches (4).")

@@ -34,7 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Number of tokens to choose from; 0 is all.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus to choose from; 1 is all.")
     flags.DEFINE_integer(
-        "prompt_length", 1024, "Maximum number of tokens of the prompt, its images included.", lower_bound=1
+        "prompt_length", 0, "Maximum tokens of the prompt; 0 is a row of training, at least 1,024.", lower_bound=0
     )
     flags.DEFINE_integer("max_length", 40, "Answers, texts of documents: maximum number of tokens.", lower_bound=1)
     flags.DEFINE_integer("min_length", 0, "Answers: number of tokens before the end.", lower_bound=0)

@@ -282,7 +282,8 @@ def test_the_first_id_of_a_document_is_the_most_likely_text_or_image(generator):
     """Compared with a plain forward pass over <s>, text, [IMG] features [/IMG]."""
     image = scenes.render(scenes.draw_scene(0, "test", 0))
     prompt = document_prompt(["a red circle", image])
-    tokens, valid, index, images, keep = generator._rendered([prompt])
+    tokens, valid, index, *views = generator._rendered([prompt])
+    images, keep = generator._stacked(*views, 1)
     model, v, text = generator.objective.module(generator.params), generator.vocabulary, generator.text_tokenizer
     n = int(valid[0].sum())
     rows = model.features(model.encoder.normalize(images[0]), jnp.asarray(keep[0]))
@@ -417,10 +418,10 @@ def test_prompts_of_codes_need_no_features_and_edits_read_their_results(generato
     words = list(text.encode("and"))
     greedy = Sampling(guidance=1.5, temperature=0)
     prompts = [coded.image_prompt_of(parts) for parts in ([a, "and", b], [b, a], ["and"])]
-    tokens, valid, index, images, mask = coded._rendered(prompts)
+    tokens, valid, index, seen, masks = coded._rendered(prompts)
     rows = [row[ok].tolist() for row, ok in zip(tokens, valid, strict=True)]
     assert rows == [[text.bos, *one, *words, *two], [text.bos, *two, *one], [text.bos, *words]]
-    assert images.shape[1] == mask.shape[1] == 0 and (index < 0).all()
+    assert seen == masks == [[], [], []] and (index < 0).all()
     ids = coded.continue_with_image(prompts, greedy)
     assert (ids[2] == generator.generate_image_tokens(["and"], greedy)[0]).all()  # without images, text to image
     made = coded.compose_images([[a, "and", b], [b, a], ["and"]], greedy)

@@ -132,7 +132,8 @@ def test_prompts_are_rendered_as_in_training(sliced):
     g = Generator(load_model(sliced / "stage3"), batch=2, prompt_length=512)
     image = scenes.render(scenes.draw_scene(5, "test", 0), 192)
     prompt = Prompt(tasks.question_prompt("how many circles?", g.task_settings), [image])
-    tokens, valid, index, images, keep = g._rendered([prompt, dataclasses.replace(prompt, slices=False)])
+    tokens, valid, index, *views = g._rendered([prompt, dataclasses.replace(prompt, slices=False)])
+    images, keep = g._stacked(*views, 10)
     assert images.shape == (2, 10, 64, 64, 3) and keep.shape == (2, 10, 16) and keep[0].all()
     assert (images[0, 5] == image[64:128, 64:128]).all() and not images[1, 1:].any()
     assert (valid.sum(-1)[0] - valid.sum(-1)[1]) == 9 * 18

@@ -305,7 +305,7 @@ def test_a_prompt_of_a_document_is_laid_out_as_in_training():
         found = render(whole, texts, keep, codes, layout)
         n = len(start.ids)
         assert found.ids[:n].tolist() == start.ids.tolist() and found.feature[:n].tolist() == start.feature.tolist()
-    assert start.inputs == (0,) and not start.weights.any()
+    assert start.inputs == ((0, 0),) and not start.weights.any()
 
 
 def test_every_caption_is_trained_and_every_question_asked():

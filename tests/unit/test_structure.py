@@ -6,7 +6,10 @@ import pathlib
 from helpers import ROOT
 
 PACKAGE = ROOT / "unimm_jax"
-COMMANDS = ("main", "pretokenize", "generate", "evaluate", "export", "import_weights", "aot", "report", "inspect_data")
+COMMANDS = (
+    "main", "pretokenize", "generate", "evaluate", "export", "import_weights", "aot", "report", "inspect_data",
+    "self_enhance",
+)  # fmt: skip
 MODULES = {
     ".".join(("unimm_jax", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): f
     for f in sorted(PACKAGE.rglob("*.py"))

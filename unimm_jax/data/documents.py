@@ -96,7 +96,8 @@ class Layout:
 
     Attributes:
       vocabulary: token ids. text_tokenizer: encodes the texts, each on its own.
-      max_image_tokens: maximum number of kept tokens per image S; the first ones in raster order are used.
+      max_image_tokens: maximum number of kept tokens per image S; the first ones in raster order are used. With
+        `view_features`, the number of features, and generated images have all of their codes.
       view_features: number of features of every image that is read, where the connector gives all of them; 0 where it
         gives those of kept patches.
     """
@@ -105,6 +106,11 @@ class Layout:
     text_tokenizer: TextTokenizer
     max_image_tokens: int
     view_features: int = 0
+
+    @property
+    def max_codes(self) -> int | None:
+        """Maximum number of codes of a generated image; None for all."""
+        return None if self.view_features else self.max_image_tokens
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
@@ -142,7 +148,7 @@ def input_views(document: Document) -> tuple[tuple[int, int], ...]:
 
 
 def with_slices(document: Document, slices: Sequence[int]) -> Document:
-    """A document in which every image that is read is followed by its slices, whose [IMG] are not in the loss.
+    """A document in which every image that is read is followed by its slices. These are not in the loss.
 
     Args:
       slices: number of slices of each image of the record; 0 for images that are read as a whole only.
@@ -151,7 +157,7 @@ def with_slices(document: Document, slices: Sequence[int]) -> Document:
     for segment in document:
         found.append(segment)
         if isinstance(segment, ImageIn):
-            plain = dataclasses.replace(segment, start_weight=0.0)
+            plain = dataclasses.replace(segment, weight=0.0, start_weight=0.0)
             found += [dataclasses.replace(plain, view=1 + i) for i in range(slices[segment.image])]
     return tuple(found)
 
@@ -181,14 +187,19 @@ def length(
         elif isinstance(segment, ImageIn) and layout.view_features:
             total += 2 + layout.view_features
         elif isinstance(segment, ImageIn | ImageOut):
-            total += 2 + min(int(kept[segment.image]), layout.max_image_tokens) * each
+            total += 2 + _codes_of(kept[segment.image], layout) * each
         elif isinstance(segment, ImageCodes):
-            total += min(int(kept[segment.image]), layout.max_image_tokens) * each
+            total += _codes_of(kept[segment.image], layout) * each
         elif isinstance(segment, ImageStart):
             total += 1
         else:
             total += 1 if segment.name == "eos" else has_bos
     return total
+
+
+def _codes_of(kept: int, layout: Layout) -> int:
+    """Number of codes of an image with so many kept patches."""
+    return int(kept) if layout.max_codes is None else min(int(kept), layout.max_codes)
 
 
 def render(
@@ -231,7 +242,7 @@ def render(
         elif isinstance(segment, ImageStart):
             put([vocabulary.start], 0.0)
         else:
-            patches = np.flatnonzero(keep[segment.image])[: layout.max_image_tokens]
+            patches = np.flatnonzero(keep[segment.image])[: layout.max_codes]
             written = vocabulary.write_image(patches, codes[segment.image][patches]).tolist()
             if isinstance(segment, ImageCodes):
                 put(written, segment.weight)
@@ -243,7 +254,7 @@ def render(
                 places, rows = _place_features(patches, layout)
                 first = len(inputs) * layout.max_image_tokens
                 ids.extend(places.tolist())
-                # a weight without a code for each feature is refused with the config
+                # without a code for each feature, the weight is 0: other configs are refused
                 targets.extend(written if len(written) == len(places) else places.tolist())
                 weights.extend([segment.weight] * len(places))
                 feature.extend(np.where(rows >= 0, rows + first, IGNORED).tolist())

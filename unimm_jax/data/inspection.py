@@ -14,7 +14,7 @@ import numpy as np
 from unimm_jax import plotting
 from unimm_jax.config import Config
 from unimm_jax.data import transforms
-from unimm_jax.data.documents import ImageOut, ImageStart, Segment, Special, Text, render
+from unimm_jax.data.documents import ImageIn, ImageOut, ImageStart, Segment, Special, Text, render
 from unimm_jax.data.packing import Example, document_of
 from unimm_jax.data.pipeline import ImageRows, Input, PackedRows
 from unimm_jax.data.plan import NO_TASK
@@ -311,7 +311,7 @@ def document(found: Survey, example: Example) -> str:
     """One document as HTML."""
     plan = found.plan
     records, layout = plan.records, plan.layout
-    item, segments = records[example.record], document_of(records, example, plan.packing)
+    item, segments = records[example.record], document_of(records, example, plan.packing, plan.layout)
     tokens = render(segments, item.texts, item.keep, item.codes, layout)
     weights = tokens.weights.copy()
     weights[:1] = 0.0  # nothing comes before it that could predict it
@@ -341,16 +341,34 @@ def _segment(found: Survey, example: Example, segment: Segment, weights: np.ndar
     item = records[example.record]
     if isinstance(segment, Text):
         return piece(segment.text if isinstance(segment.text, str) else item.texts[segment.text], weights)
+    is_out, layout = isinstance(segment, ImageOut), found.plan.layout
+    if isinstance(segment, ImageIn) and layout.view_features:
+        return _view(found, example, segment, weights)
     keep, kept = item.keep[segment.image], np.zeros(len(item.keep[segment.image]), bool)
-    kept[np.flatnonzero(keep)[: found.plan.layout.max_image_tokens]] = True
+    kept[np.flatnonzero(keep)[: layout.max_codes]] = True
     count = int(kept.sum())
     cut = f", {int(keep.sum()) - count} more are cut" if keep.sum() > count else ""
-    is_out = isinstance(segment, ImageOut)
     words = f"<b>generated</b>: {count} codes{cut}" if is_out else f"read: {count} of {len(kept)} patches{cut}"
     codes = " ".join(map(str, item.codes[segment.image][kept].tolist()))
     title = html.escape(f"{_tokens(weights[1:-1])}; codes {codes}")
     kind = ("out" if is_out else "in") + (" loss" if weights[1:-1].max(initial=0) > 0 else "")
-    image = picture(records.image(example.record, segment.image), kept)
+    return _figure(picture(records.image(example.record, segment.image), kept), words, kind, title, weights)
+
+
+def _view(found: Survey, example: Example, segment: ImageIn, weights: np.ndarray) -> str:
+    """A view of which all features are read, as HTML."""
+    packing = found.plan.packing
+    grids = (packing.max_slices, packing.slice_grids) if segment.view else (0, "illume")
+    views = found.plan.records.views(example.record, segment.image, packing.image_size, *grids)
+    words = f"read: {found.plan.layout.view_features} features"
+    words += f" of slice {segment.view} of {len(views) - 1}" if segment.view else ""
+    kind = "in" + (" loss" if weights[1:-1].max(initial=0) > 0 else "")
+    image = picture(views[segment.view])
+    return _figure(image, words, kind, html.escape(_tokens(weights[1:-1])), weights)
+
+
+def _figure(image: str, words: str, kind: str, title: str, weights: np.ndarray) -> str:
+    """[IMG], an image with words below it, and [/IMG]."""
     figure = f'<figure class="{kind}" title="{title}">{image}{words}{_weight(weights[1:-1])}</figure>'
     return piece("[IMG]", weights[:1], "special") + figure + piece("[/IMG]", weights[-1:], "special")
 

@@ -4,7 +4,17 @@ import dataclasses
 
 import numpy as np
 
-from unimm_jax.data.documents import IGNORED, Document, Layout, Tokens, input_views, length, render, with_slices
+from unimm_jax.data.documents import (
+    IGNORED,
+    Document,
+    ImageOut,
+    Layout,
+    Tokens,
+    input_views,
+    length,
+    render,
+    with_slices,
+)
 from unimm_jax.data.records import Records
 from unimm_jax.data.slices import count_slices
 from unimm_jax.data.tasks import REGISTRY, TaskSettings, get
@@ -88,14 +98,29 @@ class BuiltExample:
     keep: list[np.ndarray]
 
 
-def document_of(records: Records, example: Example, packing: PackingConfig) -> Document:
-    """The document of an example, with the slices of its images."""
+def document_of(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> Document:
+    """The document of an example, with the slices of its images.
+
+    Images that the document also generates have no slices, because generation reads them in one size. If the slices do
+    not fit a row, all images are read as a whole.
+    """
     document = get(example.task).build(records.outline(example.record), example.variant, packing.tasks)
     if not packing.max_slices or _reads_global_view(example.variant, packing):
         return document
     sizes = records.sizes[example.record].reshape(-1, 2).tolist()
     slices = count_slices([(w, h) for w, h in sizes], packing.image_size, packing.max_slices, packing.slice_grids)
-    return with_slices(document, slices)
+    for segment in document:
+        if isinstance(segment, ImageOut):
+            slices[segment.image] = 0
+    sliced = with_slices(document, slices)
+    fits = len(input_views(sliced)) <= packing.images_per_row and _tokens(records, example, sliced, layout) <= (
+        packing.seq_len
+    )
+    return sliced if fits else document
+
+
+def _tokens(records: Records, example: Example, document: Document, layout: Layout) -> int:
+    return length(document, records.texts[example.record], records.kept[example.record], layout)
 
 
 def _reads_global_view(variant: int, packing: PackingConfig) -> bool:
@@ -105,15 +130,14 @@ def _reads_global_view(variant: int, packing: PackingConfig) -> bool:
 
 def example_size(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> tuple[int, int]:
     """Number of tokens and of input views of an example, from the index alone."""
-    document = document_of(records, example, packing)
-    tokens = length(document, records.texts[example.record], records.kept[example.record], layout)
-    return tokens, len(input_views(document))
+    document = document_of(records, example, packing, layout)
+    return _tokens(records, example, document, layout), len(input_views(document))
 
 
 def build_example(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> BuiltExample:
     """Reads the record of an example and renders its document."""
     item = records[example.record]
-    tokens = render(document_of(records, example, packing), item.texts, item.keep, item.codes, layout)
+    tokens = render(document_of(records, example, packing, layout), item.texts, item.keep, item.codes, layout)
     grids = (packing.max_slices, packing.slice_grids) if any(view for _, view in tokens.inputs) else (0, "illume")
     views = {i: records.views(example.record, i, packing.image_size, *grids) for i in {i for i, _ in tokens.inputs}}
     images = [views[image][view] for image, view in tokens.inputs]

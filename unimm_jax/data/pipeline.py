@@ -21,7 +21,7 @@ from unimm_jax.data.outlines import flatten
 from unimm_jax.data.packing import PackingConfig, SourceShare, build_example, build_row
 from unimm_jax.data.plan import Plan
 from unimm_jax.data.records import Records
-from unimm_jax.data.sources import DecodedDataset, open_source, split_sources
+from unimm_jax.data.sources import DecodedDataset, open_source, source_number, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.errors import ConfigError, DataError, EmptySplitError
@@ -297,7 +297,13 @@ def packed_input(config: Config, split: str = "train") -> Input:
     if config.data.max_slices and not records.has_sizes:
         raise DataError(
             f"the records in {config.data.records} do not say how large their images are, which config.data.max_slices "
-            "needs; write them again with python -m unimm_jax.pretokenize"
+            "needs; remove that directory and write it again with python -m unimm_jax.pretokenize"
+        )
+    features, patches = view_features(config), records.header["num_patches"]
+    if config.data.image_targets and features and features != patches:
+        raise ConfigError(
+            f"config.data.image_targets is {config.data.image_targets}; it must be 0, because images are read as "
+            f"{features} features and have {patches} codes"
         )
     packing = dataclasses.replace(packing_config(config), sources=_mixture(config, records, split))
     layout = layout_of(records.header, records.text_tokenizer, config)
@@ -317,7 +323,7 @@ def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare,
     listed = split_sources(records.header.get("sources", ""))
     found = []
     for entry in config.data.mixture:
-        number, tasks = _number_of(entry["source"], listed), entry.get("tasks", {})
+        number, tasks = source_number(entry["source"], listed), entry.get("tasks", {})
         if number is None:
             raise ConfigError(
                 f"config.data.mixture names the source {entry['source']!r}; the records in {records.path} come from "
@@ -331,14 +337,6 @@ def _mixture(config: Config, records: Records, split: str) -> tuple[SourceShare,
     if config.data.mixture and not found:
         raise EmptySplitError(f"no source of config.data.mixture has records in {records.path}")
     return tuple(found)
-
-
-def _number_of(source: str, listed: list[str]) -> int | None:
-    """The number of a source, or of the only one that has the format `source`; None if there is none."""
-    if source in listed:
-        return listed.index(source)
-    of_format = [number for number, name in enumerate(listed) if name.partition(":")[0] == source]
-    return of_format[0] if len(of_format) == 1 else None
 
 
 def layout_of(header: dict[str, Any], text_tokenizer: TextTokenizer, config: Config) -> Layout:

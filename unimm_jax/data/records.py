@@ -56,14 +56,15 @@ class RecordWriter:
                 f"{path} holds unfinished records of another tokenizer or other data; remove it or choose another "
                 "--output"
             )
-        _write_whole(plan, json.dumps(self.identity).encode())
+        write_whole(plan, json.dumps(self.identity).encode())
 
     def _file(self, block: int, ending: str) -> pathlib.Path:
         return self.path / "blocks" / f"{block:06d}.{ending}"
 
     def has(self, block: int) -> bool:
-        """Whether a block is complete."""
-        return self._file(block, "npz").exists()
+        """Whether a block is complete, in the format of this version."""
+        file = self._file(block, "npz")
+        return file.exists() and set(RAGGED) <= set(np.load(file).files)
 
     def write(self, block: int, items: Iterable[tuple[int, Record, np.ndarray, np.ndarray]]) -> None:
         """Writes one block.
@@ -107,7 +108,7 @@ class RecordWriter:
         digest = hashlib.sha256(self._file(block, "array_record").read_bytes()).hexdigest()
         buffer = io.BytesIO()
         np.savez(buffer, digest=np.array([digest]), **arrays)
-        _write_whole(self._file(block, "npz"), buffer.getvalue())
+        write_whole(self._file(block, "npz"), buffer.getvalue())
 
     def close(self, blocks: int, header: dict[str, Any]) -> dict[str, Any]:
         """Writes `index/` and `header.json`, once all blocks are complete.
@@ -128,7 +129,7 @@ class RecordWriter:
         for name, array in joined.items():
             buffer = io.BytesIO()
             np.save(buffer, array)
-            _write_whole(self.path / "index" / f"{name}.npy", buffer.getvalue())
+            write_whole(self.path / "index" / f"{name}.npy", buffer.getvalue())
         kept = joined["kept"]
         header = self.identity | header
         header |= dict(
@@ -139,7 +140,7 @@ class RecordWriter:
             tokens=round(float(kept.mean()), 4) if len(kept) else 0.0,
             contents=contents,
         )
-        _write_whole(self.path / "header.json", json.dumps(header).encode())
+        write_whole(self.path / "header.json", json.dumps(header).encode())
         return header
 
 
@@ -147,7 +148,7 @@ def _packed(codes: np.ndarray) -> bytes:
     return codes.astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes()
 
 
-def _write_whole(file: pathlib.Path, data: bytes) -> None:
+def write_whole(file: pathlib.Path, data: bytes) -> None:
     """Writes a file atomically."""
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     partial.write_bytes(data)
@@ -209,7 +210,7 @@ class Records:
         self._images: dict[tuple[int, int], np.ndarray] = {}
         # if so, all of it is cached
         self._small = self.num_images * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES
-        self._views: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self._views: dict[tuple[Any, ...], list[np.ndarray]] = {}
         areas = self.sizes.values.reshape(-1, 2).astype(np.int64).prod(-1)
         self._small_views = self._small and int(areas.sum()) * 3 <= CACHE_BYTES
         self._lock = threading.Lock()
@@ -291,7 +292,7 @@ class Records:
         """
         if not max_slices and side == self.header["image_size"]:
             return [self.image(index, number)]
-        place = (index, number, side, max_slices)
+        place = (index, number, side, max_slices, rule)
         if place in self._views:
             return self._views[place]
         image = transforms.decode_image(self[index].images[number])

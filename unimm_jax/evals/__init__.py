@@ -21,6 +21,7 @@ REGISTRY = {
     "compositions": "unimm_jax.evals.compositions:Compositions",
     "small_objects": "unimm_jax.evals.small_objects:SmallObjects",
     "stories": "unimm_jax.evals.stories:Stories",
+    "assessments": "unimm_jax.evals.assessments:Assessments",
     "captions": "unimm_jax.evals.captions:Captions",
     "answers": "unimm_jax.evals.answers:Answers",
 }

@@ -15,6 +15,7 @@ from unimm_jax.evals.score_table import (
     SPLIT_NAMES,
     answer_scores,
     answers_of,
+    assessment_scores,
     composition_scores,
     edit_scores,
     small_object_scores,
@@ -24,7 +25,7 @@ from unimm_jax.metrics import read
 
 STAGES = (
     "encoder", "selector", "tokenizer", "records", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2",
-    "stage3",
+    "drawings", "drawings/verdicts", "assessments", "records_stage3", "stage3",
 )  # fmt: skip
 # directories with the answers to own questions → title
 ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
@@ -68,7 +69,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             scores[name] = json.loads((run / name / "scores.json").read_text())
     (run / "scores.json").write_text(json.dumps(scores, indent=1))
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
-    for name in ("edits", "compositions", "stories", "small_objects"):
+    for name in ("edits", "compositions", "stories", "small_objects", "assessments"):
         parts += evaluation_images(folder / name)
     if "own_images" in scores:
         parts += ["<h1>Own images</h1>", *evaluation_images(folder / "own_images")]
@@ -128,6 +129,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
     if "story_image" in scores:
         rows = "".join(row(name, f"{value:.3f}") for name, value in story_scores(scores))
         parts.append(f"<table>{head('stories', 'correct')}{rows}</table>")
+    if "assessment_agreement" in scores:
+        rows = "".join(row(name, f"{value:.3f}") for name, value in assessment_scores(scores))
+        parts.append(f"<table>{head('assessments of its own images', 'share')}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -231,6 +235,13 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
         )
         found = [story_figure(folder, item) for item in examples["stories"]]
         parts.append(f'<div class="strips">{figures(found)}</div>')
+    if examples.get("assessments"):
+        parts.append("<h2>Assessments</h2>")
+        parts.append(
+            '<p class="note">A generated image, its prompt, and what the model says about it; the verdict of the exact '
+            "judge is below if it differs.</p>"
+        )
+        parts.append(figures([assessment_figure(folder, item) for item in examples["assessments"]]))
     if examples.get("questions"):
         parts.append("<h2>Questions</h2>")
         parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
@@ -285,6 +296,14 @@ def story_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
     if not item["texts"]:
         lines.append('<span class="no">✗</span> not continued')
     return f"<figure>{image(folder / item['file'])}{'<br>'.join(lines)}</figure>"
+
+
+def assessment_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
+    """A generated image with its prompt and the model's verdict."""
+    truth = "" if item["reply"] == item["truth"] else f"<br><small>{html.escape(item['truth'])}</small>"
+    reply = html.escape(item["reply"]) or "no verdict"
+    text = f'<b>{html.escape(item["prompt"])}</b><br><span class="{css(item["right"])}">{reply}</span>{truth}'
+    return f"<figure>{image(folder / item['file'])}{text}</figure>"
 
 
 def question_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:

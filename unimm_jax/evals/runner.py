@@ -16,10 +16,8 @@ from unimm_jax.evals.base import Context, Result
 from unimm_jax.inference.loading import Model, load_model
 
 # where the scores of an evaluator are, if it is not the only one; "" is the top level, others are under their name
-SECTIONS = {
-    "scenes": "", "edits": "", "compositions": "", "stories": "", "small_objects": "", "captions": "own_images",
-    "loss": "held_out",
-}  # fmt: skip
+SECTIONS = dict.fromkeys(("scenes", "edits", "compositions", "stories", "small_objects", "assessments"), "")
+SECTIONS |= {"captions": "own_images", "loss": "held_out"}
 
 
 def evaluate(
@@ -27,8 +25,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a language stage and returns the content of `scores.json`.
 
-    Scores of a single evaluator are at the top level. Of several, those of scenes, edits, compositions and stories are,
-    and every other evaluator has a section. Images and examples of all but the scenes are in a subdirectory.
+    Scores of a single evaluator are at the top level. Of several, those of scenes, edits, compositions, stories, small
+    objects and assessments are, and every other evaluator has a section. Images and examples of all but the scenes are
+    in a subdirectory.
 
     Args:
       checkpoint: workdir or step directory. output: directory for everything that is written.

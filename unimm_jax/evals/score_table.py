@@ -30,6 +30,9 @@ def table(scores: dict[str, Any]) -> str:
     if "story_image" in scores:
         rows.append(f"{'stories':34s} {'right':>7s}")
         rows += [f"  {name:32s} {value:7.3f}" for name, value in story_scores(scores)]
+    if "assessment_agreement" in scores:
+        rows.append(f"{'assessments':34s} {'share':>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in assessment_scores(scores)]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -72,6 +75,19 @@ def story_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
         "story_instruction": "their first text",
     }
     return [(name, scores[key]) for key, name in names.items()]
+
+
+def assessment_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """Names and values of the scores of the evaluator `assessments`."""
+    numbers, chosen = scores["assessment_drawings"], scores["best_of_4"]
+    found = [("agree with the exact judge", scores["assessment_agreement"])]
+    sides = scores["assessment_agreement_by_side"].items()
+    found += [(f"  of {numbers[side]} {side} images", value) for side, value in sides]
+    found += [(f"  {name}", value) for name, value in scores["assessment_agreement_by_category"].items()]
+    found += [("not readable", scores["assessment_unparsed"]), ("one sample right", chosen["one_sample"])]
+    found += [("best of 4 by the model right", chosen["best_of_4"]), ("  difference", chosen["difference"])]
+    found += [("  95% interval, low", chosen["interval"][0]), ("  95% interval, high", chosen["interval"][1])]
+    return [*found, ("any of 4 right", chosen["oracle"])]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

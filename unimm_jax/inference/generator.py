@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, prompt_images, render, with_slices
+from unimm_jax.data.documents import Document, ImageStart, length, prompt_images, render, with_slices
 from unimm_jax.data.slices import choose_grid, views
 from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
@@ -39,8 +39,8 @@ class Generator:
     Args (constructor):
       model: from `loading.load_model`, or one in training.
       batch: images or questions at a time; part of the compiled shape.
-      prompt_length: maximum tokens per prompt, image features included. Prompts are padded to a multiple of
-        `PROMPT_STEP`, so short ones do not cost what the maximum would.
+      prompt_length: maximum tokens per prompt, image features included; 0 is a row of training, at least 1,024.
+        Prompts are padded to a multiple of `PROMPT_STEP`, so short ones do not cost what the maximum would.
       answer_length: maximum tokens per answer.
       companions: from `loading.load_companions`; loaded if None.
 
@@ -52,7 +52,7 @@ class Generator:
         self,
         model: Model,
         batch: int = 32,
-        prompt_length: int = 1024,
+        prompt_length: int = 0,
         answer_length: int = 40,
         companions: tuple[LoadedTokenizer, dict[str, tuple[Any, Any]]] | None = None,
     ):
@@ -63,11 +63,11 @@ class Generator:
         self.max_image_tokens = self.layout.max_image_tokens
         self.task_settings = pipeline.task_settings(self.config)
         self.batch, self.answer_length = batch, answer_length
-        self.prompt_length = prompt_length
+        self.prompt_length = prompt_length or max(self.config.data.seq_len, 1024)
         self.image_tokenizer, self.decoders = companions or load_companions(model)
         self._encode = jax.jit(self._encode_images)
         self._encode_kept = jax.jit(self._encode_with_mask)
-        max_codes = min(self.header["num_patches"], self.max_image_tokens)
+        max_codes = min(self.header["num_patches"], self.layout.max_codes or self.header["num_patches"])
         fixed = self.header["selection"] == "all"
         decoding = Decoding(self.objective, self.vocabulary, self.text_tokenizer, max_codes, fixed, answer_length)
         self._run = jax.jit(decoding, static_argnames=("drawing", "sampling", "may_draw"))
@@ -356,22 +356,27 @@ class Generator:
         Args:
           streams: see `continue_with_image`. may_draw: see `Decoding`.
         """
-        arrays = self._rendered(prompts)
+        tokens, valid, index, seen, keep = self._rendered(prompts)
+        slots = max(map(len, seen))
         numbers = jnp.asarray(list(range(number) if streams is None else streams), jnp.int32)
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
         places = np.arange(len(prompts)).reshape(-1, number)  # with, and perhaps without condition
         done = []
         for at in range(0, number, self.batch):
             part = _pad(places[:, at : at + self.batch].T, self.batch).T
-            batch = [x[part.reshape(-1)] for x in arrays]
+            rows = part.reshape(-1)
+            views = self._stacked([seen[row] for row in rows], [keep[row] for row in rows], slots)
+            batch = [tokens[rows], valid[rows], index[rows], *views]
             with jax.set_mesh(self.model.mesh):
                 how = dict(drawing=drawing, sampling=sampling, may_draw=may_draw)
                 found = self._run(self.params, *batch, keys[part[0]], **how)
             done.append(np.asarray(found))
         return np.concatenate(done)[:number]
 
-    def _rendered(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, ...]:
-        """Prompts as arrays for `Decoding`: tokens, which are valid, feature indices, images and keep masks.
+    def _rendered(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[np.ndarray]], list[list[np.ndarray]]]:
+        """Prompts for `Decoding`: tokens, which are valid, feature indices [N, T]; views and keep masks of each prompt.
 
         Images that a prompt holds as codes are rendered with the codes that the image tokenizer gives them.
         """
@@ -393,21 +398,33 @@ class Generator:
                     f"a prompt has {len(row.ids)} tokens, the limit is {self.prompt_length}; shorten the prompt or "
                     "raise --prompt_length"
                 )
-        slots, size = max(map(len, seen)), self.config.data.image_size
-        images = np.zeros((len(prompts), slots, size, size, 3), np.uint8)
-        keep = np.zeros((len(prompts), slots, self.layout.view_features or self.header["num_patches"]), bool)
-        keep[..., 0] = True  # unused slots
-        for i, (pixels, some) in enumerate(zip(seen, kept, strict=True)):
-            if pixels:
-                images[i, : len(pixels)], keep[i, : len(pixels)] = pixels, some
-        length = -(-max(len(row.ids) for row in rows) // PROMPT_STEP) * PROMPT_STEP
-        tokens = np.zeros((len(prompts), length), np.int32)
+        longest = -(-max(len(row.ids) for row in rows) // PROMPT_STEP) * PROMPT_STEP
+        tokens = np.zeros((len(prompts), longest), np.int32)
         valid = np.zeros(tokens.shape, bool)
         index = np.full(tokens.shape, -1, np.int32)
         for i, row in enumerate(rows):
             n = len(row.ids)
             tokens[i, -n:], valid[i, -n:], index[i, -n:] = row.ids, True, row.feature
-        return tokens, valid, index, images, keep
+        return tokens, valid, index, seen, kept
+
+    def _stacked(
+        self, seen: Sequence[list[np.ndarray]], kept: Sequence[list[np.ndarray]], slots: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Views uint8 [N, slots, S, S, 3] and keep masks boolean [N, slots, P] of prompts."""
+        size = self.config.data.image_size
+        images = np.zeros((len(seen), slots, size, size, 3), np.uint8)
+        keep = np.zeros((len(seen), slots, self.layout.view_features or self.header["num_patches"]), bool)
+        keep[..., 0] = True  # unused slots
+        for i, (pixels, masks) in enumerate(zip(seen, kept, strict=True)):
+            if pixels:
+                images[i, : len(pixels)], keep[i, : len(pixels)] = pixels, masks
+        return images, keep
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt has at most `prompt_length` tokens."""
+        kept = [self.layout.max_codes or self.header["num_patches"]] * len(prompt.images)
+        slices = [len(self._views(image, prompt.slices)) - 1 for image in prompt.images]
+        return length(with_slices(prompt.document, slices), (), kept, self.layout) <= self.prompt_length
 
     def _views(self, image: np.ndarray, slices: bool) -> list[np.ndarray]:
         """The views of an image uint8 [H, W, 3] that the model reads."""

@@ -59,8 +59,8 @@ def continue_document(
 
     In each round, every document that has not ended first gets a text, up to [IMG] or </s>; the text may be empty.
     Where [IMG] follows, an image is generated. From then on, its features are read, as in the task `interleaved`. After
-    a prompt that ends with a text, the first text continues it. A document ends at </s>, at a limit, or after a text of
-    `generator.answer_length` tokens. Guidance is away from [IMG] alone.
+    a prompt that ends with a text, the first text continues it. A document ends at </s>, at a limit (also
+    `generator.prompt_length`), or after a text of `generator.answer_length` tokens. Guidance is away from [IMG] alone.
 
     With the pixel decoder, the parts depend on the prompt, the seed and the index, not on the other prompts. The U-Net
     decoders draw their noise by the place in a batch.
@@ -97,6 +97,9 @@ def continue_document(
 
 def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int) -> list[Draft]:
     """Adds the next text of each document, if it has one. Returns the documents that go on with an image."""
+    drafts = _that_fit(generator, drafts)
+    if not drafts:
+        return []
     streams = [draft.stream for draft in drafts]
     found = generator.continue_until_image([document_prompt(draft.parts) for draft in drafts], sampling, seed, streams)
     for draft, (text, _) in zip(drafts, found, strict=True):
@@ -105,8 +108,16 @@ def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: 
     return [draft for draft, (_, starts_image) in zip(drafts, found, strict=True) if starts_image]
 
 
+def _that_fit(generator: Generator, drafts: list[Draft]) -> list[Draft]:
+    """The documents that are not too long for the generator, or that are only as long as they were given."""
+    return [draft for draft in drafts if not draft.added or generator.fits(document_prompt(draft.parts))]
+
+
 def _draw(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int, decoder: str) -> None:
     """Adds an image to each document."""
+    drafts = _that_fit(generator, drafts)
+    if not drafts:
+        return
     prompts, streams = [document_prompt(draft.parts) for draft in drafts], [draft.stream for draft in drafts]
     codes = generator.codes(generator.continue_with_image(prompts, sampling, seed, streams=streams))
     images = generator.decode(*codes, decoder, seed)

@@ -202,18 +202,23 @@ def write_split(
 
 
 class Progress:
-    """Prints speed and ETA every ten batches."""
+    """Prints speed and ETA.
 
-    def __init__(self, total: int):
-        self.total, self.done, self.batches, self.began = total, 0, 0, time.perf_counter()
+    Args (constructor):
+      total: number of items. name: what they are. every: number of batches between two lines.
+    """
+
+    def __init__(self, total: int, name: str = "records", every: int = 10):
+        self.total, self.name, self.every = total, name, every
+        self.done, self.batches, self.began = 0, 0, time.perf_counter()
 
     def add(self, records: int) -> None:
         """Counts the records of a batch."""
         self.done, self.batches = self.done + records, self.batches + 1
-        if self.batches % 10 == 0:
+        if self.batches % self.every == 0:
             speed = self.done / (time.perf_counter() - self.began)
             left = (self.total - self.done) / speed
-            print(f"records  {self.done}/{self.total}  {speed:.0f}/s  ETA {left:.0f} s", flush=True)
+            print(f"{self.name}  {self.done}/{self.total}  {speed:.0f}/s  ETA {left:.0f} s", flush=True)
 
 
 def _loaded(

@@ -79,12 +79,7 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     if "unified" not in source.sections:
         return _language(source, folder, dtype, verify)
     generator = Generator(load_model(source.path), batch=8)
-    size, tokenized = generator.config.data.image_size, generator.header["image_size"]
-    if size != tokenized:
-        raise UnsupportedConfigError(
-            f"{source.path} reads images of {size} pixels and generates codes of {tokenized} pixels; an exported model "
-            "has one size for both"
-        )
+    _refuse_other_features(generator, source.path)
     language: LanguageConfig = source.sections["language"]
     v, text_tokenizer = generator.vocabulary, generator.text_tokenizer
     used = v.first_position + v.num_position_ids - v.text_rows
@@ -110,6 +105,27 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
+
+
+def _refuse_other_features(generator: Generator, path: Any) -> None:
+    """Refuses a model whose images are read as other features than an exported model reads: one per kept patch.
+
+    Raises:
+      UnsupportedConfigError: it does.
+    """
+    config, header = generator.config, generator.header
+    size, tokenized = config.data.image_size, header["image_size"]
+    if size != tokenized:
+        raise UnsupportedConfigError(
+            f"{path} reads images of {size} pixels and generates codes of {tokenized} pixels; an exported model has "
+            "one size for both"
+        )
+    features = generator.layout.view_features
+    if features and (features != header["num_patches"] or header["selection"] != "all"):
+        raise UnsupportedConfigError(
+            f"{path} reads {features} features of an image, which has up to {header['num_patches']} codes; an exported "
+            "model reads one feature for each code"
+        )
 
 
 def _settings(generator: Generator, source: Source) -> dict[str, Any]:

@@ -113,12 +113,14 @@ class UniMM(nn.Module):
 
     def embed_prompt(self, ids: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
         """Ids of a prompt without padding, its images uint8 [N, S, S, 3] and their keep masks → [1, T, D]."""
-        return self.embed_placed(*self.processor.place_images(ids, keep), images, keep)
+        placed, where = self.processor.place_images(ids, keep)
+        return self.embed_placed(placed, where, images, keep)
 
     def embed_parts(self, segments: Sequence[Sequence[str]], images: Tensor, keep: Tensor, codes: Tensor) -> Tensor:
         """Segments of a prompt, its images uint8 [N, S, S, 3], keep masks and codes [N, P] → [1, T, D]."""
         read = sum(segment[0] == "image" for segment in segments)  # the others need no features
-        return self.embed_placed(*self.processor.lay_out(segments, keep, codes), images[:read], keep[:read])
+        ids, where = self.processor.lay_out(segments, keep, codes)
+        return self.embed_placed(ids, where, images[:read], keep[:read])
 
     def embed_placed(self, ids: Sequence[int], where: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
         """Ids of a prompt, [1, T, D], with the features of its images at the positions `where`."""

@@ -113,11 +113,14 @@ def _connector_problems(config: Config) -> list[str]:
             f"config.model.unified.max_image_tokens is {unified.max_image_tokens}; the connector 'mlp' gives "
             f"{features} features per image, and it must be that number"
         )
-    if config.model["image_tokenizer"].selection != "all" and data.image_targets:
+    has_code = config.model["image_tokenizer"].selection == "all" and unified.patch_merge == 1
+    if data.image_targets and not has_code:
         found.append(
-            f"config.data.image_targets is {data.image_targets}; it must be 0 where the connector 'mlp' reads all "
-            "patches and the image tokenizer keeps some"
+            f"config.data.image_targets is {data.image_targets}; it must be 0 where a feature of the connector 'mlp' "
+            "has no code of its own (a selector, or patch_merge above 1)"
         )
+    if data.max_slices == 1:
+        found.append("config.data.max_slices is 1; the smallest grid has 2 slices, and 0 is none")
     return found
 
 

@@ -56,6 +56,14 @@ def split_sources(sources: str) -> list[str]:
     return [source.strip() for source in sources.split(";") if source.strip()]
 
 
+def source_number(source: str, listed: list[str]) -> int | None:
+    """The number of a source, or of the only one that has the format `source`; None if there is none."""
+    if source in listed:
+        return listed.index(source)
+    of_format = [number for number, name in enumerate(listed) if name.partition(":")[0] == source]
+    return of_format[0] if len(of_format) == 1 else None
+
+
 def get(name: str) -> Any:
     """The class of a format, a name of `REGISTRY`."""
     module, _, attribute = REGISTRY[name].partition(":")
@@ -99,5 +107,6 @@ __all__ = [
     "detect",
     "get",
     "open_source",
+    "source_number",
     "split_sources",
 ]
