@@ -13,12 +13,11 @@ import functools
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 
+from benchmarks.claims.stages import SECONDS, Command, link, pretokenizing, run_all, training
 from unimm_jax import resolve
 
 GRID = ("model.image_tokenizer.positions",)
@@ -41,6 +40,8 @@ ARMS = {
     "all (laptop)": GRID + NO_LEAK + SINK + KEEP_RATE,
 }
 SCENES = 300
+SIZE = "laptop-lavit"
+STAGES = ("selector", "tokenizer", "records", "pixel_decoder")
 
 
 def overrides(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
@@ -50,28 +51,19 @@ def overrides(stage: str, names: tuple[str, ...]) -> dict[str, Any]:
     return {".".join(path): functools.reduce(dict.__getitem__, path, laptop) for path in used}
 
 
-def train_arm(folder: pathlib.Path, encoder: pathlib.Path, seed: int, names: tuple[str, ...]) -> None:
-    """Trains selector, tokenizer and pixel decoder in a folder, from a trained encoder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "encoder").exists():
-        (folder / "encoder").symlink_to(encoder)
-    for stage in ("selector", "tokenizer", "records", "pixel_decoder"):
-        if (folder / stage / "done.json").exists():
-            continue
-        if stage == "records":
-            run("pretokenize", f"--image_tokenizer={folder / 'tokenizer'}", f"--output={folder / 'records'}")
-            continue
-        train(stage, folder / stage, seed, *[f"--config.{k}={v}" for k, v in overrides(stage, names).items()])
-
-
-def train(stage: str, workdir: pathlib.Path, seed: int, *settings: str) -> None:
-    """Trains a stage as a user would."""
-    run("main", f"--config={stage}:laptop-lavit", f"--workdir={workdir}", f"--config.seed={seed}", *settings)
-
-
-def run(module: str, *arguments: str) -> None:
-    """Runs a command of the package."""
-    subprocess.run([sys.executable, "-m", f"unimm_jax.{module}", *arguments], check=True)
+def commands(root: pathlib.Path, seed: int) -> list[Command]:
+    """All commands of a seed: the encoder, then selector, tokenizer, records and pixel decoder of every arm."""
+    found = [training("encoder", SIZE, root / "encoder", seed, {}, seconds=SECONDS["laptop"]["encoder"])]
+    for number, names in enumerate(ARMS.values()):
+        folder = root / f"arm{number}"
+        link(root / "encoder", folder / "encoder")
+        for stage in STAGES:
+            if stage == "records":
+                found.append(pretokenizing(folder / stage, "laptop", folder / "tokenizer"))
+            else:
+                seconds = SECONDS["laptop"][stage]
+                found.append(training(stage, SIZE, folder / stage, seed, overrides(stage, names), seconds=seconds))
+    return found
 
 
 def score(folder: pathlib.Path) -> dict[str, float]:
@@ -108,13 +100,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags = parser.parse_args()
     process.prepare()
+    output = flags.output.resolve()
+    run_all(output, {seed: commands(output / f"seed{seed}", seed) for seed in flags.seeds})
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     for seed in flags.seeds:
-        root = flags.output.resolve() / f"seed{seed}"
-        train("encoder", root / "encoder", seed)
-        for number, (name, settings) in enumerate(ARMS.items()):
-            train_arm(root / f"arm{number}", root / "encoder", seed, settings)
-            found[name].append(score(root / f"arm{number}"))
+        for number, name in enumerate(ARMS):
+            found[name].append(score(output / f"seed{seed}" / f"arm{number}"))
             print(f"seed {seed}, {name}: {json.dumps(found[name][-1])}", flush=True)
     print("| arm | objects right | per seed | tokens per image | rank correlation |\n|---|---|---|---|---|")
     for name, scores in found.items():

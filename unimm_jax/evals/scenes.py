@@ -129,14 +129,22 @@ def objects_found(test: list[scenes.Scene], decoded: np.ndarray) -> float:
     return right / sum(len(scene.objects) for scene, _ in pairs)
 
 
-def score_text_to_image(
+def draw_and_judge(
     generator: Generator, decoder: str, prompts: int, sampling: Sampling
-) -> tuple[Result, tuple[list[np.ndarray], list[str]]]:
-    """The six text-to-image tasks: (result, (images, prompts) of the first prompts of each task)."""
+) -> tuple[list[scenes.Prompt], np.ndarray, list[tuple[bool, bool]]]:
+    """Draws `prompts` prompts of each task: (prompts, images uint8 [N, S, S, 3], verdicts as of `detector.judge`)."""
     items = [scenes.draw_prompt(task, EVALUATION_SEED, i) for task in scenes.TASKS for i in range(prompts)]
     ids = generator.generate_image_tokens([item.text for item in items], sampling, EVALUATION_SEED)
     samples = generator.decode(*generator.codes(ids), decoder)
     verdicts = [detector.judge(item, detector.detect(image)) for item, image in zip(items, samples, strict=True)]
+    return items, samples, verdicts
+
+
+def score_text_to_image(
+    generator: Generator, decoder: str, prompts: int, sampling: Sampling
+) -> tuple[Result, tuple[list[np.ndarray], list[str]]]:
+    """The six text-to-image tasks: (result, (images, prompts) of the first prompts of each task)."""
+    items, samples, verdicts = draw_and_judge(generator, decoder, prompts, sampling)
 
     def by_task(rule: int) -> dict[str, float]:
         right = np.array([verdict[rule] for verdict in verdicts]).reshape(len(scenes.TASKS), prompts).mean(-1)
@@ -158,8 +166,10 @@ def score_text_to_image(
     return Result(scores, examples={"samples": rows}), ([samples[i] for i in shown], [items[i].text for i in shown])
 
 
-def score_questions(generator: Generator, per_kind: int, jitter: float) -> Result:
-    """Share of exact answers, by kind of question."""
+def ask(
+    generator: Generator, per_kind: int, jitter: float
+) -> tuple[list[tuple[int, str, str, str]], dict[int, np.ndarray], list[str]]:
+    """Asks the question set: (questions as of `detector.question_set`, images by the number of the scene, replies)."""
     asked = detector.question_set(EVALUATION_SEED, per_kind, jitter)
     size = generator.config.data.image_size
     seen = {
@@ -167,6 +177,12 @@ def score_questions(generator: Generator, per_kind: int, jitter: float) -> Resul
         for index in {row[0] for row in asked}
     }
     replies = generator.generate_text(np.stack([seen[row[0]] for row in asked]), [row[1] for row in asked])
+    return asked, seen, replies
+
+
+def score_questions(generator: Generator, per_kind: int, jitter: float) -> Result:
+    """Share of exact answers, by kind of question."""
+    asked, seen, replies = ask(generator, per_kind, jitter)
     by_kind: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTION_KINDS}
     rows: list[dict[str, Any]] = []
     for (index, question, truth, kind), reply in zip(asked, replies, strict=True):
