@@ -172,6 +172,8 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
         c.data.image_size = c.model.encoder.image_size = 2 * c.data.image_size
         c.model.unified.patch_merge = 2
     c.loss.chunk = 0 if small else 1024
+    if small:
+        c.data.image_prompts = "features_last"
     c.companions = ConfigDict(
         dict(image_tokenizer="../tokenizer", pixel_decoder="../pixel_decoder", unet_decoder="../unet_decoder")
     )

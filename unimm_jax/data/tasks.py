@@ -26,7 +26,7 @@ REGISTRY = {
     "interleaved": "unimm_jax.data.tasks:INTERLEAVED",
 }
 RECONSTRUCT_INSTRUCTION = "reconstruct"  # instruction of an edit example whose own instruction is dropped
-IMAGE_PROMPTS = ("features", "codes")  # layouts of prompts with images for images
+IMAGE_PROMPTS = ("features", "features_last", "codes")  # layouts of prompts with images for images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,26 +180,38 @@ class Spoken:
     parts: Sequence[Part | str]
 
 
-def converse(turns: Sequence[Spoken], settings: TaskSettings, image_targets: float = 0.0) -> Document:
+def converse(
+    turns: Sequence[Spoken], settings: TaskSettings, image_targets: float = 0.0, draws: bool = False
+) -> Document:
     """Lays a conversation out. What the assistant says is in the loss; what system and user say is read only.
 
     An image that the assistant generated is read again, as features, at the start of the next turn (as ILLUME does).
-    A conversation that ends with a user turn is a prompt: it ends with the text before the assistant's turn.
+    A conversation that ends with a user turn is a prompt: it ends with the text before the assistant's turn. With the
+    layout "features_last", a user turn that an image answers has its texts first, then its images.
 
     Args:
       image_targets: loss weight of the code targets at positions of input images.
+      draws: whether an image answers a conversation that ends with a user turn.
     """
     template = TEMPLATES[settings.template]
     segments: list[Segment] = [Special("bos")] if template.bos else []
     if template.system and turns[0].role != "system":
         turns = [Spoken("system", (template.system,)), *turns]
     generated: list[int] = []
-    for turn in turns:
+    for turn, answer in zip(turns, [*turns[1:], None], strict=True):
         segments += _literal(template.before.get(turn.role))
-        segments += [ImageIn(image) for image in generated]
+        again: list[Segment] = [ImageIn(image) for image in generated]
         generated = []
         speaks = turn.role == "assistant"
-        for part in turn.parts:
+        is_drawn = draws if answer is None else any(map(_is_image, answer.parts))
+        first: Sequence[Part | str] = ()
+        parts = turn.parts
+        if settings.image_prompts == "features_last" and turn.role == "user" and is_drawn:
+            first = [part for part in parts if not _is_image(part)]
+            parts = [part for part in parts if _is_image(part)]
+        segments += [Text(part if isinstance(part, str) else part.number) for part in first]
+        segments += again
+        for part in parts:
             if isinstance(part, str) or not part.is_image:
                 segments.append(Text(part if isinstance(part, str) else part.number, float(speaks)))
             elif speaks:
@@ -213,6 +225,10 @@ def converse(turns: Sequence[Spoken], settings: TaskSettings, image_targets: flo
     if turns[-1].role == "user":
         segments += _literal(template.before.get("assistant"))
     return tuple(segments)
+
+
+def _is_image(part: Part | str) -> bool:
+    return not isinstance(part, str) and part.is_image
 
 
 def _literal(text: str | None) -> list[Segment]:
@@ -307,12 +323,13 @@ def question_prompt(question: str, settings: TaskSettings, images: int = 1) -> D
 def image_prompt(parts: Sequence[int | str], settings: TaskSettings) -> Document:
     """A prompt of texts and images, in order, for an image; [IMG] follows it.
 
-    The layout is `settings.image_prompts`. "features" is a user turn, as in ILLUME. "codes" is LaVIT's multimodal
-    prompt: <s>, then texts and the codes of the images without [IMG] and [/IMG], all without roles (§4; its code,
+    The layout is `settings.image_prompts`. "features" is a user turn, as in ILLUME; "features_last" the same with the
+    texts before the images. "codes" is LaVIT's multimodal prompt: <s>, then texts and the codes of the images without [IMG] and [/IMG], all without roles (§4; its code,
     `multimodal_synthesis`). Images are numbered from 0 in the order of their use.
     """
-    if settings.image_prompts == "features":
-        return user_prompt(parts, settings)
+    if settings.image_prompts != "codes":
+        numbered = [part if isinstance(part, str) else Part(True, part) for part in parts]
+        return converse([Spoken("user", numbered)], settings, draws=True)
     return (Special("bos"), *(Text(part) if isinstance(part, str) else ImageCodes(part) for part in parts))
 
 
@@ -326,14 +343,14 @@ def edit_prompt(instructions: Sequence[str], settings: TaskSettings) -> Document
     turns = [Spoken("user", (Part(True, 0), instructions[0]))]
     for image, instruction in enumerate(instructions[1:], 1):
         turns += [Spoken("assistant", (Part(True, image),)), Spoken("user", (instruction,))]
-    return converse(turns, settings)
+    return converse(turns, settings, draws=True)
 
 
 def unconditional_edit_prompt(settings: TaskSettings) -> Document:
     """The prompt that guidance of an edit is away from; image 0 is the one that is edited.
 
-    With the layout "features" it asks for the reconstruction of the image, as in ILLUME+'s code. With "codes" it is
-    empty, so that [IMG] alone remains, as in LaVIT's code.
+    With the layout "codes" it is empty, so that [IMG] alone remains, as in LaVIT's code. With others it asks for the
+    reconstruction of the image, as in ILLUME+'s code.
     """
     return () if settings.image_prompts == "codes" else edit_prompt([RECONSTRUCT_INSTRUCTION], settings)
 

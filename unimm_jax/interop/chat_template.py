@@ -39,15 +39,22 @@ _JINJA = """\
   {%%- if turn.role in before -%%}
     {{- segment(["text", before[turn.role]]) -}}
   {%%- endif -%%}
-  {%%- for _ in range(generated.count) -%%}
-    {{- segment(["image"]) -}}
-  {%%- endfor -%%}
-  {%%- set generated.count = 0 -%%}
+  {%%- set last = generated_images is defined and generated_images == "last" and turn.role == "user" -%%}
+  {%%- if not last -%%}
+    {%%- for _ in range(generated.count) -%%}
+      {{- segment(["image"]) -}}
+    {%%- endfor -%%}
+    {%%- set generated.count = 0 -%%}
+  {%%- endif -%%}
   {%%- for part in ([{"type": "text", "text": turn.content}] if turn.content is string else turn.content) -%%}
     {%%- if part.type == "text" -%%}
       {{- segment(["text", part.text]) -}}
     {%%- elif part.type == "image" and turn.role != "assistant" -%%}
-      {{- segment(["image"]) -}}
+      {%%- if last -%%}
+        {%%- set generated.count = generated.count + 1 -%%}
+      {%%- else -%%}
+        {{- segment(["image"]) -}}
+      {%%- endif -%%}
     {%%- elif part.type == "image" and generated_images is defined -%%}
       {{- segment(["image_out"]) -}}
       {%%- set generated.count = generated.count + 1 -%%}
@@ -56,6 +63,12 @@ _JINJA = """\
  content is text, or text and image for system and user") -}}
     {%%- endif -%%}
   {%%- endfor -%%}
+  {%%- if last -%%}
+    {%%- for _ in range(generated.count) -%%}
+      {{- segment(["image"]) -}}
+    {%%- endfor -%%}
+    {%%- set generated.count = 0 -%%}
+  {%%- endif -%%}
   {%%- if turn.role == "assistant" -%%}
     {{- segment(["eos"]) -}}
   {%%- endif -%%}

@@ -94,7 +94,7 @@ class UniMMProcessor(ProcessorMixin):
       text_vocabulary: number of ids of the text tokenizer of the training, which come first.
       is_literal: whether texts such as "</s>" are plain text (sentencepiece).
       image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
-        "codes" for texts and the images' codes in order.
+        "features_last" for one with its texts first, "codes" for texts and the images' codes in order.
       chat_template: `chat_template.jinja`.
     """
 
@@ -176,8 +176,9 @@ class UniMMProcessor(ProcessorMixin):
         return [] if self.image_prompts == "codes" else self.edit_prompt([RECONSTRUCT])
 
     def _image_after(self, messages: list[dict[str, Any]]) -> list[list[str]]:
-        """Segments of a chat that an image follows. Generated images are read again at the start of the next turn."""
-        text = self.apply_chat_template(messages, add_generation_prompt=True, generated_images=True)
+        """Segments of a chat that an image follows. Generated images are read again in the next turn."""
+        order = "last" if self.image_prompts == "features_last" else "first"
+        text = self.apply_chat_template(messages, add_generation_prompt=True, generated_images=order)
         return [*read_segments(text), ["image_start"]]
 
     def lay_out(self, segments: Sequence[Sequence[str]], keep: Tensor, codes: Tensor) -> tuple[list[int], list[int]]:
