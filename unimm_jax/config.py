@@ -149,9 +149,9 @@ class PackedDataConfig:
       text_targets: loss weight of the prompt's own tokens in text-to-image.
       code_targets: loss weight of the codes of generated images.
       template: layout of conversations, questions and edits, a name of `unimm_jax.data.tasks.TEMPLATES`.
-      image_prompts: layout of prompts with images for images, at generation: "features" is a user turn whose images
-        enter as features (ILLUME), "features_last" the same with its texts first; conversations whose user turns are
-        answered by an image are trained in this layout, too. "codes" has the images' codes without [IMG] and [/IMG] (LaVIT).
+      image_prompts: layout of prompts with images for images, in training and generation: "features" is a user turn
+        whose images enter as features (ILLUME), "features_last" the same with its texts first. At generation only,
+        "codes" has the images' codes without [IMG] and [/IMG] (LaVIT).
       tasks: share of the examples per task. A record has one of the tasks that apply to it, in proportion to them.
       mixture: sources with weights: dicts with `source` (as `pretokenize` got it), `weight` (relative share of the
         examples, default 1) and `tasks` (shares for this source, default those below). () reads every record once per

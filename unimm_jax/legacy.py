@@ -43,7 +43,12 @@ CONFIG_KEYS_1 = {
 # Format 1: settings that came later, at the values that mean what it did
 ADDED_1 = {"train.micro_batches": 1, "train.profile": 0, "train.profile_start": 10}
 ADDED_IMAGES_1 = {"data.held_out": 0.0}  # stages that read images from sources trained on all of them
-ADDED_ROWS_1 = {"data.max_slices": 0, "data.slice_grids": "illume", "data.global_view_share": 0.0}  # packed rows
+ADDED_ROWS_1 = {  # packed rows
+    "data.max_slices": 0,
+    "data.slice_grids": "illume",
+    "data.global_view_share": 0.0,
+    "data.image_prompts": "features",
+}
 # Format 1: a setting that these objectives carried without reading it
 UNUSED_1 = {name: "data.sources" for name in ("language_modeling", "denoising", "pixel_decoding")}
 # Format 1: dotted new key → old value → new value

@@ -300,11 +300,12 @@ def test_images_are_composed_and_edited_without_jax_as_here(run, tmp_path, monke
     size = tiny("stage3").data.image_size
     images = np.stack([scenes.render(scenes.draw_scene(5, "test", i), size) for i in range(2)])
     np.savez(tmp_path / "given.npz", images=images)
-    export(str(checkpoint), str(tmp_path / "features"), verify=False)
-    processor = json.loads((tmp_path / "features" / "processor_config.json").read_text())
-    assert processor["image_prompts"] == "features"
-    shutil.copytree(tmp_path / "features", tmp_path / "codes")
-    (tmp_path / "codes" / "processor_config.json").write_text(json.dumps(processor | dict(image_prompts="codes")))
+    export(str(checkpoint), str(tmp_path / "features_last"), verify=False)
+    processor = json.loads((tmp_path / "features_last" / "processor_config.json").read_text())
+    assert processor["image_prompts"] == "features_last"
+    for layout in ("features", "codes"):
+        shutil.copytree(tmp_path / "features_last", tmp_path / layout)
+        (tmp_path / layout / "processor_config.json").write_text(json.dumps(processor | dict(image_prompts=layout)))
     arguments = ["given.npz", "found.npz", *tasks.IMAGE_PROMPTS]
     done = subprocess.run(
         [sys.executable, "-c", PROMPT_SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path
@@ -317,7 +318,7 @@ def test_images_are_composed_and_edited_without_jax_as_here(run, tmp_path, monke
         with monkeypatch.context() as patch:
             patch.setattr(g, "task_settings", dataclasses.replace(g.task_settings, image_prompts=layout))
             drawn.append(drawn_as_there(g, layout, found, images, patch))
-    assert len({codes.tobytes() for codes in drawn}) == 2  # the layouts differ
+    assert len({codes.tobytes() for codes in drawn}) == 3  # the layouts differ
 
 
 def drawn_as_there(g, layout, found, images, patch):

@@ -11,6 +11,7 @@ from helpers import TEXT_VOCAB, link, opened, tiny, tiny_dict
 from unimm_jax import metrics, resolve
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.data import packing, scenes, tasks, transforms
+from unimm_jax.data.documents import Text
 from unimm_jax.data.records import Records
 from unimm_jax.errors import ConfigError, DataError, UserError
 from unimm_jax.evals.runner import evaluate
@@ -129,7 +130,21 @@ def test_rows_hold_the_views_of_large_images(sliced):
 
 
 def test_prompts_are_rendered_as_in_training(sliced):
-    g = Generator(load_model(sliced / "stage3"), batch=2, prompt_length=512)
+    g = Generator(load_model(sliced / "stage3"), batch=2)
+    config = dataclasses.replace(g.config, data=dataclasses.replace(g.config.data, records=str(sliced / "records")))
+    plan = opened(config)[0].rows.plan
+    examples = [e for step in range(6) for row in plan.rows(step) for e in row if e.task == "question"]
+    pairs = [(e, packing.build_example(plan.records, e, plan.packing, plan.layout)) for e in examples]
+    example, wanted = next(pair for pair in pairs if len(pair[1].images) == 10)
+    item = plan.records[example.record]
+    document = packing.document_of(plan.records, example, plan.packing, plan.layout)
+    asked = item.texts[next(segment.text for segment in document if isinstance(segment, Text))]
+    whole = np.asarray(transforms.decode_image(item.images[0]))
+    tokens, valid, index, (views,), _ = g._rendered([Prompt(tasks.question_prompt(asked, g.task_settings), [whole])])
+    n = int(valid.sum())
+    assert tokens[valid].tolist() == wanted.tokens.ids[:n].tolist()
+    assert index[valid].tolist() == wanted.tokens.feature[:n].tolist()
+    assert all((a == b).all() for a, b in zip(views, wanted.images, strict=True))
     image = scenes.render(scenes.draw_scene(5, "test", 0), 192)
     prompt = Prompt(tasks.question_prompt("how many circles?", g.task_settings), [image])
     tokens, valid, index, *views = g._rendered([prompt, dataclasses.replace(prompt, slices=False)])

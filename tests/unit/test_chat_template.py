@@ -117,7 +117,12 @@ def test_ids_of_chats_and_of_prompts_for_images_are_those_of_the_rendering(tmp_p
     }
     expected = {}
     for name, words in tokenizers.items():
-        for template, image_prompts in [*((template, "features") for template in tasks.TEMPLATES), ("chatml", "codes")]:
+        for template, image_prompts in [
+            *((template, "features") for template in tasks.TEMPLATES),
+            ("chatml", "codes"),
+            ("chatml", "features_last"),
+            ("plain", "features_last"),
+        ]:
             vocabulary = Vocabulary(words.num_rows, CODES, PATCHES if name == "bpe" else 0)
             layout = Layout(vocabulary, words, LIMIT)
             settings = TaskSettings(template=template, image_prompts=image_prompts)

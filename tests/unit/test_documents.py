@@ -136,13 +136,13 @@ def test_the_length_of_every_prompt_for_an_image_is_that_of_its_rendering(parts,
     for document, images in (
         (tasks.image_prompt(numbered, options), parts.count(None)),
         (tasks.edit_prompt(instructions, options), len(instructions)),
-        (tasks.unconditional_edit_prompt(options), int(options.image_prompts == "features")),
+        (tasks.unconditional_edit_prompt(options), int(options.image_prompts != "codes")),
     ):
         row = render((*document, ImageStart()), (), keep, image_codes, layout)
         assert len(row.ids) == len(row.feature) == length(document, (), keep.sum(-1), layout) + 1
         assert prompt_images(document) == tuple(range(images))
         assert row.inputs == input_views(document)
-        assert options.image_prompts == "features" or (not row.inputs and (row.feature == IGNORED).all())
+        assert options.image_prompts != "codes" or (not row.inputs and (row.feature == IGNORED).all())
 
 
 @pytest.mark.parametrize("positions", [0, PATCHES])
@@ -248,8 +248,9 @@ def test_a_prompt_is_its_conversation_up_to_the_answer():
     assert [s.image for s in tasks.caption_prompt()] == [caption[0].image]
 
 
+@pytest.mark.parametrize("image_prompts", ["features", "features_last"])
 @pytest.mark.parametrize("template", tasks.TEMPLATES)
-def test_a_prompt_of_edits_is_their_conversation_up_to_the_image(template):
+def test_a_prompt_of_edits_is_their_conversation_up_to_the_image(template, image_prompts):
     edit = Record("k", [PIXELS] * 2, instruction="make it red")
     turns = [Message("user", (0, "q")), Message("assistant", (1,)), Message("user", ("r",)), Message("assistant", (2,))]
     layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, PATCHES)
@@ -257,9 +258,10 @@ def test_a_prompt_of_edits_is_their_conversation_up_to_the_image(template):
         (edit, "edit", ["make it red"]),
         (Record("k", [PIXELS] * 3, messages=turns), "conversation", ["q", "r"]),
     ):
-        whole, texts = document(record, task, template=template, prompt_dropout=0.0)
+        options = dict(template=template, image_prompts=image_prompts)
+        whole, texts = document(record, task, prompt_dropout=0.0, **options)
         keep, codes = contents(record, 0)
-        prompt = (*tasks.edit_prompt(asked, TaskSettings(template=template)), ImageStart())
+        prompt = (*tasks.edit_prompt(asked, TaskSettings(**options)), ImageStart())
         start = render(prompt, (), keep, codes, layout)
         found = render(whole, texts, keep, codes, layout)
         n = len(start.ids)
@@ -271,6 +273,27 @@ def test_edits_and_their_dropped_form():
     record = Record("k", [PIXELS] * 2, instruction="make it red")
     assert written(record, "edit", prompt_dropout=0.0) == "[0]|make it red|<1>|eos+"
     assert written(record, "edit", prompt_dropout=1.0) == "[0]|reconstruct|<0>|eos+"
+    last = dict(image_prompts="features_last")
+    assert written(record, "edit", prompt_dropout=0.0, **last) == "make it red|[0]|<1>|eos+"
+    assert written(record, "edit", prompt_dropout=1.0, **last) == "reconstruct|[0]|<0>|eos+"
+
+
+def test_texts_come_first_only_in_turns_that_an_image_answers():
+    turns = [
+        Message("user", (0, "q", 1)),
+        Message("assistant", (2,)),
+        Message("user", ("r",)),
+        Message("assistant", (3,)),
+        Message("user", ("s", 4)),
+        Message("assistant", ("t",)),
+    ]
+    record = Record("k", [PIXELS] * 5, messages=turns)
+    last = dict(image_prompts="features_last")
+    assert written(record, "conversation", **last) == "q|[0]|[1]|<2>|eos+|r|[2]|<3>|eos+|[3]|s|[4]|T|eos+"
+    assert written(record, "conversation") == "[0]|q|[1]|<2>|eos+|[2]|r|<3>|eos+|[3]|s|[4]|T|eos+"
+    settings = TaskSettings(**last)
+    assert tasks.image_prompt([0, "a", 1], settings) == (Text("a"), ImageIn(0), ImageIn(1))
+    assert tasks.user_prompt([0, "a", 1], settings) == (ImageIn(0), Text("a"), ImageIn(1))
 
 
 def test_interleaved_documents_read_images_or_end_with_one():

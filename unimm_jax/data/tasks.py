@@ -324,8 +324,9 @@ def image_prompt(parts: Sequence[int | str], settings: TaskSettings) -> Document
     """A prompt of texts and images, in order, for an image; [IMG] follows it.
 
     The layout is `settings.image_prompts`. "features" is a user turn, as in ILLUME; "features_last" the same with the
-    texts before the images. "codes" is LaVIT's multimodal prompt: <s>, then texts and the codes of the images without [IMG] and [/IMG], all without roles (§4; its code,
-    `multimodal_synthesis`). Images are numbered from 0 in the order of their use.
+    texts before the images. "codes" is LaVIT's multimodal prompt: <s>, then texts and the codes of the images without
+    [IMG] and [/IMG], all without roles (§4; its code, `multimodal_synthesis`). Images are numbered from 0 in the order
+    of their use.
     """
     if settings.image_prompts != "codes":
         numbered = [part if isinstance(part, str) else Part(True, part) for part in parts]
