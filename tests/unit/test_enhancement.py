@@ -198,6 +198,8 @@ def test_what_does_not_belong_together_is_refused(assessed, tmp_path):
 class FakeGenerator:
     """Draws the images right whose place is not divisible by three, and says what `says` gives for prompt and image."""
 
+    answer_length = 96
+
     def __init__(self, says, right=lambda i: i % 3 != 0):
         self.decoders = {"pixel_decoder": None}
         self.config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=64))

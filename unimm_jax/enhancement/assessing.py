@@ -43,6 +43,7 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     folder = verdict_folder(found, output)
     who = open_judge(judge)
     identity = dict(drawings=found.identity, **who.identity())
+    folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, jax.process_index())  # first: it locks out another run
     try:
         claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
