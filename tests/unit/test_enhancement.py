@@ -19,7 +19,7 @@ from unimm_jax.enhancement.building import build
 from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw_blocks, select
 from unimm_jax.enhancement.judge_scenes import verdict_on
 from unimm_jax.enhancement.verdicts import CORRECTION, Verdict, from_text, question
-from unimm_jax.errors import ConfigError, DataError
+from unimm_jax.errors import ConfigError, DataError, UserError
 from unimm_jax.evals import complete, score_table
 from unimm_jax.evals.assessments import Assessments, AssessmentsOptions, caption
 from unimm_jax.evals.base import Context
@@ -291,3 +291,6 @@ def test_the_best_of_several_images():
     best = best_of.best_images(generator, prompts, 4, SAMPLED, 5)
     assert np.array_equal(best, found.images[[0, 1, 2], [1, 0, 0]])
     assert all(from_text(knows(p, image)).good for p, image in zip(prompts, best, strict=True))
+    generator.answer_length = 40
+    with pytest.raises(UserError, match="a verdict has up to 96 tokens"):
+        best_of.best_images(generator, prompts, 4)
