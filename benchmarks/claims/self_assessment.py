@@ -3,12 +3,12 @@
 python -m benchmarks.claims.self_assessment --output=runs/self_assessment --seeds 0 1 2
 python -m benchmarks.claims.self_assessment --runs runs/quickstart runs/seed1 runs/seed2 --output=runs/self_assessment
 
-A finished stage 3 of size `laptop` draws images for a fifth of the training captions, the exact judge of the scenes
-assesses them, and stage 3 continues from the same checkpoint with: more of the same data (extra); a tenth of assessments
-of own images (own); these with the verdicts of other images (shuffled); assessments of images that the model of another
-seed drew for the same captions (other); own assessments without corrections (no_correction). With --runs, the stages
-of finished quickstarts are used, one run for each seed. docs/claims.md has the prediction and the criterion. An
-interrupted run resumes.
+A finished stage 3 of size `laptop` draws images for a fifth of the training captions, and the exact judge of the scenes
+assesses them. Stage 3 then continues from the same checkpoint with one of: more of the same data (extra); a tenth of
+assessments of own images (own); these with the verdicts of other images (shuffled); assessments of images that the
+model of another seed drew for the same captions (other); own assessments without corrections (no_correction). With
+--runs, the stages of finished quickstarts are used, one run for each seed. docs/claims.md has the prediction and the
+criterion. An interrupted run resumes.
 """
 
 import json
@@ -74,7 +74,9 @@ def assessment_commands(
     ]
 
 
-def document_commands(root: pathlib.Path, seed: int, arms: Sequence[str], partner: pathlib.Path | None, quick: bool):
+def document_commands(
+    root: pathlib.Path, seed: int, arms: Sequence[str], partner: pathlib.Path | None, quick: bool
+) -> list[Command]:
     """The commands that write the documents of all arms but `extra`, each to `documents_ARM`.
 
     Args:

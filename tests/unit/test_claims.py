@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claims import (
+    assessment_documents,
     code_scores,
     constant_selector,
     dynamic_tokens,
@@ -20,6 +21,7 @@ from benchmarks.claims import (
     joint_training,
     plots,
     scene_scores,
+    self_assessment,
     semantic_tokenizer,
     stages,
     train_pixel_tokenizer,
@@ -319,6 +321,118 @@ def test_the_arms_of_dynamic_tokens_differ_in_the_selection(tmp_path, monkeypatc
     assert found["random/selector"].module == "benchmarks.claims.constant_selector"
 
 
+def test_the_arms_of_self_assessment_differ_in_their_documents(tmp_path):
+    arms, root = self_assessment.ARMS, tmp_path / "seed0"
+    commands = self_assessment.arm_commands(root, 0, arms, tmp_path / "seed1", False)
+    found = {c.folder.relative_to(root).as_posix(): c for c in commands}
+    configs = {arm: config_of(arguments(found[f"stage3_{arm}"])) for arm in arms}
+    assert differing(configs["own"], configs["extra"]) == {"data.mixture"}
+    for arm in ("shuffled", "other", "no_correction"):
+        assert differing(configs["own"], configs[arm]) == {"data.records"}
+        assert configs[arm].data.records == f"../records_{arm}"
+        (sources,) = [flag for flag in arguments(found[f"records_{arm}"]) if flag.startswith("--sources=")]
+        assert sources == f"--sources=scenes;chat:{root}/documents_{arm}/documents.jsonl"
+    (start,) = configs["own"].init_from
+    assert (root / "stage3_own" / start["checkpoint"]).resolve() == root / "stage3"
+    assert [entry["weight"] for entry in configs["own"].data.mixture] == [0.9, 0.1]
+    stage3 = dataclasses.replace(resolve.parse(resolve.load("stage3:laptop")), seed=0)
+    changed = {"init_from", "train.steps", "data.records", "data.mixture", "data.seq_len", "data.images_per_row"}
+    changed |= {f"data.tasks.{task}" for task in ("question", "text_to_image")}
+    changed |= {f"optimizer.{name}" for name in ("learning_rate", "muon_learning_rate", "warmup")}
+    assert differing(stage3, configs["own"]) == changed
+    assert all(value == configs["own"].data.tasks_end[task] for task, value in configs["own"].data.tasks.items())
+    own, other = (arguments(found[name]) for name in ("drawings", "drawings_other"))
+    assert {x for x in own if x not in other} == {f"--checkpoint={root}/stage3", f"--output={root}/drawings"}
+    assert f"--checkpoint={tmp_path}/seed1/stage3" in other  # the captions are those of this seed
+    assert self_assessment.partners([3, 5, 7]) == {3: 5, 5: 7, 7: 3} and self_assessment.partners([3]) == {}
+
+
+def test_a_finished_quickstart_is_used_for_self_assessment(tmp_path):
+    for name in self_assessment.NEEDED:
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "done.json").write_text("{}")
+    assert self_assessment.base_commands(tmp_path / "out", 0, False, tmp_path / "run") == []
+    assert (tmp_path / "out" / "stage3").resolve() == tmp_path / "run" / "stage3"
+    (tmp_path / "run" / "stage3" / "done.json").unlink()
+    with pytest.raises(SystemExit, match="no finished stage3"):
+        self_assessment.base_commands(tmp_path / "other", 0, False, tmp_path / "run")
+
+
+@pytest.fixture
+def assessed(tmp_path, monkeypatch):
+    """Documents on 30 drawings, half of them good: (directory, drawings, records)."""
+    from unimm_jax.data.records import Records
+    from unimm_jax.enhancement.assessing import assess
+    from unimm_jax.enhancement.building import build
+
+    found, stored = helpers.write_drawings(tmp_path / "drawings", 30)
+    monkeypatch.setattr(Records, "open", lambda path: stored)
+    assess(str(found.path), "scenes")
+    build(str(found.path), "records", str(tmp_path / "own"))
+    return tmp_path / "own", found, stored
+
+
+def test_shuffling_permutes_the_verdicts_only(assessed, tmp_path):
+    from unimm_jax.data.sources import open_source
+    from unimm_jax.enhancement.verdicts import CORRECTION, from_text
+
+    documents, drawings, stored = assessed
+    for place in ("a", "b"):
+        assessment_documents.transform("shuffled", documents, drawings.path, tmp_path, tmp_path / place, 5)
+    before, after, again = (assessment_documents.read(x) for x in (documents, tmp_path / "a", tmp_path / "b"))
+    assert after == again  # a function of the arguments
+    texts = [[assessment_documents.verdict_of(row) for row in rows] for rows in (before, after)]
+    assert texts[0] != texts[1] and sorted(texts[0]) == sorted(texts[1])
+    counts = assessment_documents.count(after)
+    assert counts == assessment_documents.count(before)
+    assert counts["corrections"] == counts["documents"] - counts["good"] > 5 and counts["good"] > 5
+    record_of = {item.index: item.record for block in drawings.complete() for item in drawings.block(block)}
+    source, changed = open_source(f"chat:{tmp_path}/a/documents.jsonl", held_out=0.0), 0
+    for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert new["messages"][0] == old["messages"][0]  # image and question
+        assert (new["drawing"], new["key"]) == (old["drawing"], old["key"])
+        image = new["messages"][0]["content"][0]["image"]
+        assert (tmp_path / "a" / image).read_bytes() == (documents / image).read_bytes()
+        if from_text(assessment_documents.verdict_of(new)).good:
+            assert len(new["messages"]) == 2 and len(source[i].images) == 1
+            continue
+        assert new["messages"][2]["content"] == [{"type": "text", "text": CORRECTION}]
+        assert source[i].images[1] == stored[record_of[new["drawing"]]].images[0]  # of its own caption
+        changed += len(old["messages"]) == 2
+    assert changed > 0  # a good image got the verdict of a bad one, and a correction
+
+
+def test_no_row_keeps_its_own_verdict():
+    rows = [
+        {
+            "messages": [
+                {},
+                {"content": [{"text": f"{i} circles. object yes, count yes, color yes, spatial yes, overall yes"}]},
+            ],
+            "drawing": i,
+        }
+        for i in range(9)
+    ]
+    for seed in range(20):
+        found = assessment_documents.shuffled(rows, seed, lambda row: "")
+        assert not any(
+            assessment_documents.verdict_of(a) == assessment_documents.verdict_of(b)
+            for a, b in zip(rows, found, strict=True)
+        )
+    rows[3]["messages"][1]["content"][0]["text"] = "no verdict"
+    with pytest.raises(ValueError, match="drawing 3 has an unreadable verdict"):
+        assessment_documents.shuffled(rows, 0, lambda row: "")
+
+
+def test_without_corrections_the_rest_stays(assessed, tmp_path):
+    documents, drawings, _ = assessed
+    assessment_documents.transform("no_correction", documents, drawings.path, tmp_path, tmp_path / "out", 0)
+    before, after = assessment_documents.read(documents), assessment_documents.read(tmp_path / "out")
+    assert after == [row | {"messages": row["messages"][:2]} for row in before]
+    counts = assessment_documents.count(after)
+    assert counts == assessment_documents.count(before) | {"corrections": 0}
+
+
 def test_a_constant_selector_keeps_patches_at_random():
     from flax import nnx
 
@@ -376,6 +490,21 @@ def test_the_criterion_of_dynamic_tokens():
     assert dynamic_tokens.judged(compared(null, up, null), "all") == "met: better on drawing_strict"
     assert dynamic_tokens.judged(compared(null, null, null), "all") == "not met: no difference found"
     assert "worse on questions" in dynamic_tokens.judged(compared(up, up, down), "all")
+
+
+def test_the_criterion_of_self_assessment():
+    up, null = np.array([1.0, 1, 1, 1]), np.array([1.0, 0, 1, 0])
+
+    def scores(**arms):
+        return {arm: [dict.fromkeys(self_assessment.MEASURES, values)] * 3 for arm, values in arms.items()}
+
+    low = np.zeros(4)
+    found = self_assessment.compare(scores(base=low, own=up, extra=low, shuffled=low, other=up, no_correction=low))
+    assert len(found) == 4 * 3 and not any("base" in name for name in found)
+    assert self_assessment.judged(found).startswith("met")
+    found = self_assessment.compare(scores(own=null, extra=null, shuffled=low))
+    text = self_assessment.judged(found)
+    assert text.startswith("not met: own - extra, questions: no difference found") and "shuffled" not in text
 
 
 def test_results_are_written_as_table_json_and_svg(tmp_path):
@@ -436,7 +565,7 @@ def test_results_of_single_examples_are_paired_and_complete(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("experiment_module", [semantic_tokenizer, joint_training, dynamic_tokens])
+@pytest.mark.parametrize("experiment_module", [semantic_tokenizer, joint_training, dynamic_tokens, self_assessment])
 def test_an_experiment_runs_from_start_to_end(experiment_module, tmp_path, monkeypatch):
     """Minutes: every stage is a process."""
     monkeypatch.setattr(sys, "argv", ["x", f"--output={tmp_path}", "--quick", "--seeds", "0"])
