@@ -118,8 +118,8 @@ def arm_settings(arm: str, quick: bool) -> dict[str, Any]:
     rates = ("learning_rate", "muon_learning_rate")
     settings |= {f"optimizer.{name}": given["optimizer"][name] * RATE for name in rates}
     settings |= {"optimizer.warmup": WARMUP}
-    if not quick:
-        settings["train.steps"] = STEPS
+    # A selector that was hardly trained keeps all patches.
+    settings |= {"data.seq_len": 512} if quick else {"train.steps": STEPS}
     if arm == "extra":
         mixture: tuple[dict[str, Any], ...] = (dict(source="scenes", weight=1.0),)
         return settings | {"data.records": "../records_own", "data.mixture": mixture}
