@@ -36,6 +36,7 @@ RATE = 0.5  # learning rates, relative to those of stage 3
 WARMUP = 0.05  # share of the steps
 ROWS = {"data.seq_len": 128, "data.images_per_row": 6}  # a document with a correction does not fit into 64 tokens
 ASSESSED = 200  # images of the evaluator `assessments`
+AGREEMENT = tuple(f"assessment_{x}" for x in ("agreement", "agreement_by_side", "agreement_by_category", "unparsed"))
 SLOWER = 1.2  # estimate: a step with rows of 128 tokens, relative to one of stage 3
 
 
@@ -182,14 +183,11 @@ def per_seed(values: Sequence[float]) -> str:
 
 
 def agreement_row(arm: str, found: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A row of the table of agreement with the exact judge."""
-    sides = [
-        per_seed([s["assessment_agreement_by_side"].get(side, float("nan")) for s in found])
-        for side in ("right", "wrong")
-    ]
-    names = ("assessment_agreement", "assessment_unparsed")
-    whole, unparsed = (per_seed([s[name] for s in found]) for name in names)
-    return (arm, whole, *sides, unparsed)
+    """A row of the table of agreement with the exact judge; "-" where there were no images of a side."""
+    columns = [[s["assessment_agreement"] for s in found]]
+    columns += [[s["assessment_agreement_by_side"].get(side) for s in found] for side in ("right", "wrong")]
+    columns += [[s["assessment_unparsed"] for s in found]]
+    return (arm, *(", ".join(map(experiment.cell, column)) for column in columns))
 
 
 def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> None:
@@ -218,8 +216,9 @@ def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> N
         "Agreement with the exact judge": experiment.table(judged_by, [agreement_row(*x) for x in agreement.items()]),
         "Documents of each seed": experiment.table(("arm", *kinds), counts),
     }
+    judgements = {arm: [{k: v for k, v in s.items() if k in AGREEMENT} for s in f] for arm, f in agreement.items()}
     numbers = dict(seeds=seeds, scores=means, comparisons=compared, criterion=judged(compared), documents=documents)
-    experiment.write(output, "Self-assessment (ILLUME, Table 7)", sections, numbers | dict(agreement=agreement), {})
+    experiment.write(output, "Self-assessment (ILLUME, Table 7)", sections, numbers | dict(agreement=judgements), {})
 
 
 def partners(seeds: Sequence[int]) -> dict[int, int]:
