@@ -507,6 +507,17 @@ def test_the_criterion_of_self_assessment():
     assert text.startswith("not met: own - extra, questions: no difference found") and "shuffled" not in text
 
 
+def test_a_side_without_images_has_no_agreement():
+    found = dict(assessment_agreement=0.5, assessment_agreement_by_side={"wrong": 0.5}, assessment_unparsed=0.25)
+    assert self_assessment.agreement_row("own", [found] * 2) == (
+        "own",
+        "0.500, 0.500",
+        "-, -",
+        "0.500, 0.500",
+        "0.250, 0.250",
+    )
+
+
 def test_results_are_written_as_table_json_and_svg(tmp_path):
     found = paired_bootstrap([np.ones(4)], [np.zeros(4)])
     svg = plots.curves("A & B", "steps", {"S": ([1, 2], [[0.0, 1.0], [0.5, 1.5]]), "P": ([1, 2], [[0, 0], [0, 0]])})
