@@ -224,7 +224,7 @@ def test_answers_of_own_conversations_are_scored(evaluated, tmp_path, monkeypatc
     assert scores["answers"] == {"exact": 4 / 6, "number": 6, "turn_1": 2 / 3, "turn_2": 2 / 3}
     texts = [[segment.text for segment in prompt.document if isinstance(segment, Text)] for prompt in asked]
     assert texts[:2] == [["what is it?"], ["what is it?", "circle", "how many?"]]
-    assert all(prompt.images.shape == (1, 64, 64, 3) for prompt in asked)
+    assert all([image.shape for image in prompt.images] == [(64, 64, 3)] for prompt in asked)
     assert "6 answers, all images" in score_table.table(scores)
     shown = json.loads((tmp_path / "out" / "examples.json").read_text())["questions"]
     assert [row["reply"] for row in shown] == ["Circle", "one", "circle", "two", "star", "one"]

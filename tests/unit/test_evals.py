@@ -39,7 +39,7 @@ def test_wrong_entries_are_named():
     with pytest.raises(ConfigError, match="config.evals.x has no type"):
         evals.complete("config.evals.x", {"every": 3})
     with pytest.raises(
-        ConfigError, match="no evaluator 'scene'; evaluators are loss, scenes, edits, compositions, stories"
+        ConfigError, match="no evaluator 'scene'; evaluators are loss, scenes, edits, compositions, small_objects"
     ):
         evals.complete("config.evals.x", {"type": "scene"})
     with pytest.raises(ConfigError, match="'promts'; did you mean 'prompts'"):

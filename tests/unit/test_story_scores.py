@@ -28,6 +28,9 @@ class FakeGenerator:
 
     answer_length = 40
 
+    def fits(self, prompt):
+        return True
+
     def __init__(self, sees=lambda kinds: "ImageIn" in kinds, starts=True):
         self.decoders = {"pixel_decoder": None}
         self.config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=64))

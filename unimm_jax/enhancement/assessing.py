@@ -118,8 +118,7 @@ class Run:
                 if not running:
                     break
                 ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                while ended:
-                    future = ended.pop()
+                for future in sorted(ended, key=lambda future: running[future].index):  # failures in a row are counted
                     self._note(running.pop(future), future)
         except DataError as error:
             reason = error
