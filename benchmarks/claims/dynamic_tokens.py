@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import experiment, quickstart, scene_scores
-from benchmarks.claims.comparison import Difference, paired_bootstrap
 from benchmarks.claims.stages import QUICK, Command, link, overrides_of, run_all
+from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
 ARMS = ("dynamic", "top_k", "more", "random", "all")

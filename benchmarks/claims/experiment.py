@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.claims.comparison import Difference
 from benchmarks.claims.stages import compile_fast
+from unimm_jax.evals.bootstrap import Difference
 
 Row = Sequence[str | float | int | Difference | None]
 

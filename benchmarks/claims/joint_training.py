@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import experiment, quickstart, scene_scores
-from benchmarks.claims.comparison import Difference, paired_bootstrap
 from benchmarks.claims.stages import SECONDS, Command, link, run_all, training
+from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
 BEFORE = quickstart.STAGES[:-1]  # up to stage2

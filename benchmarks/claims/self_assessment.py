@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import assessment_documents, experiment, quickstart, scene_scores
-from benchmarks.claims.comparison import Difference, paired_bootstrap
 from benchmarks.claims.stages import QUICK, SECONDS, Command, link, run_all, training
+from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
 NEEDED = ("tokenizer", "records", "pixel_decoder", "stage3")  # of a finished run

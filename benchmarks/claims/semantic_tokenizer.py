@@ -19,7 +19,6 @@ import numpy as np
 
 from benchmarks.claims import experiment, plots, scene_scores
 from benchmarks.claims.code_scores import GROUP
-from benchmarks.claims.comparison import Difference, paired_bootstrap, steps_to
 from benchmarks.claims.stages import (
     QUICK,
     ROOT,
@@ -32,6 +31,8 @@ from benchmarks.claims.stages import (
     run_all,
     training,
 )
+from benchmarks.claims.thresholds import steps_to
+from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = "laptop-illume"
 ARMS = ("S", "P", "P2")

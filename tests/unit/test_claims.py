@@ -26,8 +26,9 @@ from benchmarks.claims import (
     stages,
     train_pixel_tokenizer,
 )
-from benchmarks.claims.comparison import Difference, paired_bootstrap, steps_to
+from benchmarks.claims.thresholds import steps_to
 from unimm_jax import objectives, resolve
+from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from unimm_jax.data import scene_language, scenes
 from unimm_jax.data.scene_language import Description
 from unimm_jax.enhancement.verdicts import CATEGORIES, Verdict, from_json, from_text, question
 from unimm_jax.errors import DataError
-from unimm_jax.evals.bootstrap import paired_difference
+from unimm_jax.evals.bootstrap import paired_bootstrap
 
 TEXT = "two red circles and a blue square. object yes, count no, color yes, spatial yes, overall no"
 VERDICT = Verdict("two red circles and a blue square", True, False, True, True)
@@ -149,12 +149,15 @@ def test_the_interval_of_a_paired_difference():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     noise = rng.normal(0.1, 0.05, 200)
-    difference, low, high = paired_difference(base + noise, base)
-    assert difference == pytest.approx(noise.mean())
+    found = paired_bootstrap([base + noise], [base])
+    low, high = found.low, found.high
+    assert found.mean == pytest.approx(noise.mean())
     error = noise.std() / np.sqrt(200)
     assert low == pytest.approx(noise.mean() - 1.96 * error, abs=0.3 * error)  # the spread of `base` does not count
     assert high == pytest.approx(noise.mean() + 1.96 * error, abs=0.3 * error)
-    assert paired_difference(base + noise, base) == (difference, low, high)
-    assert paired_difference([1, 0], [1, 0]) == (0, 0, 0)
-    with pytest.raises(ValueError, match="same items"):
-        paired_difference([1], [1, 2])
+    assert paired_bootstrap([base + noise], [base]) == found
+    same = paired_bootstrap([np.array([1, 0])], [np.array([1, 0])])
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    for a, b in (([1], [1, 2]), ([], [])):
+        with pytest.raises(ValueError, match="paired arms need"):
+            paired_bootstrap([np.array(a)], [np.array(b)])

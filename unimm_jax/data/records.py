@@ -64,7 +64,10 @@ class RecordWriter:
     def has(self, block: int) -> bool:
         """Whether a block is complete, in the format of this version."""
         file = self._file(block, "npz")
-        return file.exists() and set(RAGGED) <= set(np.load(file).files)
+        if not file.exists():
+            return False
+        with np.load(file) as index:
+            return set(RAGGED) <= set(index.files)
 
     def write(self, block: int, items: Iterable[tuple[int, Record, np.ndarray, np.ndarray]]) -> None:
         """Writes one block.
@@ -211,9 +214,12 @@ class Records:
         # if so, all of it is cached
         self._small = self.num_images * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES
         self._views: dict[tuple[Any, ...], list[np.ndarray]] = {}
-        areas = self.sizes.values.reshape(-1, 2).astype(np.int64).prod(-1)
-        self._small_views = self._small and int(areas.sum()) * 3 <= CACHE_BYTES
+        self._small_views = self._small and self._pixels() * 3 <= CACHE_BYTES
         self._lock = threading.Lock()
+
+    def _pixels(self) -> int:
+        """Number of pixels of all images."""
+        return int(self.sizes.values.reshape(-1, 2).astype(np.int64).prod(-1).sum())
 
     def _index(self) -> dict[str, np.ndarray]:
         if (self.path / "index.npz").exists():

@@ -9,15 +9,15 @@ import dataclasses
 import numpy as np
 
 from unimm_jax.data.scenes import (
-    COLOURS,
     GRID,
     RADII,
-    SHAPES,
     Scene,
     SceneObject,
     cell,
     cell_center,
+    draw_look,
     draw_scene,
+    free_cells,
     layout_split,
     noun,
 )
@@ -71,14 +71,13 @@ def _draw(rng: np.random.Generator, seed: int, split: str, kind: str) -> Composi
     if kind == "image_image":
         more = images[1].objects
     else:
-        shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+        shape, color = draw_look(rng)
         text = WORDINGS[rng.integers(len(WORDINGS))].format(look=noun(1, shape, color))
         x, y = cell_center(rng, *rng.integers(GRID, size=2).tolist())
         more = (SceneObject(shape, color, RADII[rng.integers(len(RADII))], x, y),)
     for item in more:
-        taken = {cell(other) for other in objects}
-        if cell(item) in taken:
-            free = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
+        free = free_cells(objects)
+        if cell(item) not in free:
             x, y = cell_center(rng, *free[rng.integers(len(free))])
             item = dataclasses.replace(item, x=x, y=y)
         objects.append(item)

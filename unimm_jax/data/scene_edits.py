@@ -19,7 +19,9 @@ from unimm_jax.data.scenes import (
     SceneObject,
     cell,
     cell_center,
+    draw_look,
     draw_scene,
+    free_cells,
     layout_split,
     noun,
 )
@@ -123,10 +125,9 @@ def draw_edit(rng: np.random.Generator, scene: Scene, kind: str, free: frozenset
     words: dict[str, str] = {}
     changed: SceneObject | None = None
     if kind == "add":
-        shape, color = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+        shape, color = draw_look(rng)
         words["look"] = noun(1, shape, color)
-        taken = {cell(item) for item in objects}
-        cells = [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
+        cells = free_cells(objects)
         x, y = cells[rng.integers(len(cells))]
         radius = RADII[rng.integers(len(RADII))]
         place, changed = len(objects), SceneObject(shape, color, radius, *cell_center(rng, x, y))
@@ -177,8 +178,7 @@ def read_edit(instruction: str, scene: Scene, free: frozenset[int] = frozenset()
         return None
     kind, words = match[0], match[1].groupdict()
     if kind == "add":
-        taken = {cell(item) for item in scene.objects} | set(CORNERS.values())
-        x, y = next((x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken)
+        x, y = next(place for place in free_cells(scene.objects) if place not in CORNERS.values())
         added = SceneObject(*_LOOKS[words["look"]], RADII[0], (x + 0.5) / GRID, (y + 0.5) / GRID)
         return _edited(kind, instruction, scene, len(scene.objects), added, free)
     place = {phrase: place for place, phrases in _named(scene) for phrase in phrases}.get(words["object"])

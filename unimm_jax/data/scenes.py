@@ -106,6 +106,17 @@ def cell(item: SceneObject) -> tuple[int, int]:
     return int(item.x * GRID), int(item.y * GRID)
 
 
+def draw_look(rng: np.random.Generator) -> tuple[str, str]:
+    """A shape and a color; all are equally likely."""
+    return SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+
+
+def free_cells(objects: Iterable[SceneObject]) -> list[tuple[int, int]]:
+    """The cells without an object, (column, row) in raster order."""
+    taken = {cell(item) for item in objects}
+    return [(x, y) for y in range(GRID) for x in range(GRID) if (x, y) not in taken]
+
+
 def layout_split(objects: Iterable[SceneObject]) -> str:
     """The split of a layout (the objects and their cells), by its hash."""
     cells = sorted((o.shape, o.colour, *cell(o)) for o in objects)
@@ -115,19 +126,16 @@ def layout_split(objects: Iterable[SceneObject]) -> str:
 def _draw_layout(rng: np.random.Generator, jitter: float) -> tuple[str, list[SceneObject]]:
     kind = ("single", "two", "count", "mixed")[int(np.searchsorted((0.25, 0.60, 0.85), rng.random(), side="right"))]
 
-    def sample_look() -> tuple[str, str]:
-        return SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)]
-
     if kind == "single":
-        looks = [sample_look()]
+        looks = [draw_look(rng)]
     elif kind == "two":
-        looks = [sample_look(), sample_look()]
+        looks = [draw_look(rng), draw_look(rng)]
         while looks[0] == looks[1]:
-            looks[1] = sample_look()
+            looks[1] = draw_look(rng)
     elif kind == "count":
-        looks = [sample_look()] * int(rng.integers(2, 5))
+        looks = [draw_look(rng)] * int(rng.integers(2, 5))
     else:
-        looks = [sample_look() for _ in range(int(rng.integers(3, 5)))]
+        looks = [draw_look(rng) for _ in range(int(rng.integers(3, 5)))]
     radii = [RADII[rng.integers(2)] for _ in looks]
     centers = _sample_centers(rng, radii, jitter)
     return kind, [SceneObject(s, c, r, x, y) for (s, c), r, (x, y) in zip(looks, radii, centers, strict=True)]
@@ -331,7 +339,7 @@ def _existence(rng: np.random.Generator, looks: list, positive: bool) -> tuple[s
     elif with_colour or len(shapes) == len(SHAPES):
         with_colour = True
         while True:
-            shape, colour = SHAPES[rng.integers(4)], list(COLOURS)[rng.integers(8)]
+            shape, colour = draw_look(rng)
             if rng.random() < 0.5:  # adversarial: change the shape or the color of an object of the scene
                 near = looks[rng.integers(len(looks))]
                 shape, colour = (near[0], colour) if rng.random() < 0.5 else (shape, near[1])

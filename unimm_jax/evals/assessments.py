@@ -15,7 +15,7 @@ from unimm_jax.data.scene_language import parse
 from unimm_jax.enhancement.judge_scenes import verdict_on
 from unimm_jax.enhancement.verdicts import CATEGORIES, MAX_TOKENS, Verdict, from_text
 from unimm_jax.evals.base import Context, Options, Result
-from unimm_jax.evals.bootstrap import paired_difference
+from unimm_jax.evals.bootstrap import paired_bootstrap
 from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
 from unimm_jax.evals.scene_detector import detect
 from unimm_jax.inference.best_of import assessments, candidates
@@ -136,13 +136,13 @@ def best_of(generator: Generator, number: int, sampling: Sampling) -> dict[str, 
         ]
     )
     first, chosen = right[:, 0], right[np.arange(number), found.chosen]
-    difference, low, high = paired_difference(chosen, first, seed=EVALUATION_SEED)
+    gain = paired_bootstrap([chosen], [first], seed=EVALUATION_SEED)
     return {
         "one_sample": float(first.mean()),
         f"best_of_{SAMPLES}": float(chosen.mean()),
         "oracle": float(right.any(-1).mean()),
-        "difference": difference,
-        "interval": [low, high],
+        "difference": gain.mean,
+        "interval": [gain.low, gain.high],
     }
 
 

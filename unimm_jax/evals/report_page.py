@@ -15,11 +15,7 @@ from unimm_jax.evals.score_table import (
     SPLIT_NAMES,
     answer_scores,
     answers_of,
-    assessment_scores,
-    composition_scores,
-    edit_scores,
-    small_object_scores,
-    story_scores,
+    sections,
 )
 from unimm_jax.metrics import read
 
@@ -117,21 +113,9 @@ def score_tables(scores: dict[str, Any]) -> list[str]:
             f"{free['questions']['overall']:.3f}, captions {free['caption']['content_words']:.3f}"
             + (f", reconstruction {free['reconstruction']:.3f}.</p>" if "reconstruction" in free else ".</p>")
         )
-    if "edit_single" in scores:
-        rows = "".join(row(name, f"{value:.3f}") for name, value in edit_scores(scores))
-        parts.append(f"<table>{head('edits', 'correct')}{rows}</table>")
-    if "composition" in scores:
-        rows = "".join(row(name, f"{value:.3f}") for name, value in composition_scores(scores))
-        parts.append(f"<table>{head('compositions', 'correct')}{rows}</table>")
-    if "small_objects" in scores:
-        rows = "".join(row(name, f"{value:.3f}") for name, value in small_object_scores(scores))
-        parts.append(f"<table>{head('questions on small objects', 'correct')}{rows}</table>")
-    if "story_image" in scores:
-        rows = "".join(row(name, f"{value:.3f}") for name, value in story_scores(scores))
-        parts.append(f"<table>{head('stories', 'correct')}{rows}</table>")
-    if "assessment_agreement" in scores:
-        rows = "".join(row(name, f"{value:.3f}") for name, value in assessment_scores(scores))
-        parts.append(f"<table>{head('assessments of its own images', 'share')}{rows}</table>")
+    for title, column, values in sections(scores):
+        rows = "".join(row(name, f"{value:.3f}") for name, value in values)
+        parts.append(f"<table>{head(title, 'correct' if column == 'right' else column)}{rows}</table>")
     if "own_images" in scores:
         parts.append(f"<h3>Own images</h3><table>{caption_rows(scores['own_images'])}</table>")
     for title, found in (("Answers", answers_of(scores)), *((ANSWERS[name], scores.get(name)) for name in ANSWERS)):
@@ -214,42 +198,11 @@ def evaluation_images(folder: pathlib.Path) -> list[str]:
             parts.append(f'<div class="wide">{image(file)}</div>')
     if examples.get("samples"):
         parts += ["<h2>Text to image</h2>", *sample_figures(folder, examples["samples"])]
-    if examples.get("edits"):
-        parts.append("<h2>Edits</h2>")
-        parts.append('<p class="note">The source, the result of each instruction, and the right result.</p>')
-        parts.append(f'<div class="strips">{figures([edit_figure(folder, item) for item in examples["edits"]])}</div>')
-    if examples.get("compositions"):
-        parts.append("<h2>Compositions</h2>")
-        parts.append('<p class="note">The images of the prompt and, last, the result.</p>')
-        found = [composition_figure(folder, item) for item in examples["compositions"]]
-        parts.append(f'<div class="strips">{figures(found)}</div>')
-    if examples.get("small_objects"):
-        parts.append("<h2>Questions on small objects</h2>")
-        parts.append('<p class="note">The answer with slices, and the answer from the whole image alone.</p>')
-        parts.append(figures([small_object_figure(folder, item) for item in examples["small_objects"]]))
-    if examples.get("stories"):
-        parts.append("<h2>Stories</h2>")
-        parts.append(
-            '<p class="note">Documents that start with a caption and an image. The model wrote the texts and drew the '
-            "images that follow, each text before its image.</p>"
-        )
-        found = [story_figure(folder, item) for item in examples["stories"]]
-        parts.append(f'<div class="strips">{figures(found)}</div>')
-    if examples.get("assessments"):
-        parts.append("<h2>Assessments</h2>")
-        parts.append(
-            '<p class="note">A generated image, its prompt, and what the model says about it; the verdict of the exact '
-            "judge is below if it differs.</p>"
-        )
-        parts.append(figures([assessment_figure(folder, item) for item in examples["assessments"]]))
-    if examples.get("questions"):
-        parts.append("<h2>Questions</h2>")
-        parts.append('<p class="note">The model\'s answer is bold; the right one is in parentheses if it differs.</p>')
-        parts.append(figures([question_figure(folder, item) for item in examples["questions"]]))
-    if examples.get("captions"):
-        parts.append("<h2>Captions</h2>")
-        parts.append('<p class="note">The model\'s caption, and below it the right one if it differs.</p>')
-        parts.append(figures([caption_figure(folder, item) for item in examples["captions"]]))
+    for kind, title, note, figure, style in EXAMPLES:
+        if examples.get(kind):
+            found = figures([figure(folder, item) for item in examples[kind]])
+            parts += [f"<h2>{title}</h2>", f'<p class="note">{note}</p>']
+            parts.append(f'<div class="{style}">{found}</div>' if style else found)
     return parts
 
 
@@ -335,6 +288,44 @@ def caption_figure(folder: pathlib.Path, item: dict[str, Any]) -> str:
 def css(ok: bool) -> str:
     """The class of right or wrong text."""
     return "ok" if ok else "no"
+
+
+# examples of an evaluator: their name, title, a note, the function that draws one, and a class of the style sheet
+EXAMPLES = (
+    ("edits", "Edits", "The source, the result of each instruction, and the right result.", edit_figure, "strips"),
+    ("compositions", "Compositions", "The images of the prompt and, last, the result.", composition_figure, "strips"),
+    (
+        "small_objects",
+        "Questions on small objects",
+        "The answer with slices, and the answer from the whole image alone.",
+        small_object_figure,
+        "",
+    ),
+    (
+        "stories",
+        "Stories",
+        "Documents that start with a caption and an image. The model wrote the texts and drew the images that follow, "
+        "each text before its image.",
+        story_figure,
+        "strips",
+    ),
+    (
+        "assessments",
+        "Assessments",
+        "A generated image, its prompt, and what the model says about it; the verdict of the exact judge is below if "
+        "it differs.",
+        assessment_figure,
+        "",
+    ),
+    (
+        "questions",
+        "Questions",
+        "The model's answer is bold; the right one is in parentheses if it differs.",
+        question_figure,
+        "",
+    ),
+    ("captions", "Captions", "The model's caption, and below it the right one if it differs.", caption_figure, ""),
+)
 
 
 # ---- Curves, time, versions ------------------------------------------------------------------------------------------

@@ -18,21 +18,9 @@ def table(scores: dict[str, Any]) -> str:
         rows += _scenes(scores)
     elif "images" in scores:
         rows += _captions(scores)
-    if "edit_single" in scores:
-        rows.append(f"{'edits':34s} {'right':>7s}")
-        rows += [f"  {name:32s} {value:7.3f}" for name, value in edit_scores(scores)]
-    if "composition" in scores:
-        rows.append(f"{'compositions':34s} {'right':>7s}")
-        rows += [f"  {name:32s} {value:7.3f}" for name, value in composition_scores(scores)]
-    if "small_objects" in scores:
-        rows.append(f"{'questions on small objects':34s} {'right':>7s}")
-        rows += [f"  {name:32s} {value:7.3f}" for name, value in small_object_scores(scores)]
-    if "story_image" in scores:
-        rows.append(f"{'stories':34s} {'right':>7s}")
-        rows += [f"  {name:32s} {value:7.3f}" for name, value in story_scores(scores)]
-    if "assessment_agreement" in scores:
-        rows.append(f"{'assessments':34s} {'share':>7s}")
-        rows += [f"  {name:32s} {value:7.3f}" for name, value in assessment_scores(scores)]
+    for title, column, values in sections(scores):
+        rows.append(f"{title:34s} {column:>7s}")
+        rows += [f"  {name:32s} {value:7.3f}" for name, value in values]
     if "own_images" in scores:
         rows += ["own images", *(f"  {row}" for row in _captions(scores["own_images"], 32))]
     if found := answers_of(scores):
@@ -41,6 +29,11 @@ def table(scores: dict[str, Any]) -> str:
     if "loss" in held_out:
         rows.append(f"{'held-out loss':34s} {held_out['loss']:7.3f}")
     return "\n".join(rows)
+
+
+def sections(scores: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, float]]]]:
+    """Title, name of the column, and names and values of each evaluator in `SECTIONS` that ran."""
+    return [(title, column, rows(scores)) for key, title, column, rows in SECTIONS if key in scores]
 
 
 def edit_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
@@ -131,3 +124,13 @@ def _captions(scores: dict[str, Any], width: int = 34) -> list[str]:
         rows.append(f"{'captions, words right':{width}s} {scores['caption']['words']:7.3f}")
     rows.append(f"{'tokens per image':{width}s} {scores['tokens_per_image']:7.2f}")
     return rows
+
+
+# a score of an evaluator, its title, the name of the column, and the function that gives the rows
+SECTIONS = (
+    ("edit_single", "edits", "right", edit_scores),
+    ("composition", "compositions", "right", composition_scores),
+    ("small_objects", "questions on small objects", "right", small_object_scores),
+    ("story_image", "stories", "right", story_scores),
+    ("assessment_agreement", "assessments of own images", "share", assessment_scores),
+)

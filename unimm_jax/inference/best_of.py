@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unimm_jax.data.transforms import to_pixels
 from unimm_jax.enhancement.verdicts import MAX_TOKENS, Verdict, from_text, question
 from unimm_jax.errors import UserError
 from unimm_jax.inference.generator import Generator
@@ -68,10 +67,7 @@ def assessments(generator: Generator, prompts: Sequence[str], images: np.ndarray
             f"a verdict has up to {MAX_TOKENS} tokens, and answers of this generator have {generator.answer_length}; "
             f"give Generator(..., answer_length={MAX_TOKENS})"
         )
-    size = generator.config.data.image_size
-    return generator.generate_text(
-        np.stack([to_pixels(image, size) for image in images]), [question(prompt) for prompt in prompts]
-    )
+    return generator.generate_text(generator.input_size(images), [question(prompt) for prompt in prompts])
 
 
 def choose(verdicts: Sequence[Verdict | None]) -> int:

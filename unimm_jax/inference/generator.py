@@ -1,6 +1,7 @@
 """Generates images from prompts and text about images."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from unimm_jax.data import pipeline, tasks
 from unimm_jax.data.documents import Document, ImageStart, length, prompt_images, render, with_slices
-from unimm_jax.data.slices import choose_grid, views
+from unimm_jax.data.slices import Grid, choose_grid, views
 from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
@@ -388,7 +389,7 @@ class Generator:
             reads = prompt_images(prompt.document)
             if reads != tuple(range(end - at)):
                 raise UserError(f"a prompt has {end - at} images and reads {len(reads)}")
-            found = [self._views(image, prompt.slices) for image in prompt.images]
+            found = [self._views(image, prompt) for image in prompt.images]
             document = with_slices(prompt.document, [len(x) - 1 for x in found])
             rows.append(row := render(document, (), masks[at:end], codes[at:end], self.layout))
             seen.append([found[image][view] for image, view in row.inputs])
@@ -423,18 +424,24 @@ class Generator:
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt has at most `prompt_length` tokens."""
         kept = [self.layout.max_codes or self.header["num_patches"]] * len(prompt.images)
-        slices = [len(self._views(image, prompt.slices)) - 1 for image in prompt.images]
-        return length(with_slices(prompt.document, slices), (), kept, self.layout) <= self.prompt_length
+        document = with_slices(prompt.document, [self._slices(image, prompt) for image in prompt.images])
+        return length(document, (), kept, self.layout) <= self.prompt_length
 
-    def _views(self, image: np.ndarray, slices: bool) -> list[np.ndarray]:
-        """The views of an image uint8 [H, W, 3] that the model reads."""
+    def _grid(self, image: np.ndarray, prompt: Prompt) -> Grid | None:
         data = self.config.data
-        height, width = image.shape[:2]
-        if (height, width) == (data.image_size, data.image_size):
+        limit = data.max_slices if prompt.slices else 0
+        return choose_grid(image.shape[1], image.shape[0], data.image_size, limit, data.slice_grids)
+
+    def _slices(self, image: np.ndarray, prompt: Prompt) -> int:
+        """Number of slices in which a prompt's image uint8 [H, W, 3] is read."""
+        return math.prod(self._grid(image, prompt) or (0,))
+
+    def _views(self, image: np.ndarray, prompt: Prompt) -> list[np.ndarray]:
+        """The views of a prompt's image uint8 [H, W, 3] that the model reads."""
+        side = self.config.data.image_size
+        if image.shape == (side, side, 3):
             return [image]
-        limit = data.max_slices if slices else 0
-        grid = choose_grid(width, height, data.image_size, limit, data.slice_grids)
-        return views(Image.fromarray(image), data.image_size, grid)
+        return views(Image.fromarray(image), side, self._grid(image, prompt))
 
     def _mask(self, keep_P: np.ndarray) -> np.ndarray:
         """The keep mask of a view whose image has the given one."""
