@@ -120,5 +120,5 @@ def test_the_evaluator_runs_on_a_trained_model(run, tmp_path, monkeypatch):
     assert examples and all(os.path.exists(folder / "assessments" / row["file"]) for row in examples)
     (folder / "scores.json").write_text(json.dumps(scores))
     page = report_page.build(tmp_path / "run")[0].read_text()
-    assert "<h2>Assessments</h2>" in page and "assessments of its own images" in page
+    assert "<h2>Assessments</h2>" in page and "assessments of own images" in page
     assert page.count("<figure>") == len(examples)
