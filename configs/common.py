@@ -4,7 +4,7 @@ The published sizes are `7b` (default: LaVIT's tokenizer under ILLUME's schedule
 paper's own recipe; what is not published is marked in docs/decisions.md). The small sizes are
 `one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores), with
 the variants `laptop-lavit` and `laptop-illume`: the published choices of LaVIT's tokenizer, and ILLUME's recipe, at the
-scale of `laptop`.
+scale of `laptop`. The tokenizer of `laptop-lavit` does not learn to reconstruct (docs/results.md).
 """
 
 from typing import Any

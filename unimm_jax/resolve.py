@@ -333,6 +333,8 @@ def _structure(config: Config) -> list[str]:
             wrong.append(f"config.init_from[{i}] is {entry!r}; it must be a dict with checkpoint and rename")
             continue
         wrong += unknown(f"config.init_from[{i}]", entry, INIT_FROM)
+        if not entry["rename"]:
+            wrong.append(f"config.init_from[{i}].rename is empty, so nothing is read; (('', ''),) reads all parameters")
         for pair in entry["rename"]:
             try:
                 pattern, _ = pair

@@ -117,6 +117,13 @@ def test_all_layouts_of_a_chain_are_of_its_split(split):
             assert scenes.layout_split(scene.objects) == split
 
 
+def test_no_edit_leads_back_to_an_earlier_scene_of_its_chain():
+    for chain in chains(3):
+        seen = [detect(scenes.render(edit.source)) for edit in chain]
+        for last, edit in enumerate(chain):
+            assert not any(edit_right(edit, found) for found in seen[: last + 1])
+
+
 def test_no_chain_ends_in_a_scene_that_allows_no_edit():
     same = scenes.SceneObject("circle", "red", 0.1, 0.125, 0.125)
     full = tuple(dataclasses.replace(same, x=0.125 + 0.25 * i) for i in range(4))

@@ -5,6 +5,7 @@ background stays as it is. All layouts of an edit, before and after it, are of i
 layout and instruction is in both.
 """
 
+import collections
 import dataclasses
 import re
 
@@ -64,8 +65,8 @@ class SceneEdit:
 def draw_chain(seed: int, split: str, index: int, turns: int) -> list[SceneEdit]:
     """Samples chain `index` of a split: `turns` edits, each of the result of the one before it.
 
-    The layouts of all scenes of a chain are of the split. The kinds of the first edits are equally frequent, and so are
-    those that each later scene allows.
+    The layouts of all scenes of a chain are of the split. No edit leads back to an earlier scene of the chain. The kinds
+    of the first edits are equally frequent, and so are those that each later scene allows.
 
     Args:
       seed, split, index: see `scenes.draw_scene`.
@@ -82,12 +83,21 @@ def draw_chain(seed: int, split: str, index: int, turns: int) -> list[SceneEdit]
         while len(edits) < turns:
             free = edits[-1].free if edits else frozenset()
             edit = _draw_next(rng, scene, split, "" if edits else kind, free, is_last=len(edits) == turns - 1)
-            if edit is None:
+            if edit is None or any(leads_to(edit, earlier.source) for earlier in edits):
                 break  # another scene
             edits.append(edit)
             scene = edit.target
         else:
             return edits
+
+
+def leads_to(edit: SceneEdit, scene: Scene) -> bool:
+    """Whether a scene has the objects of an edit's target, in the same cells where the target's are not free."""
+    objects = edit.target.objects
+    placed = collections.Counter((o.shape, o.colour, cell(o)) for i, o in enumerate(objects) if i not in edit.free)
+    there = collections.Counter((o.shape, o.colour, cell(o)) for o in scene.objects)
+    looks = [collections.Counter((o.shape, o.colour) for o in found) for found in (objects, scene.objects)]
+    return looks[0] == looks[1] and placed <= there
 
 
 def _draw_next(

@@ -39,7 +39,7 @@ class Edits(GeneratingEvaluator):
     """Edits of scenes of the test split. The edits and seeds are the same at every call and for every model.
 
     An edit is right if every object of the target is found and nothing else. Two references stand beside the scores:
-    copying the source, which is right only where two edits cancel, and drawing from the last instruction alone.
+    copying the source, and drawing from the last instruction alone.
     """
 
     options = EditsOptions

@@ -20,6 +20,7 @@ class SceneEditSource(GeneratedSource):
 
     format: ClassVar[str] = "scene_edits"
     evaluator: ClassVar[str] = "edits"
+    version: ClassVar[int] = 2  # 1 had chains whose last edit undid the one before it
 
     size: int = 64
     turns: int = 2

@@ -20,6 +20,7 @@ class SceneStorySource(GeneratedSource):
 
     format: ClassVar[str] = "scene_stories"
     evaluator: ClassVar[str] = "stories"
+    version: ClassVar[int] = 2  # as `SceneEditSource`
 
     size: int = 64
     turns: int = 3
