@@ -23,6 +23,9 @@ train pixel_decoder
 for stage in text stage1 stage2; do
   train "$stage" --config.data.mixture="({'source': 'scenes'},)"
 done
+# images from prompts with images, before the model was trained on any: LaVIT's zero-shot prompts
+step "$RUN/evaluation_stage2" -m unimm_jax.evaluate --checkpoint="$RUN/stage2" --output="$RUN/evaluation_stage2" \
+  --evals=compositions --image_prompts=codes
 # the model draws for training captions, and learns from what is right and wrong in its images
 enhance() { step "$RUN/$1" -m unimm_jax.self_enhance "${@:2}"; }
 enhance drawings generate --checkpoint="$RUN/stage2" --records="$RUN/records" --output="$RUN/drawings" \

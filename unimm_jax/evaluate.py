@@ -6,10 +6,12 @@ python -m unimm_jax.evaluate --checkpoint=runs/stage3 --output=runs/evaluation [
 from absl import flags
 
 from unimm_jax import process
+from unimm_jax.data.tasks import IMAGE_PROMPTS
 
 OPTIONS = (
-    "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "stories", "small_questions",
-    "drawings", "best_of", "guidance", "temperature", "split", "sources", "batches", "batch_size",
+    "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "image_prompts", "stories",
+    "small_questions", "scale", "drawings", "best_of", "guidance", "temperature", "split", "sources",
+    "batches", "batch_size",
 )  # fmt: skip
 
 
@@ -31,8 +33,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("edits", None, "edits: single edits (200).")
     flags.DEFINE_integer("chains", None, "edits: chains of two edits (100).")
     flags.DEFINE_integer("compositions", None, "compositions: prompts (100).")
+    flags.DEFINE_enum(
+        "image_prompts", None, IMAGE_PROMPTS, "compositions: layout of the prompts; that of the model if not given."
+    )
     flags.DEFINE_integer("stories", None, "stories: documents (100).")
     flags.DEFINE_integer("small_questions", None, "small_objects: questions per kind (100).")
+    flags.DEFINE_float("scale", None, "small_objects: factor of the objects' radius (0.35).")
     flags.DEFINE_integer("drawings", None, "assessments: images to assess (400).")
     flags.DEFINE_integer("best_of", None, "assessments: prompts of which the best of four images is chosen (100).")
     flags.DEFINE_float(

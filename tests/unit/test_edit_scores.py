@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from unimm_jax.data import scene_compositions, scene_edits, scenes
+from unimm_jax.data import scene_compositions, scene_edits, scenes, tasks
 from unimm_jax.evals.base import Context
 from unimm_jax.evals.compositions import Compositions, CompositionsOptions
 from unimm_jax.evals.edits import OFFSET, Edits, EditsOptions
@@ -22,6 +22,7 @@ class FakeGenerator:
     def __init__(self, good, composes=True):
         self.decoders = {"pixel_decoder": None}
         self.config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=64))
+        self.task_settings = tasks.TaskSettings(image_prompts="features_last")
         self.good, self.composes, self.asked = good, composes, []
 
     def edit_images(self, images, instructions, sampling, seed):
@@ -50,6 +51,7 @@ def test_edits_are_scored_by_turn(good, single, first, two):
     found = [result.scores[name] for name in ("edit_single", "edit_first_of_two", "edit_two_turns")]
     assert found == [single, first, two] and generator.asked == [(2.0, 0.5)] * 2
     assert set(result.scores["edit_single_by_kind"].values()) == {float(single)}
+    assert result.scores["edit_two_turns_copied"] == 0
     assert result.scores["edit_single_copied"] == result.scores["edit_single_without_source"] == 0
     rows = result.examples["edits"]
     assert [row["right"] for row in rows] == [[single == 1]] * 12 + [[first == 1, two == 1]] * 10
@@ -61,6 +63,13 @@ def test_compositions_are_scored_with_and_without_parts(composes):
     assert result.scores["composition"] == float(composes)
     assert result.scores["composition_without_first"] == result.scores["composition_without_second"] == 0
     assert [row["right"] for row in result.examples["compositions"]] == [composes] * 8
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "features_last"), ("codes", "codes")])
+def test_the_layout_of_compositions_is_the_models_or_the_given_one(given, used):
+    generator = FakeGenerator(0)
+    result = Compositions(CompositionsOptions(compositions=2, image_prompts=given)).score(generator, CONTEXT)
+    assert generator.task_settings.image_prompts == result.settings["composition_image_prompts"] == used
 
 
 def test_without_a_decoder_nothing_is_scored(capsys):

@@ -65,8 +65,8 @@ class SceneEdit:
 def draw_chain(seed: int, split: str, index: int, turns: int) -> list[SceneEdit]:
     """Samples chain `index` of a split: `turns` edits, each of the result of the one before it.
 
-    The layouts of all scenes of a chain are of the split. No edit leads back to an earlier scene of the chain. The kinds
-    of the first edits are equally frequent, and so are those that each later scene allows.
+    The layouts of all scenes of a chain are of the split. No edit leads back to an earlier scene of the chain. The
+    kinds of the first edits are equally frequent, and so are those that each later scene allows.
 
     Args:
       seed, split, index: see `scenes.draw_scene`.

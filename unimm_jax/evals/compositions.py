@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from unimm_jax.config import ranged
-from unimm_jax.data import scene_compositions, scenes
+from unimm_jax.config import one_of, ranged
+from unimm_jax.data import scene_compositions, scenes, tasks
 from unimm_jax.data.scene_compositions import Composition
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
@@ -25,10 +25,12 @@ class CompositionsOptions(Options):
 
     Attributes:
       compositions: number of prompts; the kinds take turns.
+      image_prompts: layout of the prompts, see `tasks.image_prompt`; that of the model if empty.
       guidance: classifier-free guidance, away from an image without a prompt. temperature: 0 is greedy.
     """
 
     compositions: int = ranged(100, low=2)
+    image_prompts: str = one_of("", "", *tasks.IMAGE_PROMPTS)
     guidance: float = ranged(1.25, low=0)
     temperature: float = ranged(0.7, low=0)
 
@@ -48,6 +50,8 @@ class Compositions(GeneratingEvaluator):
         if not self.can_draw(generator, context, "composition"):
             return Result({})
         sampling = Sampling(guidance=s.guidance, temperature=s.temperature)
+        layout = s.image_prompts or generator.task_settings.image_prompts
+        generator.task_settings = dataclasses.replace(generator.task_settings, image_prompts=layout)
         found = [scene_compositions.draw_composition(EVALUATION_SEED, "test", i) for i in range(s.compositions)]
         prompts = [prompt_of(item, generator.config.data.image_size) for item in found]
 
@@ -61,7 +65,8 @@ class Compositions(GeneratingEvaluator):
             kind: float(np.mean([ok for item, ok in zip(found, whole, strict=True) if item.kind == kind]))
             for kind in scene_compositions.KINDS
         }
-        result = Result({}, settings={"composition_sampling": dataclasses.asdict(sampling)})
+        result = Result({})
+        result.settings = {"composition_sampling": dataclasses.asdict(sampling), "composition_image_prompts": layout}
         result.scores = {
             "composition": float(np.mean(whole)),
             "composition_without_first": float(np.mean(right(slice(1, None))[1])),

@@ -49,7 +49,10 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """Names and values of the scores of the evaluator `compositions`."""
     names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
     found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
-    return found + [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+    found += [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+    if "composition_zero_shot" in scores:
+        found.append(("zero-shot, after stage 2", scores["composition_zero_shot"]))
+    return found
 
 
 def small_object_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
