@@ -58,11 +58,11 @@ def test_records_are_interleaved_documents():
     [
         ("scenes", "scenes v1 {} 12000 0 1.0 64"),
         ("scenes:count=5,jitter=9,size=32,seed=3", "scenes v1 {} 5 3 9.0 32"),
-        ("scene_edits", "scene_edits v1 {} 6000 0 64 2"),
-        ("scene_edits:turns=3,size=32,count=7,seed=2", "scene_edits v1 {} 7 2 32 3"),
+        ("scene_edits", "scene_edits v2 {} 6000 0 64 2"),
+        ("scene_edits:turns=3,size=32,count=7,seed=2", "scene_edits v2 {} 7 2 32 3"),
         ("scene_compositions", "scene_compositions v1 {} 6000 0 64"),
         ("scene_compositions:count=8,seed=1,size=16", "scene_compositions v1 {} 8 1 16"),
-        ("scene_stories", "scene_stories v1 {} 6000 0 64 3"),
+        ("scene_stories", "scene_stories v2 {} 6000 0 64 3"),
     ],
 )
 @pytest.mark.parametrize("split", scenes.SPLITS)
