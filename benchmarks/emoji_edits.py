@@ -3,14 +3,14 @@
 python -m benchmarks.emoji_edits write EMOJI OUTPUT [--concepts=400] [--held_out=0.2] [--seed=0]
 python -m benchmarks.emoji_edits score --checkpoint=RUN/stage3 --data=OUTPUT/test
 
-EMOJI is a directory with `emoji.jsonl`, one row {"image", "name", "style", ...} per image, and the images. `write` makes
-OUTPUT/train/ and OUTPUT/test/: images with .txt captions, and `edits.jsonl` with both directions of every pair. The
-concepts of the two are disjoint.
+EMOJI is a directory with `emoji.jsonl`, one row {"image", "name", "style", ...} per image, and the images. `write`
+makes OUTPUT/train/ and OUTPUT/test/: images with .txt captions, and `edits.jsonl` with both directions of every pair.
+The concepts of the two are disjoint.
 
-`score` edits the images of a directory and compares squared errors of pixels. *Concept* is the share of the results that
-are nearer to their target than to the targets of 15 other edits into the same style (by chance: 0.0625). *Style* is the
-share that are nearer to their target than to their source. Beside the results stand the source itself, and the target
-decoded from its own codes, which no edit can be expected to exceed.
+`score` edits the images of a directory and compares squared errors of pixels. *Concept* is the share of the results
+that are nearer to their target than to the targets of 15 other edits into the same style (by chance: 0.0625). *Style*
+is the share that are nearer to their target than to their source. Beside the results stand the source itself, and the
+target decoded from its own codes, which no edit can be expected to exceed.
 """
 
 import argparse
