@@ -17,11 +17,12 @@ import argparse
 import json
 import pathlib
 import random
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from benchmarks.emoji_questions import place
 
 OTHERS = 15  # targets that a result is compared with, beside its own
 
@@ -45,10 +46,7 @@ def _write_split(emoji: pathlib.Path, folder: pathlib.Path, pairs: Sequence[list
     edits = []
     for rows in pairs:
         for row in rows:
-            file = folder / row["image"]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(emoji / row["image"], file)
-            file.with_suffix(".txt").write_text(f"{row['name'].lower()}, {row['style'].lower()}\n")
+            place(emoji, folder, row)
         by_style = {row["style"]: row["image"] for row in rows}
         for source, target in (sorted(by_style), sorted(by_style, reverse=True)):
             instruction = f"draw it in the style of {target}"

@@ -26,6 +26,14 @@ def conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     return [turn for q, a in asked for turn in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
 
 
+def place(emoji: pathlib.Path, folder: pathlib.Path, row: dict[str, Any]) -> None:
+    """Copies the image of a row of `emoji.jsonl` to a directory, with a caption of its name and style beside it."""
+    file = folder / row["image"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(emoji / row["image"], file)
+    file.with_suffix(".txt").write_text(f"{row['name'].lower()}, {row['style'].lower()}\n")
+
+
 def write(emoji: pathlib.Path, output: pathlib.Path, concepts: int, held_out: float, seed: int) -> dict[str, int]:
     """Writes images, captions and conversations: number of images by split."""
     rows = [json.loads(line) for line in (emoji / "emoji.jsonl").read_text().splitlines()]
@@ -38,10 +46,7 @@ def write(emoji: pathlib.Path, output: pathlib.Path, concepts: int, held_out: fl
     for split, part in (("test", rows[:test]), ("train", rows[test:])):
         found = []
         for row in sorted(part, key=lambda row: row["image"]):
-            file = output / split / row["image"]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(emoji / row["image"], file)
-            file.with_suffix(".txt").write_text(f"{row['name'].lower()}, {row['style'].lower()}\n")
+            place(emoji, output / split, row)
             found.append({"id": row["image"], "image": f"{split}/{row['image']}", "conversations": conversation(row)})
         (output / f"{split}.json").write_text(json.dumps(found, indent=1))
     return {"train": len(rows) - test, "test": test}

@@ -418,6 +418,8 @@ def test_prompts_of_codes_need_no_features_and_edits_read_their_results(generato
     words = list(text.encode("and"))
     greedy = Sampling(guidance=1.5, temperature=0)
     prompts = [coded.image_prompt_of(parts) for parts in ([a, "and", b], [b, a], ["and"])]
+    by_argument = generator.image_prompt_of([a, "and", b], "codes")
+    assert by_argument.document == prompts[0].document != generator.image_prompt_of([a, "and", b]).document
     tokens, valid, index, seen, masks = coded._rendered(prompts)
     rows = [row[ok].tolist() for row, ok in zip(tokens, valid, strict=True)]
     assert rows == [[text.bos, *one, *words, *two], [text.bos, *two, *one], [text.bos, *words]]

@@ -1,11 +1,13 @@
 """The scores of edits and compositions, with a generator that draws what the test says."""
 
+import json
 import types
 
 import numpy as np
 import pytest
 
-from unimm_jax.data import scene_compositions, scene_edits, scenes, tasks
+from unimm_jax.data import scene_compositions, scene_edits, scenes
+from unimm_jax.evals import report_page
 from unimm_jax.evals.base import Context
 from unimm_jax.evals.compositions import Compositions, CompositionsOptions
 from unimm_jax.evals.edits import OFFSET, Edits, EditsOptions
@@ -21,9 +23,9 @@ class FakeGenerator:
 
     def __init__(self, good, composes=True):
         self.decoders = {"pixel_decoder": None}
-        self.config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=64))
-        self.task_settings = tasks.TaskSettings(image_prompts="features_last")
-        self.good, self.composes, self.asked = good, composes, []
+        data = types.SimpleNamespace(image_size=64, image_prompts="features_last")
+        self.config = types.SimpleNamespace(data=data)
+        self.good, self.composes, self.asked, self.layouts = good, composes, [], []
 
     def edit_images(self, images, instructions, sampling, seed):
         turns = len(instructions[0])
@@ -34,7 +36,8 @@ class FakeGenerator:
         made = [[scenes.render(chain[turn].target) for chain in chains] for turn in range(turns)]
         return [np.stack(row if turn < self.good else [BLANK] * EDITS) for turn, row in enumerate(made)]
 
-    def compose_images(self, prompts, sampling, seed):
+    def compose_images(self, prompts, sampling, seed, image_prompts=""):
+        self.layouts.append(image_prompts)
         found = []
         for i, prompt in enumerate(prompts):
             whole = self.composes and len(prompt) == 2
@@ -69,7 +72,20 @@ def test_compositions_are_scored_with_and_without_parts(composes):
 def test_the_layout_of_compositions_is_the_models_or_the_given_one(given, used):
     generator = FakeGenerator(0)
     result = Compositions(CompositionsOptions(compositions=2, image_prompts=given)).score(generator, CONTEXT)
-    assert generator.task_settings.image_prompts == result.settings["composition_image_prompts"] == used
+    assert generator.layouts == [used] * 3 and result.settings["composition_image_prompts"] == used
+
+
+def test_the_zero_shot_compositions_of_stage_2_stand_beside_those_of_stage_3(tmp_path):
+    result = Compositions(CompositionsOptions(compositions=2)).score(FakeGenerator(0), CONTEXT)
+    for name, score in (("evaluation", 1.0), ("evaluation_stage2", 0.25)):
+        (tmp_path / name).mkdir()
+        found = result.scores | {"composition": score, "evaluation_seconds": 1.0}
+        (tmp_path / name / "scores.json").write_text(json.dumps(found))
+    (tmp_path / "evaluation_stage2" / "done.json").write_text('{"seconds": 7.5}')
+    page, scores = report_page.build(tmp_path)
+    assert scores["composition"] == 1 and scores["composition_zero_shot"] == 0.25
+    assert scores["seconds"]["evaluation_stage2"] == 7.5
+    assert '<td>zero-shot, after stage 2</td><td class="n">0.250</td>' in page.read_text()
 
 
 def test_without_a_decoder_nothing_is_scored(capsys):

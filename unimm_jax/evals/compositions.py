@@ -50,14 +50,13 @@ class Compositions(GeneratingEvaluator):
         if not self.can_draw(generator, context, "composition"):
             return Result({})
         sampling = Sampling(guidance=s.guidance, temperature=s.temperature)
-        layout = s.image_prompts or generator.task_settings.image_prompts
-        generator.task_settings = dataclasses.replace(generator.task_settings, image_prompts=layout)
+        layout = s.image_prompts or generator.config.data.image_prompts
         found = [scene_compositions.draw_composition(EVALUATION_SEED, "test", i) for i in range(s.compositions)]
         prompts = [prompt_of(item, generator.config.data.image_size) for item in found]
 
         def right(parts: slice) -> tuple[np.ndarray, list[bool]]:
             shortened = [prompt[parts] for prompt in prompts]
-            made = generator.compose_images(shortened, sampling, EVALUATION_SEED)
+            made = generator.compose_images(shortened, sampling, EVALUATION_SEED, image_prompts=layout)
             return made, [looks_right(item.target, detect(image)) for item, image in zip(found, made, strict=True)]
 
         made, whole = right(slice(None))

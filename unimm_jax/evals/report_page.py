@@ -21,11 +21,10 @@ from unimm_jax.metrics import read
 
 STAGES = (
     "encoder", "selector", "tokenizer", "records", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2",
-    "drawings", "drawings/verdicts", "assessments", "records_stage3", "stage3",
+    "evaluation_stage2", "drawings", "drawings/verdicts", "assessments", "records_stage3", "stage3",
 )  # fmt: skip
 # directories with the answers to own questions → title
 ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
-ZERO_SHOT = "evaluation_stage2"  # directory with the compositions of the model before it was trained on any
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 TRAINING_COLOR, HELD_OUT_COLOR = "#2457c5", "#d9622b"
 STYLE = """
@@ -61,7 +60,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     free = run / "evaluation_free" / "scores.json"
     if free.exists():
         scores["free_placement"] = json.loads(free.read_text())
-    zero_shot = run / ZERO_SHOT / "scores.json"
+    zero_shot = run / "evaluation_stage2" / "scores.json"  # before the model was trained on compositions
     if zero_shot.exists():
         scores["composition_zero_shot"] = json.loads(zero_shot.read_text())["composition"]
     for name in ANSWERS:

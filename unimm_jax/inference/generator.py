@@ -223,17 +223,21 @@ class Generator:
         sampling: Sampling = SAMPLED,
         seed: int = 0,
         decoder: str = "",
+        image_prompts: str = "",
     ) -> np.ndarray:
         """Prompts of images uint8 [S, S, 3] and texts, in any order → images uint8 [N, S, S, 3].
 
-        Their layout is `config.data.image_prompts`. Guidance is away from [IMG] alone.
+        Guidance is away from [IMG] alone.
+
+        Args:
+          image_prompts: layout of the prompts; see `image_prompt_of`.
 
         Raises:
           UserError: a prompt longer than `prompt_length`.
           CheckpointError: no such decoder.
         """
         decoder = self.decoder_name(decoder)
-        asked = [self.image_prompt_of(parts) for parts in prompts]
+        asked = [self.image_prompt_of(parts, image_prompts) for parts in prompts]
         return self.decode(*self.codes(self.continue_with_image(asked, sampling, seed)), decoder, seed)
 
     def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
@@ -241,10 +245,16 @@ class Generator:
         numbered, images = _numbered(parts)
         return Prompt(tasks.user_prompt(numbered, self.task_settings), images)
 
-    def image_prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
-        """A prompt of images, uint8 [S, S, 3], and texts for an image; its layout is `config.data.image_prompts`."""
+    def image_prompt_of(self, parts: Sequence[np.ndarray | str], image_prompts: str = "") -> Prompt:
+        """A prompt of images, uint8 [S, S, 3], and texts for an image.
+
+        Args:
+          image_prompts: layout, one of `tasks.IMAGE_PROMPTS`; `config.data.image_prompts` if empty.
+        """
         numbered, images = _numbered(parts)
-        return Prompt(tasks.image_prompt(numbered, self.task_settings), images)
+        chosen = image_prompts or self.task_settings.image_prompts
+        settings = dataclasses.replace(self.task_settings, image_prompts=chosen)
+        return Prompt(tasks.image_prompt(numbered, settings), images)
 
     def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
         """An encoded image, or pixels, as the model reads them: uint8 [S, S, 3], or in their own size [H, W, 3] where
