@@ -24,8 +24,8 @@ TOP_LEVEL = {
     "edit_single_copied", "edit_single_without_source", "edit_two_turns", "edit_two_turns_copied",
     "edit_two_turns_without_source", "edit_first_of_two", "edit_sampling",
     "composition", "composition_by_kind", "composition_without_first", "composition_without_second",
-    "composition_sampling", "story_image", "story_image_start", "story_image_without_image", "story_consistent",
-    "story_instruction", "story_images", "story_sampling",
+    "composition_sampling", "composition_image_prompts", "story_image", "story_image_start",
+    "story_image_without_image", "story_consistent", "story_instruction", "story_images", "story_sampling",
 }  # fmt: skip
 
 
