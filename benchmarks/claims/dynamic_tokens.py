@@ -1,12 +1,14 @@
 """LaVIT's claim that a dynamic number of image tokens is better than a fixed one (Table 3).
 
 python -m benchmarks.claims.dynamic_tokens --output=runs/dynamic_tokens --seeds 0 1 2
+python -m benchmarks.claims.dynamic_tokens --runs runs/quickstart runs/seed1 runs/seed2 --output=runs/dynamic_tokens
 
 Arms at size `laptop`: dynamic, the config as it is; top_k, as many tokens for every image, the rounded mean of the
 dynamic arm; more, one token more than that; random, patches chosen at random with the same mean number; all, all 16
 patches with the steps of the language stages scaled so that the language model sees the same number of tokens. Encoder
 and selector stage are shared, except that `all` trains merger and decoder without a selector. docs/claims.md has the
-prediction and the criterion. An interrupted run resumes.
+prediction and the criterion. With --runs, finished quickstarts are the dynamic arm, one run for each seed. An
+interrupted run resumes.
 """
 
 import pathlib
@@ -22,6 +24,7 @@ from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 SIZE = quickstart.SIZE
 ARMS = ("dynamic", "top_k", "more", "random", "all")
 DEFAULT_ARMS = ("dynamic", "top_k", "all")
+SHARED = ("encoder", "selector")  # stages of all arms but `all` and `random`, which have no selector of their own
 LANGUAGE = ("stage1", "stage2", "stage3")
 TOKENIZER = "model.image_tokenizer"
 MEASURES = ("reconstruction", "drawing_strict", "questions")
@@ -118,9 +121,29 @@ def arm_commands(arm: str, root: pathlib.Path, seed: int, quick: bool) -> list[C
     return [*found, scene_scores.command(folder / "scores", folder / "stage3", scene_scores.PARTS, quick)]
 
 
-def commands(root: pathlib.Path, seed: int, arms: Sequence[str], quick: bool) -> list[Command]:
-    """All commands of a seed, in order; the dynamic arm first."""
-    found = quickstart.commands(root, seed, quick, ("encoder", "selector"))
+def use_quickstart(existing: pathlib.Path, root: pathlib.Path) -> None:
+    """Links the stages of a finished quickstart as the dynamic arm and as the shared stages.
+
+    Raises:
+      SystemExit: `existing` lacks a stage.
+    """
+    for name in quickstart.STAGES:
+        if not (existing / name / "done.json").exists():
+            raise SystemExit(f"{existing} has no finished {name}; give the directory of a finished quickstart")
+        link(existing / name, (root if name in SHARED else root / "dynamic") / name)
+
+
+def commands(
+    root: pathlib.Path, seed: int, arms: Sequence[str], quick: bool, existing: pathlib.Path | None = None
+) -> list[Command]:
+    """All commands of a seed, in order; the dynamic arm first.
+
+    Args:
+      existing: a finished quickstart that is the dynamic arm.
+    """
+    if existing is not None:
+        use_quickstart(existing, root)
+    found = quickstart.commands(root, seed, quick, SHARED)
     return [*found, *(command for arm in arms for command in arm_commands(arm, root, seed, quick))]
 
 
@@ -179,10 +202,16 @@ def main() -> None:
     """Entry point."""
     parser = experiment.parser(__doc__, "runs/dynamic_tokens")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS), help="dynamic is always trained")
+    parser.add_argument("--runs", type=pathlib.Path, nargs="+", help="finished quickstarts, one for each seed")
     flags = parser.parse_args()
+    if flags.runs and len(flags.runs) != len(flags.seeds):
+        parser.error(f"--runs has {len(flags.runs)} directories for {len(flags.seeds)} seeds")
+    existing = dict(zip(flags.seeds, flags.runs or (), strict=False))
     arms = [arm for arm in ARMS if arm in ("dynamic", *flags.arms)]
     output = experiment.prepare(flags.output, "dynamic_tokens", flags.quick)
-    by_seed = {seed: commands(output / f"seed{seed}", seed, arms, flags.quick) for seed in flags.seeds}
+    by_seed = {
+        seed: commands(output / f"seed{seed}", seed, arms, flags.quick, existing.get(seed)) for seed in flags.seeds
+    }
     run_all(output, by_seed, flags.lanes)
     report(output, flags.seeds, arms)
 

@@ -432,6 +432,8 @@ def test_pil_images_are_prepared_as_in_training(mode, tmp_path):
     image.save(file)
     found = processing_unimm.as_images(Image.open(file), 16)
     assert np.array_equal(found[0].numpy(), transforms.to_pixels(file.read_bytes(), 16))
+    cropped = processing_unimm.as_images(Image.open(file), 16, "crop")
+    assert np.array_equal(cropped[0].numpy(), transforms.to_pixels(file.read_bytes(), 16, "crop"))
 
 
 @pytest.mark.parametrize(

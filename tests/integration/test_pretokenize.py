@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import ROOT, TEXT_VOCAB, command, free_port, tiny, xla_flags
+from PIL import Image
 
 from unimm_jax import checkpoint
 from unimm_jax.data import pipeline
 from unimm_jax.data.records import RAGGED, Records
+from unimm_jax.data.transforms import decode_image
 from unimm_jax.errors import CheckpointError, DataError
 from unimm_jax.inference import pretokenization
 from unimm_jax.inference.generator import Generator
@@ -152,6 +154,35 @@ def test_sampled_masks_are_the_same_in_every_batch_and_in_generation(run, tmp_pa
         assert np.array_equal(keep[i], records[i].keep[0])
 
 
+def test_cropped_images_have_the_same_codes_in_records_and_in_generation(run, tmp_path):
+    tokenizer = load_image_tokenizer(run / "tokenizer")
+    data = dataclasses.replace(tokenizer.config.data, fit="crop", max_crop=0.3, image_size=64)
+    tokenizer = dataclasses.replace(tokenizer, config=dataclasses.replace(tokenizer.config, data=data))
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate([(64, 80), (90, 70), (64, 64), (64, 128)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"image number {i}")
+    dataset = pipeline.open_images(dataclasses.replace(data, sources=f"folder:{tmp_path / 'images'}", held_out=0.0))[0]
+    words = Records(run / "records").text_tokenizer
+    encoder = pretokenization.Encoder(tokenizer, 4)
+    counts = pretokenization.write_split(encoder, {0: dataset}, tmp_path / "records", words, "folder")
+    assert counts[:2] == (3, 1)  # half of the last one would be cut
+    records = Records(tmp_path / "records")
+    assert records.fit == "crop"
+    model = load_model(run / "stage3")
+    header = model.header | {"fit": records.fit}
+    companions = (tokenizer, load_companions(model)[1])
+    generator = Generator(dataclasses.replace(model, header=header), batch=4, companions=companions)
+    files = [records[i].images[0] for i in range(3)]
+    assert all(np.array_equal(generator.read_image(file), records.image(i)) for i, file in enumerate(files))
+    codes, keep = generator.tokenize([np.asarray(decode_image(file)) for file in files])
+    for i in range(3):
+        assert np.array_equal(keep[i], records[i].keep[0]) and np.array_equal(
+            codes[i][keep[i]], records[i].codes[0][keep[i]]
+        )
+
+
 def test_an_argmax_rate_off_the_target_is_reported_at_the_end(run, tmp_path, monkeypatch, capsys):
     tokenizer = load_image_tokenizer(run / "tokenizer")
     selector = tiny("selector").loss.keep_rate
@@ -186,8 +217,6 @@ def test_damaged_records_are_one_sentence(run, tmp_path):
 
 
 def test_finished_records_of_images_that_changed_are_refused(run, tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(6):

@@ -20,6 +20,7 @@ from benchmarks.claims import (
     experiment,
     joint_training,
     plots,
+    quickstart,
     scene_scores,
     self_assessment,
     semantic_tokenizer,
@@ -320,6 +321,20 @@ def test_the_arms_of_dynamic_tokens_differ_in_the_selection(tmp_path, monkeypatc
             assert configs["all"].train.steps == round(configs["dynamic"].train.steps * 2 / 3)
     assert "dynamic/selector" not in found and "all/selector" in found
     assert found["random/selector"].module == "benchmarks.claims.constant_selector"
+
+
+def test_a_finished_quickstart_is_the_dynamic_arm(tmp_path):
+    for name in quickstart.STAGES:
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "done.json").write_text("{}")
+    arms = ("dynamic", "top_k", "all")
+    found = dynamic_tokens.commands(tmp_path / "out", 0, arms, False, tmp_path / "run")
+    open_commands = [c.folder.relative_to(tmp_path / "out").as_posix() for c in found if not c.is_done]
+    assert open_commands[:2] == ["dynamic/scores", "top_k/tokenizer"] and "all/selector" in open_commands
+    assert (tmp_path / "out" / "dynamic" / "stage3").resolve() == tmp_path / "run" / "stage3"
+    (tmp_path / "run" / "text" / "done.json").unlink()
+    with pytest.raises(SystemExit, match="no finished text"):
+        dynamic_tokens.commands(tmp_path / "other", 0, arms, False, tmp_path / "run")
 
 
 def test_the_arms_of_self_assessment_differ_in_their_documents(tmp_path):

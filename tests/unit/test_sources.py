@@ -173,6 +173,28 @@ def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_pat
     assert sum(map(len, half)) == 4  # without a test split of its own, records are held out by the hash of their key
 
 
+def test_a_crop_keeps_the_aspect_ratio_and_skips_images_that_would_lose_too_much(tmp_path, caplog):
+    wide = np.full((40, 48, 3), 255, np.uint8)
+    wide[:, 4:44] = (np.arange(40 * 40 * 3).reshape(40, 40, 3) // 7 % 256).astype(np.uint8)
+    square = np.asarray(Image.fromarray(wide[:, 4:44]).resize((16, 16), Image.Resampling.BICUBIC))
+    for image in (_bytes(Image.fromarray(wide)), wide):
+        assert np.array_equal(transforms.to_pixels(image, 16, "crop", max_crop=0.2), square)
+        assert not np.array_equal(transforms.to_pixels(image, 16), square)
+    tall = np.asarray(Image.fromarray(wide).transpose(Image.Transpose.ROTATE_90))
+    turned = Image.fromarray(wide[:, 4:44]).transpose(Image.Transpose.ROTATE_90).resize((16, 16), 3)
+    assert np.array_equal(transforms.to_pixels(tall, 16, "crop"), np.asarray(turned))
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    source = sources.open_source(f"folder:{tmp_path}", held_out=0.0)
+    images = sources.DecodedDataset(source, 16, fit="crop", max_crop=0.2)
+    assert [images.load(i) is None for i in range(2)] == [False, True]
+    assert np.array_equal(images[1].pixels[0], square)  # the next usable record
+    assert "80 × 40 pixels would lose 50%, more than max_crop=0.2" in images.invalid[1]
+    assert all(x is not None for x in map(sources.DecodedDataset(source, 16).load, range(2)))
+
+
 def test_scenes_are_a_source():
     source = SceneSource("test", count=5)
     images = sources.DecodedDataset(source, 64)

@@ -469,7 +469,8 @@ def _source_images_page(config: Config, data: Input, limit: int) -> list[str]:
     texts = [text for _, item in usable for text in (*item.record.captions, *item.record.prompts)]
     pairs = [("config", f"{config.name}, seed {config.seed}")]
     pairs += [("source", f"{dataset.source.name}, {len(dataset):,} records") for dataset in datasets]
-    pairs.append(("images", f"resized to {config.data.image_size} × {config.data.image_size} pixels"))
+    side, cut = config.data.image_size, "the centered square, " if config.data.fit == "crop" else ""
+    pairs.append(("images", f"{cut}resized to {side} × {side} pixels"))
     pairs.append(("held out", f"{config.data.held_out:g} of the records of sources without a test split"))
     if data.text_tokenizer and texts:
         counts = [len(data.text_tokenizer.encode(text)) for text in texts]

@@ -15,7 +15,6 @@ import numpy as np
 
 from unimm_jax import text_tokenizer as text_tokenizer_lib
 from unimm_jax.config import Config, ImageDataConfig, TextTokenizerConfig
-from unimm_jax.data import transforms
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import flatten
 from unimm_jax.data.packing import PackingConfig, SourceShare, build_example, build_row
@@ -199,7 +198,7 @@ def open_images(
                 raise
             logging.warning("%s", error)  # the other sources still have held-out records
             continue
-        found.append(DecodedDataset(source, data.image_size, needs))
+        found.append(DecodedDataset(source, data.image_size, needs, data.fit, data.max_crop))
     if not found:
         raise EmptySplitError(f"no source of {data.sources!r} has records in its {split} split")
     return found
@@ -272,7 +271,7 @@ class _RecordImages:
     def __getitem__(self, number: int) -> dict[str, Any]:
         record, i = self.records.image_place(number)
         item = self.records[record]
-        image = transforms.to_pixels(item.images[i], self.size) if self.size else self.records.image(record, i)
+        image = self.records.resized(record, i, self.size) if self.size else self.records.image(record, i)
         return {"images": image, "codes": item.codes[i], "keep": item.keep[i]}
 
 

@@ -182,7 +182,7 @@ class Records:
 
     Attributes:
       header: contents of `header.json`: fingerprints, shapes and counts.
-      text_tokenizer: the tokenizer that counted the texts.
+      text_tokenizer: the tokenizer that counted the texts. fit: how an image becomes a square, see `transforms.resize`.
       source: number of the source of each record in `header["sources"]`.
       kept, texts, outlines, sizes: of record i, by `[i]`: kept patches of each image, tokens of each text, outline
         codes, width and height of each image. has_sizes: False for records of an earlier version, without `sizes`.
@@ -211,6 +211,7 @@ class Records:
         self._reader: Any = None
         self._items: dict[int, StoredRecord] = {}
         self._images: dict[tuple[int, int], np.ndarray] = {}
+        self.fit = str(self.header.get("fit", "stretch"))  # not in records of an earlier version
         # if so, all of it is cached
         self._small = self.num_images * self.header["image_size"] ** 2 * 3 <= CACHE_BYTES
         self._views: dict[tuple[Any, ...], list[np.ndarray]] = {}
@@ -283,10 +284,14 @@ class Records:
         place = (index, number)
         if place in self._images:
             return self._images[place]
-        image = transforms.to_pixels(self[index].images[number], self.header["image_size"])
+        image = self.resized(index, number, self.header["image_size"])
         if self._small:
             self._images[place] = image
         return image
+
+    def resized(self, index: int, number: int, size: int) -> np.ndarray:
+        """A decoded image of a record with sides of `size` pixels, uint8 [size, size, 3]; not cached."""
+        return transforms.to_pixels(self[index].images[number], size, self.fit)
 
     def views(self, index: int, number: int, side: int, max_slices: int, rule: str) -> list[np.ndarray]:
         """The views of an image of a record: the whole image, then its slices, each uint8 [side, side, 3].
@@ -303,7 +308,7 @@ class Records:
             return self._views[place]
         image = transforms.decode_image(self[index].images[number])
         grid = slices.choose_grid(*image.size, side, max_slices, rule) if max_slices else None
-        found = slices.views(image, side, grid)
+        found = slices.views(image, side, grid, self.fit)
         if self._small_views:
             self._views[place] = found
         return found

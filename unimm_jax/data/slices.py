@@ -63,14 +63,17 @@ def count_slices(sizes: Sequence[tuple[int, int]], side: int, max_slices: int, r
     return [math.prod(grid) if grid else 0 for grid in found]
 
 
-def views(image: Image.Image, side: int, grid: Grid | None) -> list[np.ndarray]:
+def views(image: Image.Image, side: int, grid: Grid | None, fit: str = "stretch") -> list[np.ndarray]:
     """The whole image, resized to a square, then its slices in raster order; each uint8 [side, side, 3].
 
     For the slices, the image is resized to fit the grid with its aspect ratio and centered on black.
+
+    Args:
+      fit: see `transforms.resize`; an image with slices is stretched, so that the whole image shows what they show.
     """
-    whole = resize(image, side)
     if grid is None:
-        return [whole]
+        return [resize(image, side, fit)]
+    whole = resize(image, side)
     columns, rows = grid
     across, down = columns * side, rows * side
     scale = min(across / image.width, down / image.height)

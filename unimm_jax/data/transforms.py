@@ -16,6 +16,7 @@ except ImportError:  # optional dependency [jpeg]; Pillow decodes to the same pi
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 80_000_000
 MAX_ASPECT = 20
+FITS = ("stretch", "crop")  # how an image becomes a square
 ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are exchanged
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # set once: catch_warnings around each decode is not thread-safe
@@ -87,22 +88,43 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def resize(image: Image.Image, size: int) -> np.ndarray:
-    """Bicubic resize to uint8 [size, size, 3]; the aspect ratio is not kept (as LaVIT)."""
+def resize(image: Image.Image, size: int, fit: str = "stretch") -> np.ndarray:
+    """Bicubic resize to uint8 [size, size, 3].
+
+    Args:
+      fit: a name of `FITS`: "stretch" does not keep the aspect ratio (LaVIT); "crop" resizes the centered square.
+    """
+    if fit == "crop" and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, np.uint8)
 
 
-def to_pixels(image: bytes | np.ndarray, size: int) -> np.ndarray:
+def to_pixels(image: bytes | np.ndarray, size: int, fit: str = "stretch", max_crop: float = 1.0) -> np.ndarray:
     """Encoded bytes, or uint8 pixels [H, W, 3] → uint8 [size, size, 3].
 
+    Args:
+      fit: see `resize`. max_crop: largest share of an image that the fit "crop" may remove.
+
     Raises:
-      InvalidRecordError: see `decode_image`.
+      InvalidRecordError: see `decode_image`; or more than `max_crop` would be removed.
     """
-    if isinstance(image, bytes):
-        return resize(decode_image(image), size)
-    return image if image.shape == (size, size, 3) else resize(Image.fromarray(image).convert("RGB"), size)
+    if not isinstance(image, bytes):
+        if image.shape == (size, size, 3):
+            return image
+        decoded = Image.fromarray(image).convert("RGB")
+    else:
+        decoded = decode_image(image)
+    removed = 1 - min(decoded.size) / max(decoded.size)
+    if fit == "crop" and removed > max_crop:
+        raise InvalidRecordError(
+            f"too elongated for fit='crop': {decoded.width} × {decoded.height} pixels would lose {removed:.0%}, more "
+            f"than max_crop={max_crop:g}"
+        )
+    return resize(decoded, size, fit)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -112,4 +134,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-PREPROCESSING = "rgb-white-first-frame/bicubic-square/v1"  # part of the records' fingerprint
+PREPROCESSING = {  # fit → part of the records' fingerprint
+    "stretch": "rgb-white-first-frame/bicubic-square/v1",
+    "crop": "rgb-white-first-frame/bicubic-center-crop/v1",
+}

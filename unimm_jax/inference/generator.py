@@ -61,6 +61,7 @@ class Generator:
         self.objective, self.params, self.text_tokenizer = model.objective, model.params, model.text_tokenizer
         self.layout = pipeline.layout_of(self.header, self.text_tokenizer, self.config)
         self.vocabulary = self.layout.vocabulary
+        self.fit = str(self.header.get("fit", "stretch"))  # how an image becomes a square
         self.max_image_tokens = self.layout.max_image_tokens
         self.task_settings = pipeline.task_settings(self.config)
         self.batch, self.answer_length = batch, answer_length
@@ -265,12 +266,12 @@ class Generator:
         """
         data = self.config.data
         if not data.max_slices:
-            return to_pixels(image, data.image_size)
+            return to_pixels(image, data.image_size, self.fit)
         return np.asarray(decode_image(image)) if isinstance(image, bytes) else image
 
     def input_size(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Generated images, each uint8 [H, W, 3], in the size that the model reads: [N, S, S, 3]."""
-        return _resized(images, self.config.data.image_size)
+        return _resized(images, self.config.data.image_size, self.fit)
 
     # ---- Text ----------------------------------------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class Generator:
         Args:
           keep: keep masks to use instead of the selector's.
         """
-        images = _resized(images, self.header["image_size"])
+        images = _resized(images, self.header["image_size"], self.fit)
         x = (images, self.image_tokenizer.noise(images) if keep is None else keep)
         encode = self._encode if keep is None else self._encode_kept
         keeps, codes = [], []
@@ -451,7 +452,7 @@ class Generator:
         side = self.config.data.image_size
         if image.shape == (side, side, 3):
             return [image]
-        return views(Image.fromarray(image), side, self._grid(image, prompt))
+        return views(Image.fromarray(image), side, self._grid(image, prompt), self.fit)
 
     def _mask(self, keep_P: np.ndarray) -> np.ndarray:
         """The keep mask of a view whose image has the given one."""
@@ -492,9 +493,9 @@ def _with_start(prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, document=(*prompt.document, ImageStart()))
 
 
-def _resized(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+def _resized(images: Sequence[np.ndarray] | np.ndarray, size: int, fit: str) -> np.ndarray:
     """Images uint8 [H, W, 3] → uint8 [N, size, size, 3]."""
-    return np.stack([to_pixels(image, size) for image in images])
+    return np.stack([to_pixels(image, size, fit) for image in images])
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def load_image_tokenizer(workdir: str | pathlib.Path) -> LoadedTokenizer:
     m = config.model
     model = nnx.eval_shape(lambda: ImageTokenizer(m["encoder"], m["image_tokenizer"], rngs=Keys(params=0)))
     params = read_params(step)
-    digest = hashlib.sha256(transforms.PREPROCESSING.encode())
+    digest = hashlib.sha256(transforms.PREPROCESSING[config.data.fit].encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return LoadedTokenizer(config, nnx.graphdef(model), params, digest.hexdigest()[:16])

@@ -197,7 +197,7 @@ def write_split(
     config = encoder.tokenizer.config
     m = config.model["image_tokenizer"]
     shapes = dict(num_patches=config.model["encoder"].num_patches, codes=m.codes, image_size=config.data.image_size)
-    header = writer.close(len(blocks), shapes | dict(positions=m.positions, selection=m.selection))
+    header = writer.close(len(blocks), shapes | dict(positions=m.positions, selection=m.selection, fit=config.data.fit))
     return header["records"], len(items) - header["records"], header["tokens"]
 
 

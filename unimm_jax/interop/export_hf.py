@@ -102,7 +102,7 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     published["auto_map"] = {"AutoModel": "modeling_unimm.UniMM"}
     (folder / "config.json").write_text(json.dumps(published, indent=1))
     write_text_tokenizer(folder, text_tokenizer, v)
-    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings)
+    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings, generator.fit)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
 
@@ -271,17 +271,21 @@ def write_text_tokenizer(folder: pathlib.Path, text_tokenizer: TextTokenizer, v:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings) -> None:
+def write_processor(
+    folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings, fit: str = "stretch"
+) -> None:
     """Writes the processor and its chat template; the text tokenizer is written already.
 
     Args:
       image_size: side of the images in pixels. tasks: how conversations and prompts are laid out.
+      fit: how an image becomes a square, a name of `transforms.FITS`.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {
         "processor_class": "UniMMProcessor",
         "auto_map": {"AutoProcessor": "processing_unimm.UniMMProcessor"},
         "image_size": image_size,
+        "fit": fit,
         "max_image_tokens": layout.max_image_tokens,
         "start": v.start,
         "end": v.end,

@@ -96,7 +96,10 @@ def export_lavit(source: Source, folder: pathlib.Path, dtype: np.dtype | None, v
         raise CheckpointError(f"the config of {source.path} names no companion image_tokenizer")
     tokenizer = dict(flatten(read_params(paths["image_tokenizer"])))
     m = config.model
-    if wrong := _not_lavit(m, params, tokenizer):
+    wrong = _not_lavit(m, params, tokenizer)
+    if source.meta["data"].get("fit", "stretch") != "stretch":
+        wrong.append("LaVIT's code resizes images without keeping their aspect ratio; this model crops them")
+    if wrong:
         raise UnsupportedConfigError(f"{source.path} cannot be written in LaVIT's layout: " + "; ".join(wrong))
     encoder, t, language = m["encoder"], m["image_tokenizer"], m["language"]
     writer = TorchWriter(folder, dtype or DTYPES["bfloat16"])

@@ -29,7 +29,7 @@ RECONSTRUCT = "reconstruct"  # the instruction that guidance of an edit is away 
 ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
 
 
-def as_images(images: Any, size: int) -> Tensor:
+def as_images(images: Any, size: int, fit: str = "stretch") -> Tensor:
     """Images of any accepted kind → uint8 [B, size, size, 3].
 
     PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
@@ -40,9 +40,9 @@ def as_images(images: Any, size: int) -> Tensor:
     if isinstance(images, list | tuple):
         if not images:
             raise ValueError("there are no images in the list")
-        return torch.cat([as_images(image, size) for image in images])
+        return torch.cat([as_images(image, size, fit) for image in images])
     if type(images).__module__.split(".")[0] == "PIL":
-        images = pil_pixels(images, size)
+        images = pil_pixels(images, size, fit)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.tensor(images)
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -54,8 +54,12 @@ def as_images(images: Any, size: int) -> Tensor:
     return images
 
 
-def pil_pixels(image: Any, size: int) -> np.ndarray:
-    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic."""
+def pil_pixels(image: Any, size: int, fit: str) -> np.ndarray:
+    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic.
+
+    Args:
+      fit: "stretch", or "crop" for the centered square.
+    """
     pil = importlib.import_module("PIL.Image")
     image = importlib.import_module("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -66,7 +70,12 @@ def pil_pixels(image: Any, size: int) -> np.ndarray:
         image = image.convert("RGBA")
         image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image = image if image.size == (size, size) else image.resize((size, size), pil.Resampling.BICUBIC)
+    if fit == "crop" and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if image.size != (size, size):
+        image = image.resize((size, size), pil.Resampling.BICUBIC)
     return np.asarray(image, np.uint8)
 
 
@@ -95,6 +104,7 @@ class UniMMProcessor(ProcessorMixin):
       is_literal: whether texts such as "</s>" are plain text (sentencepiece).
       image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
         "features_last" for one with its texts first, "codes" for texts and the images' codes in order.
+      fit: how a PIL image becomes a square: "stretch", or "crop" for the centered square.
       chat_template: `chat_template.jinja`.
     """
 
@@ -113,6 +123,7 @@ class UniMMProcessor(ProcessorMixin):
         text_vocabulary: int,
         is_literal: bool,
         image_prompts: str = "features",
+        fit: str = "stretch",
         chat_template: str | None = None,
     ):
         self.image_size, self.max_image_tokens = image_size, max_image_tokens
@@ -120,7 +131,7 @@ class UniMMProcessor(ProcessorMixin):
         self.first_position, self.num_position_ids = first_position, num_position_ids
         self.bos, self.eos = bos, eos
         self.text_vocabulary, self.is_literal = text_vocabulary, is_literal
-        self.image_prompts = image_prompts
+        self.image_prompts, self.fit = image_prompts, fit
         super().__init__(tokenizer, chat_template=chat_template)
 
     @functools.cached_property
@@ -275,7 +286,7 @@ class UniMMProcessor(ProcessorMixin):
             data["input_ids"] = [[pad] * (length - len(row)) + row for row in rows]
             data["attention_mask"] = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
         if images is not None:
-            pixels = as_images(flat_images(images), self.image_size)
+            pixels = as_images(flat_images(images), self.image_size, self.fit)
             wanted = sum(prompt.count(["image"]) for prompt in prompts)
             if prompts and len(pixels) != wanted:
                 raise ValueError(f"the texts have {wanted} images, and {len(pixels)} are given")

@@ -153,13 +153,17 @@ class DecodedDataset:
       source: the source.
       size: side S of the images in pixels.
       needs: fields of `Record` that a usable record has, for example ("images",).
+      fit, max_crop: how an image becomes a square, see `transforms.to_pixels`.
 
     Raises (constructor):
       DataError: no record is usable; the message counts the reasons.
     """
 
-    def __init__(self, source: Source, size: int, needs: tuple[str, ...] = ()):
+    def __init__(
+        self, source: Source, size: int, needs: tuple[str, ...] = (), fit: str = "stretch", max_crop: float = 1.0
+    ):
         self.source, self.size, self.needs = source, size, needs
+        self._fit = (fit, max_crop)
         self.invalid: dict[int, str] = {}
         self._cache: dict[int, Decoded] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
         self._lock = threading.Lock()
@@ -182,7 +186,7 @@ class DecodedDataset:
             flatten(record)  # refuses records that are not of one kind
             if missing := [name for name in self.needs if not getattr(record, name)]:
                 raise InvalidRecordError(f"it has no {' and no '.join(missing)}, which this stage needs")
-            item = Decoded(record, tuple(transforms.to_pixels(image, self.size) for image in record.images))
+            item = Decoded(record, tuple(transforms.to_pixels(image, self.size, *self._fit) for image in record.images))
         except InvalidRecordError as error:
             with self._lock:
                 if index not in self.invalid:
