@@ -129,6 +129,23 @@ def test_rows_hold_the_views_of_large_images(sliced):
     assert all(seen.values())
 
 
+def test_slices_that_do_not_fit_are_counted(sliced):
+    config = stage_config(read_meta(find(sliced / "stage3")), "stage3")
+    notes = {}
+    for images in (12, 9):
+        data = dataclasses.replace(config.data, records=str(sliced / "records"), images_per_row=images)
+        plan = opened(dataclasses.replace(config, data=data))[0].rows.plan
+        notes[images] = [note for note in plan.notes() if "without their slices" in note]
+        first = plan.first_window().drawn
+        places = zip(first.records.tolist(), first.tasks.tolist(), first.variants.tolist(), strict=True)
+        examples = [packing.Example(record, plan.names[task], variant) for record, task, variant in places]
+        wanted = [len(packing.build_example(plan.records, e, plan.packing, plan.layout).images) for e in examples]
+        assert (10 in wanted) is (images == 12)
+        lost = sum(packing.loses_slices(plan.records, e, plan.packing, plan.layout) for e in examples)
+        assert notes[images] == [] if images == 12 else notes[images][0].startswith(f"{lost} of {len(examples)} ")
+    assert "images_per_row (now 9)" in notes[9][0]
+
+
 def test_prompts_are_rendered_as_in_training(sliced):
     g = Generator(load_model(sliced / "stage3"), batch=2)
     config = dataclasses.replace(g.config, data=dataclasses.replace(g.config.data, records=str(sliced / "records")))

@@ -104,19 +104,34 @@ def document_of(records: Records, example: Example, packing: PackingConfig, layo
     Images that the document also generates have no slices, because generation reads them in one size. If the slices do
     not fit a row, all images are read as a whole.
     """
+    document, sliced = _document_and_slices(records, example, packing)
+    return sliced if sliced is document or _fits(records, example, sliced, packing, layout) else document
+
+
+def loses_slices(records: Records, example: Example, packing: PackingConfig, layout: Layout) -> bool:
+    """Whether an example is read without its slices because they do not fit a row."""
+    document, sliced = _document_and_slices(records, example, packing)
+    return sliced != document and not _fits(records, example, sliced, packing, layout)
+
+
+def _document_and_slices(records: Records, example: Example, packing: PackingConfig) -> tuple[Document, Document]:
+    """The document of an example, and the same with slices; one object if it has none."""
     document = get(example.task).build(records.outline(example.record), example.variant, packing.tasks)
     if not packing.max_slices or _reads_global_view(example.variant, packing):
-        return document
+        return document, document
     sizes = records.sizes[example.record].reshape(-1, 2).tolist()
     slices = count_slices([(w, h) for w, h in sizes], packing.image_size, packing.max_slices, packing.slice_grids)
     for segment in document:
         if isinstance(segment, ImageOut):
             slices[segment.image] = 0
-    sliced = with_slices(document, slices)
-    fits = len(input_views(sliced)) <= packing.images_per_row and _tokens(records, example, sliced, layout) <= (
-        packing.seq_len
-    )
-    return sliced if fits else document
+    return document, with_slices(document, slices) if any(slices) else document
+
+
+def _fits(records: Records, example: Example, document: Document, packing: PackingConfig, layout: Layout) -> bool:
+    """Whether a document of an example fits a row."""
+    if len(input_views(document)) > packing.images_per_row:
+        return False
+    return _tokens(records, example, document, layout) <= packing.seq_len
 
 
 def _tokens(records: Records, example: Example, document: Document, layout: Layout) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.outlines import Outline
-from unimm_jax.data.packing import Example, PackingConfig, SourceShare, example_size
+from unimm_jax.data.packing import Example, PackingConfig, SourceShare, example_size, loses_slices
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import split_sources
 from unimm_jax.data.tasks import get
@@ -23,6 +23,7 @@ from unimm_jax.errors import DataError
 WINDOW = 16_384  # maximum number of examples that are planned together
 SURVEYED = 8  # windows that are planned at the start to find the number of rows
 CHUNK = 1 << 22  # records whose outlines are read at a time
+CHECKED_SLICES = 1000  # examples whose slices are checked at the start
 CACHED_WINDOWS, CACHED_STEPS = 4, 64
 NO_TASK = "no task of config.data.tasks applies"
 
@@ -242,7 +243,22 @@ class Plan:
         found += [f"{n} of {len(self.records)} records are never read: {why}" for why, n in self.unused.items()]
         for why, count in self.replaced.items():
             found.append(f"{count} of {self.surveyed} examples were replaced by others: {why}")
+        if without := self._without_slices(window):
+            found.append(
+                f"{without} of {min(len(window.drawn.tasks), CHECKED_SLICES)} examples are read without their slices, "
+                f"which do not fit a row; raise config.data.seq_len (now {self.packing.seq_len}) or images_per_row (now "
+                f"{self.packing.images_per_row})"
+            )
         return found
+
+    def _without_slices(self, window: Window) -> int:
+        """How many of the first `CHECKED_SLICES` examples of a window are read whole because slices do not fit."""
+        if not self.packing.max_slices:
+            return 0
+        first = window.drawn.take(np.arange(min(len(window.drawn.tasks), CHECKED_SLICES)))
+        places = zip(first.records.tolist(), first.tasks.tolist(), first.variants.tolist(), strict=True)
+        examples = (Example(record, self.names[task], variant) for record, task, variant in places)
+        return sum(loses_slices(self.records, example, self.packing, self.layout) for example in examples)
 
     # ---- Windows -------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,8 @@ class Captions(GeneratingEvaluator):
             decoded = generator.decode(codes[:12], keep[:12], name)
             sheet = [*(x.image for x in shown[:12]), *decoded]
             result.images[f"reconstruction_{name}"] = grid(sheet, min(len(shown), 12))
-        result.images["kept"] = grid([kept_patches(x.image, x.keep) for x in shown], min(len(shown), 12))
+        if generator.header["selection"] != "all":
+            result.images["kept"] = grid([kept_patches(x.image, x.keep) for x in shown], min(len(shown), 12))
         result.examples["captions"] = [
             dict(file=f"image_{i:04d}.png", image=enlarged(x.image), caption=x.caption, truth=x.truth)
             for i, x in enumerate(shown)

@@ -409,7 +409,8 @@ def versions() -> str:
 
 
 def commands(run: pathlib.Path) -> str:
-    """The commands of the run, as the quickstart noted them."""
+    """The commands of the run, as its script noted them."""
     file = run / "commands.txt"
-    text = file.read_text() if file.exists() else "bash launch/quickstart.sh"
-    return f"<h2>Commands</h2><pre>{html.escape(text)}</pre></html>"
+    if not file.exists():  # the stages were run one by one
+        return "</html>"
+    return f"<h2>Commands</h2><pre>{html.escape(file.read_text())}</pre></html>"

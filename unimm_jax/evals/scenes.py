@@ -74,7 +74,8 @@ class Scenes(GeneratingEvaluator):
             "tokens_follow_objects": rank_correlation(test.keep.sum(-1), [len(x.objects) for x in test.scenes]),
         }
         kept = [kept_patches(image, keep) for image, keep in zip(test.images[:24], test.keep[:24], strict=True)]
-        result.images["kept"] = grid(kept, SHOWN_IMAGES)
+        if generator.header["selection"] != "all":
+            result.images["kept"] = grid(kept, SHOWN_IMAGES)
         notes = [f"keeps {int(keep.sum())} of {len(keep)} patches" for keep in test.keep[:SHOWN_PROMPTS]]
         result.images["samples"] = labelled([*kept[:SHOWN_PROMPTS], *sheets[0]], [*notes, *sheets[1]], SHOWN_PROMPTS)
         return result
