@@ -15,6 +15,7 @@ import jax
 from unimm_jax.errors import StartupError
 
 START_SECONDS = 300  # how long processes wait for each other at the start
+STOPPED = 128 + signal.SIGTERM  # exit status after SIGTERM: not 0, so that scripts stop and launchers start it again
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as lost, and all others exit
 
 

@@ -1,5 +1,7 @@
 """Trains one stage: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2"""
 
+import sys
+
 from absl import flags
 
 from unimm_jax import command_line, process
@@ -24,7 +26,8 @@ def cli() -> None:
         if not workdir.value:
             raise ConfigError("--workdir is missing; give a directory for checkpoints, metrics and images")
         distributed.start()
-        train(parsed, workdir.value)
+        if train(parsed, workdir.value) is None:
+            sys.exit(distributed.STOPPED)
 
     process.app(command)
 

@@ -106,10 +106,10 @@ def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
     return Stage(objective, state, init, lambda params: tx.init(optim.split(params, rules)[0]), step, multipliers)
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
+def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | None:
     """Trains one stage to its last step and returns the last logged metrics.
 
-    Resumes from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns.
+    Resumes from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns None.
 
     Raises:
       ConfigError, DataError, CheckpointError, WeightMismatchError: config, data or weights are wrong or do not fit.
@@ -284,6 +284,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float]:
                 (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
     if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to resume", flush=True)
+        return None
     return last
 
 

@@ -246,8 +246,7 @@ class Plan:
         if without := self._without_slices(window):
             found.append(
                 f"{without} of {min(len(window.drawn.tasks), CHECKED_SLICES)} examples are read without their slices, "
-                f"which do not fit a row; raise config.data.seq_len (now {self.packing.seq_len}) or images_per_row (now "
-                f"{self.packing.images_per_row})"
+                "which do not fit a row; raise config.data.seq_len or images_per_row"
             )
         return found
 

@@ -1,0 +1,515 @@
+#!/usr/bin/env python3
+"""Runs a command on Cloud TPUs: creates them, installs this clone, follows the run, and repeats it after preemption.
+
+  python launch/tpu.py up my-run --zone=us-west4-a --type=v5litepod-16 --provisioning=spot -- \
+    python -m unimm_jax.main --config=stage2:7b --workdir=gs://my-bucket/runs/stage2
+
+`up` does what `create`, `install` and `run` do one by one. The command runs on every host in the same way, and must
+resume when it is started again, as `unimm_jax.main` does with a workdir on object storage. The log of the first host is
+shown. If the TPU is preempted, it is requested again and the command starts again. With --dry-run, every command is
+printed and none is run. `render` prints the same run for xpk, as a JobSet for GKE, or as a SkyPilot task.
+
+It needs the Google Cloud CLI (gcloud) and nothing beyond Python's standard library. docs/tpu.md is a walk-through.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch import tpu_manifests  # noqa: E402
+from launch.tpu_types import TpuType, tpu_type  # noqa: E402
+
+PROVISIONING = ("on-demand", "spot", "reserved", "flex-start")
+WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+STOPPED = 143  # exit status of a command that was stopped by SIGTERM, as before a preemption
+STUCK_SECONDS = 300  # how long hosts may go on after the command has failed on another one
+LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # a request that will not become active again
+TREE = "unimm"  # directory in the home directory of every host
+INSTALL = (
+    "python3 -m pip install --quiet --user uv && "
+    "python3 -m uv venv --quiet --clear --python 3.12 venv && "
+    "python3 -m uv pip install --quiet --python venv/bin/python './src[tpu]'"
+)
+# What gcloud says → what a user can do
+REMEDIES = {
+    "quota": "ask for more quota at console.cloud.google.com/iam-admin/quotas, or use another --type or --zone",
+    "capacity": "try again later, in another --zone, or with --provisioning=spot or flex-start",
+    "zone": "give a --zone that has this type: cloud.google.com/tpu/docs/regions-zones",
+    "permission": "give the account the role roles/tpu.admin and run: gcloud services enable tpu.googleapis.com",
+    "exists": "another request has this name; delete it with: python launch/tpu.py delete NAME --zone=ZONE",
+    "login": "log in with: gcloud auth login",
+}
+SIGNS = {  # part of gcloud's message, lower case → key of REMEDIES; the first match counts
+    "quota": "quota",
+    "no more capacity": "capacity",
+    "insufficient": "capacity",
+    "resource_exhausted": "capacity",
+    "already exists": "exists",
+    "permission_denied: permission denied on 'locations": "zone",
+    "unknown zone": "zone",
+    "invalid zone": "zone",
+    "does not have": "zone",
+    "location": "zone",
+    "permission": "permission",
+    "has not been used in project": "permission",
+    "credentials": "login",
+    "auth login": "login",
+}
+
+
+class LaunchError(Exception):
+    """What a user can mend; the message is one line."""
+
+
+class Lost(Exception):
+    """The TPU is gone, or its hosts cannot be reached."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the flags say.
+
+    Attributes:
+      name: of the request and its nodes. zone, project: where; an empty project is that of gcloud's settings.
+      kind: the type of the TPU. slices: number of slices, connected by the data center's network.
+      provisioning: one of `PROVISIONING`. hours: longest run, for flex-start. runtime: image of the hosts.
+      command: what runs on every host, in the clone. env: variables for it, "NAME=VALUE".
+      install: command that installs, in the directory `TREE`, where the clone is in `src`; it makes `venv`.
+      retries: how often a TPU that was lost is requested again. poll: seconds between two looks at its state.
+      dry_run: print the commands only.
+    """
+
+    name: str
+    zone: str
+    project: str
+    kind: TpuType
+    slices: int
+    provisioning: str
+    hours: int
+    runtime: str
+    command: tuple[str, ...]
+    env: tuple[str, ...]
+    install: str
+    retries: int
+    poll: float
+    dry_run: bool
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the TPU VMs, one for each slice."""
+        return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
+
+
+def say(text: str) -> None:
+    """Prints a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def remedy_of(message: str) -> str:
+    """What a user can do about an error of gcloud; empty if it is not known."""
+    found = next((key for sign, key in SIGNS.items() if sign in message.lower()), "")
+    return REMEDIES.get(found, "")
+
+
+def one_line(message: str) -> str:
+    """The line of gcloud's output that states the error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no output")
+
+
+class Gcloud:
+    """Calls gcloud for one zone and project."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def line(self, *words: str) -> list[str]:
+        """A command with its zone and project."""
+        s = self.settings
+        where = [f"--zone={s.zone}", *([f"--project={s.project}"] if s.project else [])]
+        return ["gcloud", "compute", "tpus", *words, *where, "--quiet"]
+
+    def call(self, *words: str) -> str:
+        """Runs a command and returns its output; in a dry run it is printed.
+
+        Raises:
+          LaunchError: it failed.
+        """
+        line = self.line(*words)
+        if self.settings.dry_run:
+            print(shlex.join(line))
+            return ""
+        done = self.run(line)
+        if done.returncode:
+            message = one_line(done.stderr or done.stdout)
+            hint = remedy_of(done.stderr)
+            raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
+        return done.stdout
+
+    def run(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+        """Runs a command line with its output captured."""
+        try:
+            return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        except FileNotFoundError:
+            raise LaunchError("gcloud is not installed: cloud.google.com/sdk/docs/install") from None
+
+
+class Tpu:
+    """A request for TPUs, and what runs on its hosts."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.gcloud = settings, Gcloud(settings)
+
+    # ---- The request -------------------------------------------------------------------------------------------------
+
+    def state(self) -> str:
+        """State of the request, empty if there is none."""
+        if self.settings.dry_run:
+            return ""
+        done = self.gcloud.run(
+            self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=value(state.state)")
+        )
+        if done.returncode and "not_found" not in done.stderr.lower() and "not found" not in done.stderr.lower():
+            message = one_line(done.stderr)
+            raise LaunchError(f"gcloud failed: {message}. To mend it: {remedy_of(message) or 'see its message'}")
+        return done.stdout.strip() if not done.returncode else ""
+
+    def create(self) -> None:
+        """Requests the TPU."""
+        s = self.settings
+        nodes = [f"--node-id={s.name}"]
+        if s.slices > 1:
+            nodes = [f"--node-count={s.slices}", f"--node-prefix={s.name}"]
+        tier = {
+            "on-demand": [],
+            "spot": ["--spot"],
+            "reserved": ["--reserved"],
+            "flex-start": ["--provisioning-model=flex-start", f"--max-run-duration={s.hours}h"],
+        }[s.provisioning]
+        if s.provisioning == "flex-start":
+            tier.append(f"--valid-until-duration={s.hours}h")
+        kind = [f"--accelerator-type={s.kind.name}", f"--runtime-version={s.runtime}"]
+        self.gcloud.call("queued-resources", "create", s.name, *nodes, *kind, *tier)
+
+    def delete(self) -> None:
+        """Deletes the request and its nodes."""
+        self.gcloud.call("queued-resources", "delete", self.settings.name, "--force")
+
+    def wait(self) -> None:
+        """Waits until the TPU is there.
+
+        Raises:
+          Lost: the request failed.
+        """
+        began, before = time.monotonic(), ""
+        while not self.settings.dry_run:
+            state = self.state()
+            if state != before:
+                say(f"{self.settings.name}: {state or 'deleted'} after {time.monotonic() - began:.0f} s")
+                before = state
+            if state == "ACTIVE":
+                return
+            if state not in WAITING:
+                raise Lost(f"the request is {state or 'deleted'}")
+            time.sleep(self.settings.poll)
+
+    # ---- Its hosts ---------------------------------------------------------------------------------------------------
+
+    def ssh(self, node: str, command: str, worker: str = "all") -> str:
+        """Runs a shell command on hosts of a node and returns the output.
+
+        Raises:
+          Lost: a host cannot be reached, or the command fails there; names the host.
+        """
+        words = ("tpu-vm", "ssh", node, f"--worker={worker}", f"--command={command}")
+        if self.settings.dry_run:
+            return self.gcloud.call(*words)
+        done = self.gcloud.run(self.gcloud.line(*words))
+        if done.returncode:
+            which = f"worker {worker}" if worker != "all" else self._unreachable(node) or "a worker"
+            raise Lost(f"{which} of {node}: {one_line(done.stderr or done.stdout)}")
+        return done.stdout
+
+    def _unreachable(self, node: str) -> str:
+        """The hosts of a node that do not answer, such as "worker 3"; empty if all do."""
+        hosts = range(self.settings.kind.hosts)
+        lines = {i: self.gcloud.line("tpu-vm", "ssh", node, f"--worker={i}", "--command=true") for i in hosts}
+        bad = [str(i) for i, line in lines.items() if self.gcloud.run(line).returncode]
+        return f"worker {', '.join(bad)}" if bad else ""
+
+    def install(self) -> None:
+        """Copies this clone (what is committed) to every host and installs it there; nothing if it is there."""
+        version = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        if not version:
+            raise LaunchError(f"{ROOT} is not a git clone; install needs one to know which files to copy")
+        mark = hashlib.sha256(f"{version} {self.settings.install}".encode()).hexdigest()[:16]
+        with tempfile.TemporaryDirectory() as folder:
+            archive = pathlib.Path(folder) / "unimm_jax.tar.gz"
+            subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), "HEAD"], check=True)
+            for node in self.settings.nodes:
+                say(f"{node}: installing {version[:12]}")
+                self.gcloud.call("tpu-vm", "scp", str(archive), f"{node}:unimm_jax.tar.gz", "--worker=all")
+                self.ssh(node, install_script(self.settings.install, mark))
+
+    def start(self) -> None:
+        """Starts the command on every host where it is not running."""
+        for node in self.settings.nodes:
+            self.ssh(node, start_script(self.settings.command, self.settings.env))
+
+    def follow(self) -> int:
+        """Shows the log of the first host until the command has ended everywhere; its exit status.
+
+        Raises:
+          Lost: the hosts are gone.
+        """
+        if self.settings.dry_run:
+            self.ssh(self.settings.nodes[0], follow_script(1), "0")
+            return 0
+        shown, failures, failed_at = 0, 0, 0.0
+        while True:
+            line = self.gcloud.line(
+                "tpu-vm", "ssh", self.settings.nodes[0], "--worker=0", f"--command={follow_script(shown + 1)}"
+            )
+            with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                assert process.stdout is not None
+                for text in process.stdout:
+                    shown += 1
+                    print(text, end="", flush=True)
+            if (state := self.state()) != "ACTIVE":
+                raise Lost(f"the request is {state or 'deleted'}")
+            try:
+                statuses = self.statuses()
+                failures = 0
+            except Lost:  # a network failure; the state says whether the TPU is there
+                failures += 1
+                if failures > 5:
+                    raise
+                statuses = {"": "running"}
+            if "running" not in statuses.values():
+                return self._judge(statuses)
+            if any(status not in ("0", "running") for status in statuses.values()):
+                failed_at = failed_at or time.monotonic()  # the other hosts stop by themselves
+                if time.monotonic() - failed_at > STUCK_SECONDS:
+                    return self._judge(statuses)
+            time.sleep(min(self.settings.poll, 5))
+
+    def statuses(self) -> dict[str, str]:
+        """Exit status of the command on every host, by host; "running" where it has not ended."""
+        found = {}
+        for node in self.settings.nodes:
+            for text in self.ssh(node, STATUS_SCRIPT).splitlines():
+                mark, _, rest = text.partition(" ")
+                if mark == "unimm-status":
+                    host, _, status = rest.rpartition(" ")
+                    found[f"{node} {host}"] = status
+        if not found:
+            raise Lost("no host says whether the command is running")
+        return found
+
+    def _judge(self, statuses: dict[str, str]) -> int:
+        bad = {host: int(status) for host, status in statuses.items() if status not in ("0", "running")}
+        for host, status in bad.items():
+            say(f"{host}: the command ended with status {status}")
+        failed = [status for status in bad.values() if status != STOPPED]
+        return failed[0] if failed else STOPPED if bad else 0
+
+
+# ---- What the hosts run ----------------------------------------------------------------------------------------------
+
+
+def install_script(install: str, mark: str) -> str:
+    """Unpacks the clone and installs it, unless this version is installed."""
+    return (
+        f'set -e; mkdir -p "$HOME/{TREE}"; cd "$HOME/{TREE}"; '
+        f'if [ "$(cat installed 2>/dev/null)" != {mark} ]; then '
+        f'rm -rf src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; {install}; echo {mark} > installed; fi'
+    )
+
+
+def start_script(command: Sequence[str], env: Sequence[str]) -> str:
+    """Starts the command in the background, unless it is running; its output goes to `log`, its status to `status`."""
+    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, _, value in (e.partition("=") for e in env))
+    body = f'{exports}export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src"; {shlex.join(command)}; '
+    body += f'echo $? > "$HOME/{TREE}/status"'
+    return (
+        f'cd "$HOME/{TREE}"; if [ ! -e pid ] || ! kill -0 "$(cat pid)" 2>/dev/null; then rm -f status; '
+        f'nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & echo $! > "$HOME/{TREE}/pid"; fi'
+    )
+
+
+def follow_script(line: int) -> str:
+    """Prints the log from a line (from 1) on until the command ends."""
+    return f'cd "$HOME/{TREE}" && tail -n +{line} -F --pid="$(cat pid)" log 2>/dev/null'
+
+
+STATUS_SCRIPT = (
+    f'cd "$HOME/{TREE}"; if kill -0 "$(cat pid)" 2>/dev/null; then s=running; else s=$(cat status 2>/dev/null || '
+    'echo 1); fi; echo "unimm-status $(hostname) $s"'
+)
+
+
+# ---- Commands --------------------------------------------------------------------------------------------------------
+
+
+def up(tpu: Tpu, delete: bool) -> int:
+    """Creates, installs and runs, again after every loss, up to `retries` times."""
+    s, began, active = tpu.settings, time.monotonic(), 0.0
+    for attempt in range(s.retries + 1):
+        try:
+            state = tpu.state()
+            if state in LOST:
+                tpu.delete()
+                state = ""
+            if not state:
+                say(f"requesting {s.slices} × {s.kind.name} ({s.kind.chips * s.slices} chips), {s.provisioning}")
+                tpu.create()
+            tpu.wait()
+            began_active = time.monotonic()
+            try:
+                tpu.install()
+                tpu.start()
+                status = tpu.follow()
+            finally:
+                active += time.monotonic() - began_active
+            if status != STOPPED:
+                break
+            raise Lost("the command was stopped by SIGTERM")
+        except Lost as error:
+            if attempt == s.retries:
+                raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None
+            say(f"{s.name} is lost: {error}; attempt {attempt + 2} of {s.retries + 1}")
+            time.sleep(s.poll)
+    if delete:
+        tpu.delete()
+    hours = active / 3600
+    if not s.dry_run:
+        say(
+            f"ended with status {status} after {(time.monotonic() - began) / 3600:.2f} h, of which {hours:.2f} h on "
+            f"{s.kind.chips * s.slices} chips: {hours * s.kind.chips * s.slices:.1f} chip-hours"
+        )
+        if not delete:
+            say(f"the TPU is still there and is charged for: python launch/tpu.py delete {s.name} --zone={s.zone}")
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = found.add_subparsers(dest="action", required=True)
+    helps = {
+        "up": "create, install and run; again after preemption",
+        "create": "request the TPU and wait until it is there",
+        "install": "copy this clone to every host and install it",
+        "run": "start the command on every host and show the log of the first",
+        "logs": "show the log of the first host from its beginning",
+        "delete": "delete the TPU",
+        "render": "print the run for another launcher",
+    }
+    for name, text in helps.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument("name", help="name of the TPU: lower-case letters, digits and dashes")
+        action.add_argument("--zone", required=name != "render", default="")
+        action.add_argument("--project", default="", help="if not that of gcloud's settings")
+        action.add_argument(
+            "--type", default="v5litepod-8", help="accelerator type, such as v5litepod-16, v6e-8, v5p-8"
+        )
+        action.add_argument("--slices", type=int, default=1)
+        action.add_argument("--provisioning", choices=PROVISIONING, default="on-demand")
+        action.add_argument("--hours", type=int, default=24, help="longest run, for flex-start")
+        action.add_argument("--runtime", default="", help="image of the hosts; by the type if empty")
+        action.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the command")
+        action.add_argument("--install", default=INSTALL, help="command that installs src into venv on a host")
+        action.add_argument("--retries", type=int, default=100)
+        action.add_argument("--poll", type=float, default=30, help="seconds between two looks at the state")
+        action.add_argument("--dry-run", action="store_true", help="print every command and run none")
+        action.add_argument("--delete", action="store_true", help="delete the TPU when the command has ended")
+        if name == "render":
+            action.add_argument("--target", choices=tuple(tpu_manifests.TARGETS), required=True)
+            action.add_argument("--image", default="", help="container image with unimm_jax")
+            action.add_argument("--cluster", default="", help="GKE cluster, for xpk")
+    return found
+
+
+def settings_of(flags: argparse.Namespace, command: Sequence[str]) -> Settings:
+    """Checked settings.
+
+    Raises:
+      LaunchError: a flag is wrong.
+    """
+    if not flags.name.replace("-", "").isalnum() or flags.name != flags.name.lower() or not flags.name[0].isalpha():
+        raise LaunchError(f"the name {flags.name!r} is not of lower-case letters, digits and dashes, a letter first")
+    if flags.action in ("up", "run", "render") and not command:
+        raise LaunchError(f"{flags.action} needs the command after --, such as: -- python -m unimm_jax.main --config=…")
+    try:
+        kind = tpu_type(flags.type)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if wrong := [entry for entry in flags.env if not entry.partition("=")[0].isidentifier() or "=" not in entry]:
+        raise LaunchError(f"--env={wrong[0]} is not NAME=VALUE")
+    return Settings(
+        name=flags.name,
+        zone=flags.zone,
+        project=flags.project,
+        kind=kind,
+        slices=flags.slices,
+        provisioning=flags.provisioning,
+        hours=flags.hours,
+        runtime=flags.runtime or kind.runtime,
+        command=tuple(command),
+        env=tuple(flags.env),
+        install=flags.install,
+        retries=flags.retries,
+        poll=flags.poll,
+        dry_run=flags.dry_run,
+    )
+
+
+def act(flags: argparse.Namespace, command: Sequence[str]) -> int:
+    """Does what an action says; the exit status."""
+    settings = settings_of(flags, command)
+    tpu = Tpu(settings)
+    if flags.action == "render":
+        print(tpu_manifests.TARGETS[flags.target](settings, flags.image, flags.cluster), end="")
+        return 0
+    if flags.action == "up":
+        return up(tpu, flags.delete)
+    actions: dict[str, Callable[[], int | None]] = {
+        "create": lambda: (tpu.create(), tpu.wait())[1],
+        "install": tpu.install,
+        "run": lambda: (tpu.start(), tpu.follow())[1],
+        "logs": tpu.follow,
+        "delete": tpu.delete,
+    }
+    return actions[flags.action]() or 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point."""
+    ours, dashes, command = list(arguments), "--", []
+    if dashes in ours:
+        at = ours.index(dashes)
+        ours, command = ours[:at], ours[at + 1 :]
+    try:
+        return act(parser().parse_args(ours), command)
+    except (LaunchError, Lost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the command on the TPU goes on, and the same line follows it again", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

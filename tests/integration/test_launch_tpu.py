@@ -1,0 +1,192 @@
+"""launch/tpu.py against a stand-in for gcloud whose hosts are directories and processes of this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, arguments, free_port, link, xla_flags
+
+from unimm_jax import metrics
+from unimm_jax.checkpoint import find, read_params
+
+INSTALL = (  # in place of a virtual environment
+    f"mkdir -p venv/bin && printf '#!/bin/sh\\nexec {sys.executable} \"$@\"\\n' > venv/bin/python && "
+    "chmod +x venv/bin/python"
+)
+TRAIN = ("--provisioning=spot", "--type=v5p-16")
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """The directory of a stand-in for gcloud with two hosts per node."""
+    folder = tmp_path / "stub"
+    folder.mkdir()
+    (folder / "workers").write_text("2")
+    (folder / "gcloud").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/stub_gcloud.py "$@"\n')
+    (folder / "gcloud").chmod(0o755)
+    return folder
+
+
+def line(stub, *flags, command=("true",), name="run", zone="us-west4-a"):
+    found = [sys.executable, str(ROOT / "launch" / "tpu.py"), flags[0], name, f"--zone={zone}", *flags[1:]]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"STUB": str(stub), "PATH": f"{stub}:{env['PATH']}", "PYTHONPATH": ""}
+    return [*found, *(["--", *command] if command else [])], env
+
+
+def launch(stub, *flags, **options):
+    """Runs the launcher to its end."""
+    words, env = line(stub, *flags, **options)
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
+
+
+def calls(stub):
+    return [json.loads(text) for text in (stub / "log").read_text().splitlines()]
+
+
+def up(stub, *flags, **options):
+    return launch(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}", *flags, **options)
+
+
+def test_a_command_runs_on_every_host_and_the_log_of_the_first_is_shown(stub):
+    command = ("bash", "-c", 'echo "host $JAX_PROCESS_ID of $NAME in $(basename "$PWD")"; ls pyproject.toml')
+    done = up(stub, "--env=NAME=a b", "--delete", command=command)
+    assert done.returncode == 0, done.stderr
+    assert "host 0 of a b in src\npyproject.toml" in done.stdout and "host 1" not in done.stdout
+    assert "WAITING_FOR_RESOURCES after" in done.stdout and "ACTIVE after" in done.stdout
+    assert "8 chips" in done.stdout and "chip-hours" in done.stdout
+    assert (stub / "hosts" / "run-1" / "unimm" / "log").read_text().startswith("host 1 of a b in src")
+    made = next(words for words in calls(stub) if "create" in words)
+    assert {"--spot", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--node-id=run"} <= set(made)
+    assert "delete" in calls(stub)[-1] and not (stub / "request.json").exists()
+
+
+def test_training_goes_on_after_preemption_with_the_same_bits(run, stub, tmp_path):
+    """Two hosts are processes of one run; both are killed and their disks are emptied; the TPU is requested again."""
+    changes = dict(train__steps=24, train__checkpoint_every=4, train__log_every=1)
+    env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(2), "JAX_NUM_PROCESSES": "2"}
+    env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
+
+    def words(name):
+        root = link(run, tmp_path / name, "encoder")
+        command = ["python", "-m", "unimm_jax.main", "--config=selector:laptop", f"--workdir={root / 'selector'}"]
+        given = [f"--env={key}={value}" for key, value in env.items()]
+        return line(stub, "up", *TRAIN, "--poll=0.2", f"--install={INSTALL}", *given,
+                    command=[*command, *arguments("selector", **changes)])  # fmt: skip
+
+    def follow(name, preempt_at):
+        command, variables = words(name)
+        said = ""
+        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+            for text in p.stdout:
+                said += text
+                if preempt_at and f" {preempt_at}/24" in text:
+                    preempt(stub)
+                    preempt_at = 0
+        assert p.returncode == 0, said[-3000:]
+        return said
+
+    assert "is lost" not in follow("whole", 0)
+    (stub / "request.json").unlink()
+    said = follow("preempted", 10)
+    assert said.count("is lost: the request is SUSPENDED; attempt 2") == 1, said[-3000:]
+    assert said.count("ACTIVE after") == 2 and " 24/24" in said
+    whole, broken = tmp_path / "whole" / "selector", tmp_path / "preempted" / "selector"
+    losses = [np.array([row["loss"] for row in metrics.read(place)]) for place in (whole, broken)]
+    assert np.array_equal(*losses) and len(losses[0]) == 24
+    params = [jax.tree.leaves(read_params(find(place))) for place in (whole, broken)]
+    assert len(params[0]) and all(np.array_equal(a, b) for a, b in zip(*params, strict=True))
+
+
+def preempt(stub):
+    """Kills what runs on the hosts, as a machine that is switched off does, and ends the request."""
+    found = json.loads((stub / "request.json").read_text())
+    for file in (stub / "hosts").glob("*/unimm/pid"):
+        os.killpg(int(file.read_text()), signal.SIGKILL)
+    (stub / "request.json").write_text(json.dumps(found | {"state": "SUSPENDED"}))
+
+
+def test_a_second_line_follows_the_run_that_goes_on(stub, tmp_path):
+    command = ("bash", "-c", f"echo begun >> {tmp_path}/count; for i in 1 2 3; do echo line $i; sleep 1; done")
+    words, env = line(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}", command=command)
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as first:
+        next(text for text in first.stdout if "line 1" in text)
+        first.kill()
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "line 1\nline 2\nline 3" in done.stdout
+    assert (tmp_path / "count").read_text() == "begun\n" * 2  # once on each host
+    assert sum("create" in words for words in calls(stub)) == 1
+
+
+def test_a_command_that_fails_on_one_host_is_named(stub):
+    done = up(stub, command=("bash", "-c", "exit $((3 * JAX_PROCESS_ID))"))
+    assert done.returncode == 3
+    assert "run run-w-1: the command ended with status 3" in done.stdout and "run-w-0" not in done.stdout
+
+
+def test_a_stop_by_sigterm_starts_the_command_again(stub, tmp_path):
+    file = tmp_path / "once"
+    script = f'[ "$JAX_PROCESS_ID" = 1 ] && exit 0; [ -e {file} ] && exit 0; touch {file}; exit 143'
+    done = up(stub, command=("bash", "-c", script))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("stopped by SIGTERM; attempt 2") == 1
+
+
+@pytest.mark.parametrize(
+    "said, remedy",
+    [
+        ("Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone.", "more quota"),
+        ('There is no more capacity in the zone "us-west4-a"', "try again later"),
+        ("PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before", "enable tpu.googleapis.com"),
+    ],
+)
+def test_refusals_of_gcloud_are_one_line_with_a_remedy(stub, said, remedy):
+    (stub / "fail_create").write_text(f"ERROR: (gcloud.compute.tpus.queued-resources.create) {said}\nmore\n")
+    done = up(stub)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert said.split(".")[0] in done.stderr and remedy in done.stderr
+
+
+def test_a_wrong_zone_is_one_line(stub):
+    done = up(stub, zone="us-nowhere1-z")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "locations/us-nowhere1-z" in done.stderr and "--zone" in done.stderr
+
+
+def test_a_host_without_ssh_is_named(stub):
+    (stub / "unreachable").write_text("1")
+    done = up(stub, "--retries=1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "lost 2 times, the last time because worker 1 of run: ERROR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (dict(name="Run"), "lower-case"),
+        (dict(command=()), "needs the command after --"),
+    ],
+)
+def test_wrong_flags_are_one_line(stub, flags, part):
+    done = up(stub, **flags)
+    assert done.returncode == 1 and part in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_unknown_types_are_listed(stub):
+    done = launch(stub, "up", "--type=v5e-7")
+    assert done.returncode == 1 and "v5litepod-16" in done.stderr and not (stub / "log").exists()
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(stub):
+    flags = ("--slices=2", "--provisioning=flex-start", "--hours=8", "--dry-run", "--delete")
+    done = launch(stub, "up", *flags, "--type=v6e-8", command=("python", "-c", "print('a b')"))
+    assert done.returncode == 0 and not (stub / "log").exists(), done.stderr
+    lines = [text for text in done.stdout.splitlines() if text.startswith("gcloud")]
+    assert "--node-count=2 --node-prefix=run" in lines[0] and "--max-run-duration=8h" in lines[0]
+    assert ["run-0" in text or "run-1" in text for text in lines] == [False, *[True] * 7, False]
+    assert lines[-1].split()[3:5] == ["queued-resources", "delete"]

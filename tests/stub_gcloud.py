@@ -1,0 +1,107 @@
+"""A stand-in for gcloud: TPU requests that walk through their states, and hosts that are directories of this machine.
+
+STUB is its directory: `request.json` (state and node names), `fail_create` (what create says instead), `hosts/NODE-I`
+(home of a host), `unreachable` (hosts without ssh), `log` (every call), `workers` (hosts of a node).
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+STUB = pathlib.Path(os.environ["STUB"])
+REQUEST = STUB / "request.json"
+NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
+
+
+def refuse(text):
+    print(text, file=sys.stderr)
+    sys.exit(1)
+
+
+def option(words, name, default=""):
+    return next((w.partition("=")[2] for w in words if w.startswith(f"--{name}=")), default)
+
+
+def home(node, worker):
+    return STUB / "hosts" / f"{node}-{worker}"
+
+
+def requests(words):
+    action, name = words[0], words[1]
+    if action == "create":
+        if (STUB / "fail_create").exists():
+            refuse((STUB / "fail_create").read_text())
+        if REQUEST.exists():
+            refuse(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
+        count, prefix = option(words, "node-count"), option(words, "node-prefix")
+        nodes = [f"{prefix}-{i}" for i in range(int(count))] if count else [option(words, "node-id")]
+        REQUEST.write_text(json.dumps({"state": "WAITING_FOR_RESOURCES", "nodes": nodes}))
+        return
+    if not REQUEST.exists():
+        refuse(f"ERROR: (gcloud.compute.tpus.queued-resources.{action}) NOT_FOUND: Resource {name} was not found")
+    if action == "delete":
+        REQUEST.unlink()
+        return
+    found = json.loads(REQUEST.read_text())
+    print(found["state"])
+    if found["state"] in NEXT:
+        found["state"] = NEXT[found["state"]]
+        if found["state"] == "ACTIVE":  # new machines with empty disks
+            shutil.rmtree(STUB / "hosts", ignore_errors=True)
+            for node in found["nodes"]:
+                for worker in range(int((STUB / "workers").read_text())):
+                    home(node, worker).mkdir(parents=True)
+        REQUEST.write_text(json.dumps(found))
+
+
+def hosts_of(node, words):
+    which = option(words, "worker")
+    return range(int((STUB / "workers").read_text())) if which == "all" else [int(which)]
+
+
+def ssh(words):
+    node, command, bad = words[0], option(words, "command"), 0
+    unreachable = (STUB / "unreachable").read_text().split() if (STUB / "unreachable").exists() else []
+    for worker in hosts_of(node, words):
+        place = home(node, worker)
+        if str(worker) in unreachable or not place.exists():
+            print(
+                "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].", file=sys.stderr
+            )
+            bad = 255
+            continue
+        env = os.environ | {"HOME": str(place), "JAX_PROCESS_ID": str(worker)}
+        (place / "hostname").write_text(f"#!/bin/sh\necho {node}-w-{worker}\n")
+        (place / "hostname").chmod(0o755)
+        env["PATH"] = f"{place}:{env['PATH']}"
+        bad = subprocess.run(["bash", "-c", command], env=env, cwd=place).returncode or bad
+    sys.exit(bad)
+
+
+def scp(words):
+    source, target = words[0], words[1]
+    node, _, name = target.partition(":")
+    for worker in hosts_of(node, words):
+        shutil.copy(source, home(node, worker) / name)
+
+
+def main(words):
+    with (STUB / "log").open("a") as log:
+        log.write(json.dumps(words) + "\n")
+    if "--zone=us-nowhere1-z" in words:
+        refuse(
+            "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/us-nowhere1-z' (or it may not exist)."
+        )
+    group, rest = words[2], words[3:]
+    if group == "queued-resources":
+        requests(rest)
+    elif rest[0] == "ssh":
+        ssh(rest[1:])
+    else:
+        scp(rest[1:])
+
+
+main(sys.argv[1:])
