@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from unimm_jax import tpu_hosts
 from unimm_jax.errors import StartupError
 
 START_SECONDS = 300  # how long processes wait for each other at the start
@@ -22,9 +23,9 @@ HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as 
 def start() -> None:
     """Connects to the other processes of a run; does nothing in a single process.
 
-    On TPU pods JAX finds the hosts by itself. Elsewhere environment variables name them: JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID. UNIMM_START_SECONDS
-    limits the wait.
+    On TPUs with several hosts, JAX finds them by itself. Elsewhere environment variables name them:
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID. UNIMM_START_SECONDS limits the
+    wait.
 
     Raises:
       StartupError: not all processes connected in time, or the address is unusable.
@@ -33,8 +34,8 @@ def start() -> None:
         os.environ.get("JAX_COORDINATOR_ADDRESS"),
         int(os.environ.get("UNIMM_START_SECONDS", START_SECONDS)),
     )
-    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    if not address and not pod:
+    hosts = 1 if address else tpu_hosts.number_of_hosts()
+    if not address and hosts == 1:
         return
     named: dict[str, Any] = dict(initialization_timeout=seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if address:
@@ -51,7 +52,7 @@ def start() -> None:
         named |= dict(coordinator_address=address, num_processes=count, process_id=index)
         where = f"process {index} of {count}, coordinator {address}"
     else:
-        where = "a TPU pod"
+        where = f"{hosts} hosts of a TPU"
     causes = (
         f"the processes of this run did not connect ({where}, waited {{}} s). Likely causes: not every host "
         "was started with the same command and JAX_NUM_PROCESSES; the coordinator's port is taken or closed by a "
