@@ -1,7 +1,8 @@
-"""Checkpoints: Orbax with SHA-256 verification. Every save gets digests of its files, checked before a restore.
+"""Checkpoints: Orbax with verification. Every save gets checksums of its files, checked before a restore.
 
 Layout of a step: `<workdir>/checkpoints/<step>/` as Orbax writes it (`state`, `meta`), plus `digests.json`. Orbax
-stores arrays without a checksum; a step without digests, or with files that do not match them, is not restored.
+stores arrays without a checksum; a step without digests, or with files that do not match them, is not restored. The
+checksums are SHA-256 on a local disk, and the MD5 that the store computed on an object store.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from unimm_jax import legacy
+from unimm_jax import legacy, storage
 from unimm_jax.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
 from unimm_jax.models.vit import can_resize, resize_positions
 from unimm_jax.sharding import flatten, unflatten
@@ -30,19 +31,10 @@ DIGESTS = "digests.json"
 Tree = Any
 
 
-def digest(file: pathlib.Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_digests(step: pathlib.Path) -> None:
-    """Writes SHA-256 digests of every file of a committed step, with the step's number and a digest of the list."""
-    files = sorted(f for f in step.rglob("*") if f.is_file() and f.name != DIGESTS)
-    found = {str(f.relative_to(step)): digest(f) for f in files}
-    partial = step / (DIGESTS + ".partial")
-    partial.write_text(_digest_list({"step": int(step.name), "files": found}))
-    partial.rename(step / DIGESTS)
+    """Writes checksums of every file of a committed step, with the step's number and a digest of the list."""
+    found = {name: value for name, value in storage.checksums(step).items() if name != DIGESTS}
+    storage.write_whole(step / DIGESTS, _digest_list({"step": int(step.name), "files": found}).encode())
 
 
 def _digest_list(listed: dict[str, Any]) -> str:
@@ -74,18 +66,16 @@ def verify(step: pathlib.Path) -> None:
         raise CorruptCheckpointError(f"{step / DIGESTS} is damaged: it does not match its own digest")
     if named and step.name.isdigit() and int(step.name) != named["step"]:
         raise CorruptCheckpointError(f"{step} holds step {named['step']}: the directory was renamed or swapped")
-    problems = []
+    problems, present = [], storage.checksums(step, files)
     for name, wanted in files.items():
-        file = step / name
-        if not file.exists():
+        if name not in present:
             problems.append(f"{name} is missing")
-        elif digest(file) != wanted:
+        elif present[name] != wanted:
             held = re.match(r"state/([^/]+)/", name)
             holds = f" (holds {held.group(1)})" if held and "." in held.group(1) and "ocdbt" not in name else ""
             problems.append(f"{name} has changed{holds}")
     known = {*files, DIGESTS}
-    names = (str(f.relative_to(step)) for f in step.rglob("*") if f.is_file())
-    problems += [f"{name} was not there when it was saved" for name in names if name not in known]
+    problems += [f"{name} was not there when it was saved" for name in present if name not in known]
     if problems:
         raise CorruptCheckpointError(f"{step}: " + "; ".join(problems))
 
@@ -100,7 +90,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True, in_flight_gib: int = 0):
-        self.root = (pathlib.Path(workdir) / "checkpoints").absolute()
+        self.root = storage.absolute(storage.path(workdir)) / "checkpoints"
         self.use_previous = use_previous
         # One more than asked for: until its digests are written, a new step does not count.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep + 1, enable_async_checkpointing=True)
@@ -253,7 +243,7 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
       CheckpointError: nothing there.
       CorruptCheckpointError: every checkpoint there is corrupt.
     """
-    path = pathlib.Path(path).absolute()
+    path = storage.absolute(storage.path(path))
     if (path / DIGESTS).exists() or (path / "state").exists():
         _verify_once(path)
         return path
@@ -271,15 +261,15 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     raise CheckpointError(f"no checkpoint in {path}; give the workdir of a stage that has run")
 
 
-_verified: set[tuple[str, int]] = set()  # steps by path and time of their digests
+_verified: set[tuple[str, str]] = set()  # steps by path and text of their digests
 
 
 def _verify_once(step: pathlib.Path) -> None:
     """`verify`, once per process for a step: a command that opens a checkpoint reads it several times."""
     try:
-        key = str(step), (step / DIGESTS).stat().st_mtime_ns
-    except OSError:
-        key = str(step), -1
+        key = str(step), (step / DIGESTS).read_text()
+    except (OSError, ValueError):
+        key = str(step), ""
     if key not in _verified:
         verify(step)
         _verified.add(key)
@@ -378,7 +368,7 @@ def init_from(
     problems: list[str] = []
     plan: list[tuple[Any, dict[str, list[str]]]] = []
     for entry in entries:
-        path = (pathlib.Path(workdir) / pathlib.Path(entry["checkpoint"]).expanduser()).resolve()
+        path = storage.at(workdir, entry["checkpoint"])
         source = open_weights(path, entry)
         moves: dict[str, list[str]] = {}
         for pattern, replacement in entry["rename"]:

@@ -48,7 +48,7 @@ def define_flags() -> None:
 
 def command() -> None:
     """Generates as the flags say."""
-    from unimm_jax import resolve
+    from unimm_jax import storage
     from unimm_jax.errors import UserError
     from unimm_jax.inference import requests
     from unimm_jax.inference.generator import Generator
@@ -72,7 +72,7 @@ def command() -> None:
         decoder=f.decoder,
         seed=f.seed,
     )
-    asked, folder = requests.check(request), resolve.local_path(f.output)
+    asked, folder = requests.check(request), storage.path(f.output)
     generator = Generator(load_model(f.checkpoint, f.tensor), request.batch, f.prompt_length, f.max_length)
     requests.write(requests.answer(asked, generator), folder)
 

@@ -29,20 +29,20 @@ def cli() -> None:
     def command() -> None:
         import dataclasses
 
-        from unimm_jax import objectives, resolve
+        from unimm_jax import objectives, resolve, storage
         from unimm_jax.data import inspection
         from unimm_jax.errors import ConfigError
 
         parsed = resolve.parse(config())
         if not FLAGS.workdir:
             raise ConfigError("--workdir is missing; give the directory of the stage, for example runs/stage3")
-        workdir = resolve.local_path(FLAGS.workdir)
+        workdir = storage.path(FLAGS.workdir)
         if hasattr(parsed.data, "records"):
-            records = str(resolve.at_workdir(parsed.data.records, workdir))
+            records = str(storage.at(workdir, parsed.data.records))
             parsed = dataclasses.replace(parsed, data=dataclasses.replace(parsed.data, records=records))
         data = objectives.get(parsed.objective).open_input(parsed)
         page = inspection.build(parsed, data, FLAGS.documents, FLAGS.rows)
-        file = resolve.local_path(FLAGS.output) if FLAGS.output else workdir / "data.html"
+        file = storage.path(FLAGS.output) if FLAGS.output else workdir / "data.html"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(page, encoding="utf-8")
         print(f"{parsed.name}: wrote {file}")

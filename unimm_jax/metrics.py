@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
+from unimm_jax import storage
 from unimm_jax.evals.base import Result
 from unimm_jax.sharding import flatten
 
@@ -31,19 +32,25 @@ class Writer:
       workdir: gets `metrics.jsonl`, `evals.jsonl`, TensorBoard events under `tensorboard/` and images under `images/`.
       steps: total, for the ETA. start: step at which this process began.
       active: False on all processes but the first: nothing is written.
+
+    Attributes:
+      folder: where the files are written: the workdir, or a local directory if that is on an object store.
     """
 
     def __init__(self, workdir: str | pathlib.Path, name: str, steps: int, start: int, active: bool = True):
         self.name, self.steps, self.active = name, steps, active
-        self.workdir = pathlib.Path(workdir)
         self._last = (start, time.perf_counter())
+        self.folder = storage.path(workdir)
         if active:
             import tensorboardX
 
-            for file in ("metrics.jsonl", "evals.jsonl"):
-                _drop_after(self.workdir / file, start)
-            self._lines = open(self.workdir / "metrics.jsonl", "a", buffering=1)
-            self._board = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"))
+            files = ("metrics.jsonl", "evals.jsonl")
+            self._spool = storage.Spool(self.folder, files)
+            self.folder = self._spool.folder
+            for file in files:
+                _drop_after(self.folder / file, start)
+            self._lines = open(self.folder / "metrics.jsonl", "a", buffering=1)
+            self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
 
     def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
         """Logs one step: adds step time and speeds, prints the console line; returns all values.
@@ -79,7 +86,7 @@ class Writer:
         found = result.scalars()
         if not self.active or not found:
             return
-        with open(self.workdir / "evals.jsonl", "a") as lines:
+        with open(self.folder / "evals.jsonl", "a") as lines:
             lines.write(json.dumps({"step": step, "eval": name} | {k: round(v, 6) for k, v in found.items()}) + "\n")
         for key, value in found.items():
             self._board.add_scalar(f"{name}/{key}", value, step)
@@ -107,15 +114,21 @@ class Writer:
         from PIL import Image
 
         self._board.add_image(name, image, step, dataformats="HWC")
-        folder = self.workdir / "images"
+        folder = self.folder / "images"
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{name}.png")
+
+    def flush(self) -> None:
+        """Copies what was written to the workdir, if that is on an object store."""
+        if self.active:
+            self._spool.flush()
 
     def close(self) -> None:
         """Flushes everything."""
         if self.active:
             self._lines.close()
             self._board.close()
+            self._spool.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,5 +269,5 @@ def _drop_after(file: pathlib.Path, step: int) -> None:
 
 def read(workdir: str | pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The rows of a workdir's `metrics.jsonl` or `evals.jsonl`."""
-    file = pathlib.Path(workdir) / name
+    file = storage.path(workdir) / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -14,11 +14,11 @@ def cli() -> None:
     run = flags.DEFINE_string("run", None, "Directory that holds the stages' workdirs and evaluation.", required=True)
 
     def command() -> None:
-        from unimm_jax import resolve
+        from unimm_jax import storage
         from unimm_jax.evals.report_page import build
         from unimm_jax.evals.score_table import table
 
-        page, scores = build(resolve.local_path(run.value))
+        page, scores = build(storage.path(run.value))
         print(table(scores))
         print(f"{'seconds, all stages':34s} {sum(scores['seconds'].values()):7.0f}")
         print(f"report: {page}")

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from unimm_jax import config as config_lib
-from unimm_jax import evals, legacy, objectives
+from unimm_jax import evals, legacy, objectives, storage
 from unimm_jax.config import COMPANIONS, Config, merged, problems_of, unknown
 from unimm_jax.errors import ConfigError, UserError
 from unimm_jax.models.transformer import ACTIVATIONS, REMAT
@@ -387,13 +387,13 @@ def check_paths(config: Config, workdir: str | pathlib.Path) -> None:
     """
     wrong = []
     if hasattr(config.data, "records"):
-        path = at_workdir(config.data.records, workdir)
+        path = storage.at(workdir, config.data.records)
         if not (path / "header.json").exists():
             wrong.append(
                 f"config.data.records: {path} holds no finished records; run python -m unimm_jax.pretokenize first"
             )
     for entry in config.init_from:
-        path = at_workdir(entry["checkpoint"], workdir)
+        path = storage.at(workdir, entry["checkpoint"])
         if not path.exists():
             wrong.append(f"config.init_from: there is no checkpoint at {path}; train that stage first")
     if wrong:
@@ -406,13 +406,6 @@ def local_path(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       ConfigError: a URL such as gs://bucket/run.
     """
-    if re.match(r"[a-z0-9+]+:/", str(path)):
-        raise ConfigError(
-            f"{path} is on an object store, which this version cannot read or write; give a local or mounted path"
-        )
-    return pathlib.Path(path).expanduser()
-
-
-def at_workdir(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
-    """A path of a config; relative ones start at the workdir."""
-    return (local_path(workdir) / local_path(path)).resolve()
+    if storage.is_remote(path):
+        raise ConfigError(f"{path} is on an object store, which this command cannot use; give a local or mounted path")
+    return storage.path(path)

@@ -4,11 +4,11 @@ import base64
 import functools
 import hashlib
 import json
-import pathlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
+from unimm_jax import storage
 from unimm_jax.errors import DataError, UserError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -105,7 +105,7 @@ def load(path: str, **more: Any) -> TextTokenizer:
     Raises:
       DataError: no such file, or the library cannot read it.
     """
-    file = pathlib.Path(path).expanduser()
+    file = storage.path(path)
     if file.is_dir():
         found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).exists()]
         if not found:

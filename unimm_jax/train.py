@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding
+from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
@@ -117,11 +117,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
     """
     # ---- Settings and data -------------------------------------------------------------------------------------
     began, clock = time.perf_counter(), Clock()
-    workdir = resolve.local_path(workdir)
+    workdir = storage.path(workdir)
     check_memory(config)
     resolve.check_paths(config, workdir)
     if hasattr(config.data, "records"):
-        records = str(resolve.at_workdir(config.data.records, workdir))
+        records = str(storage.at(workdir, config.data.records))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
     mesh = sharding.make_mesh(config.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
         warned: set[str] = set()
         metrics: dict[str, jax.Array] = {}
         traced = config.train.profile if jax.process_index() == 0 else 0
-        profiler = Profiler(workdir / "profile", start, config.train.profile_start, traced)
+        profiler = Profiler(writer.folder / "profile", start, config.train.profile_start, traced)
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
         recorded = {(row["step"], row["eval"]) for row in read(workdir, "evals.jsonl")}
@@ -217,6 +217,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                 "window": window.save(),
                 "seconds": seconds_before + time.perf_counter() - began,
             }
+            writer.flush()  # before the checkpoint, so that it has the lines of every step up to it
             checkpoints.save(step, state, meta)
 
         loop_began, compile_seconds = time.perf_counter(), 0.0

@@ -66,6 +66,7 @@ def test_a_command_runs_on_every_host_and_the_log_of_the_first_is_shown(stub):
     assert "delete" in calls(stub)[-1] and not (stub / "request.json").exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_preemption_with_the_same_bits(run, stub, tmp_path):
     """Two hosts are processes of one run; both are killed and their disks are emptied; the TPU is requested again."""
     changes = dict(train__steps=24, train__checkpoint_every=4, train__log_every=1)

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from unimm_jax import legacy
+from unimm_jax import legacy, storage
 from unimm_jax.data import slices, transforms
 from unimm_jax.data.outlines import Outline, Record, flatten, outline
 from unimm_jax.data.sources.base import CACHE_BYTES
@@ -47,7 +47,7 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | pathlib.Path, text_tokenizer: TextTokenizer, identity: dict[str, Any]):
-        self.path, self.text_tokenizer = pathlib.Path(path), text_tokenizer
+        self.path, self.text_tokenizer = storage.path(path), text_tokenizer
         (self.path / "blocks").mkdir(parents=True, exist_ok=True)
         self.identity = json.loads(json.dumps(identity | {"text_tokenizer": text_tokenizer.payload}))
         plan = self.path / "plan.json"
@@ -56,7 +56,7 @@ class RecordWriter:
                 f"{path} holds unfinished records of another tokenizer or other data; remove it or choose another "
                 "--output"
             )
-        write_whole(plan, json.dumps(self.identity).encode())
+        storage.write_whole(plan, json.dumps(self.identity).encode())
 
     def _file(self, block: int, ending: str) -> pathlib.Path:
         return self.path / "blocks" / f"{block:06d}.{ending}"
@@ -66,7 +66,7 @@ class RecordWriter:
         file = self._file(block, "npz")
         if not file.exists():
             return False
-        with np.load(file) as index:
+        with np.load(io.BytesIO(file.read_bytes())) as index:
             return set(RAGGED) <= set(index.files)
 
     def write(self, block: int, items: Iterable[tuple[int, Record, np.ndarray, np.ndarray]]) -> None:
@@ -84,7 +84,8 @@ class RecordWriter:
         texts: list[list[int]] = []
         outlines: list[list[int]] = []
         sizes: list[list[int]] = []
-        partial = self._file(block, f"array_record.{uuid.uuid4().hex}")
+        spool = storage.Spool(self.path / "blocks")
+        partial = spool.folder / f"{block:06d}.array_record.{uuid.uuid4().hex}"
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for source, record, keep_NP, codes_NP in items:
             strings, outline = flatten(record)
@@ -103,15 +104,16 @@ class RecordWriter:
             outlines.append(list(outline))
             sizes.append([side for image in record.images for side in transforms.size_of(image)])
         writer.close()
-        partial.rename(self._file(block, "array_record"))
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        partial.rename(spool.folder / self._file(block, "array_record").name)
+        spool.close()
         arrays: dict[str, Any] = {"source": np.array(source_of, np.uint16)}
         for (name, dtype), lists in zip(RAGGED.items(), (kept, texts, outlines, sizes), strict=True):
             arrays[name] = np.array([n for row in lists for n in row], dtype)
             arrays[f"{name}_counts"] = np.array([len(row) for row in lists], np.int64)
-        digest = hashlib.sha256(self._file(block, "array_record").read_bytes()).hexdigest()
         buffer = io.BytesIO()
         np.savez(buffer, digest=np.array([digest]), **arrays)
-        write_whole(self._file(block, "npz"), buffer.getvalue())
+        storage.write_whole(self._file(block, "npz"), buffer.getvalue())
 
     def close(self, blocks: int, header: dict[str, Any]) -> dict[str, Any]:
         """Writes `index/` and `header.json`, once all blocks are complete.
@@ -123,7 +125,7 @@ class RecordWriter:
         Returns:
           the header as written, with the number of records and the mean number of tokens per image.
         """
-        parts = [np.load(self._file(block, "npz")) for block in range(blocks)]
+        parts = [np.load(io.BytesIO(self._file(block, "npz").read_bytes())) for block in range(blocks)]
         joined: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
         contents = hashlib.sha256("".join(joined.pop("digest")).encode()).hexdigest()[:16]
         (self.path / "index").mkdir(exist_ok=True)
@@ -132,7 +134,7 @@ class RecordWriter:
         for name, array in joined.items():
             buffer = io.BytesIO()
             np.save(buffer, array)
-            write_whole(self.path / "index" / f"{name}.npy", buffer.getvalue())
+            storage.write_whole(self.path / "index" / f"{name}.npy", buffer.getvalue())
         kept = joined["kept"]
         header = self.identity | header
         header |= dict(
@@ -140,22 +142,16 @@ class RecordWriter:
             records=len(joined["source"]),
             images=len(kept),
             blocks=blocks,
+            block_records=[len(part["source"]) for part in parts],
             tokens=round(float(kept.mean()), 4) if len(kept) else 0.0,
             contents=contents,
         )
-        write_whole(self.path / "header.json", json.dumps(header).encode())
+        storage.write_whole(self.path / "header.json", json.dumps(header).encode())
         return header
 
 
 def _packed(codes: np.ndarray) -> bytes:
     return codes.astype("<u4" if codes.max(initial=0) > 65535 else "<u2").tobytes()
-
-
-def write_whole(file: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically."""
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(data)
-    partial.rename(file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +188,7 @@ class Records:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+        self.path = storage.path(path)
         if not (self.path / "header.json").exists():
             raise DataError(f"{path} holds no finished records; write them with python -m unimm_jax.pretokenize")
         try:
@@ -224,11 +220,12 @@ class Records:
 
     def _index(self) -> dict[str, np.ndarray]:
         if (self.path / "index.npz").exists():
-            return legacy.record_index(dict(np.load(self.path / "index.npz")))
+            return legacy.record_index(dict(np.load(storage.local_file(self.path / "index.npz"))))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
         names = [name for name in names if (self.path / "index" / f"{name}.npy").exists() or "sizes" not in name]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
-        return {name: np.asarray(np.load(self.path / "index" / f"{name}.npy", mmap_mode="r")) for name in names}
+        files = {name: storage.local_file(self.path / "index" / f"{name}.npy") for name in names}
+        return {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
 
     @classmethod
     def open(cls, path: str | pathlib.Path, split: str = "train") -> "Records":
@@ -237,7 +234,7 @@ class Records:
         Raises:
           DataError: see the class.
         """
-        return cls(pathlib.Path(path) / "test" if split == "test" else path)
+        return cls(storage.path(path) / "test" if split == "test" else path)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -263,8 +260,11 @@ class Records:
             if self._reader is None:
                 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-                files = [f"{block:06d}.array_record" for block in range(self.header["blocks"])]
-                self._reader = ArrayRecordDataSource([str(self.path / "blocks" / name) for name in files])
+                files = [self.path / "blocks" / f"{block:06d}.array_record" for block in range(self.header["blocks"])]
+                if storage.is_remote(self.path):
+                    self._reader = RemoteBlocks(files, self.header["block_records"])
+                else:
+                    self._reader = ArrayRecordDataSource(list(map(str, files)))
             item = legacy.record(msgpack.unpackb(self._reader[index]))
         num_patches = self.header["num_patches"]
         keeps, codes = [], []
@@ -312,6 +312,27 @@ class Records:
         if self._small_views:
             self._views[place] = found
         return found
+
+
+class RemoteBlocks:
+    """Records by index from blocks on an object store. The blocks are copied to the cache as they are read.
+
+    Args (constructor):
+      files: the blocks. counts: number of records of each.
+    """
+
+    def __init__(self, files: list[pathlib.Path], counts: list[int]):
+        self.files, self.ends = files, np.cumsum(counts)
+
+    def __getitem__(self, index: int) -> bytes:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        block = int(np.searchsorted(self.ends, index, side="right"))
+        first = int(self.ends[block - 1]) if block else 0
+        reader = ArrayRecordReader(str(storage.local_file(self.files[block])))
+        (record,) = reader.read([index - first])
+        reader.close()
+        return bytes(record)
 
 
 class Ragged:

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from unimm_jax import resolve
-from unimm_jax.data.records import write_whole
+from unimm_jax import resolve, storage
 from unimm_jax.enhancement.drawings import Drawing, Drawings
 from unimm_jax.enhancement.files import claim, read_header
 from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
@@ -62,7 +61,7 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
         kinds = ", ".join(f"{number} × {kind}" for kind, number in failed.items()) or "no block is complete"
         raise DataError(f"none of the {len(found)} drawings in {drawings} was assessed ({kinds})")
     if jax.process_index() == 0:
-        write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
+        storage.write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
         print("\n".join(lines_of(summary, len(found))), flush=True)
     return summary
 

@@ -11,9 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from unimm_jax import checkpoint as checkpoints
-from unimm_jax import resolve
+from unimm_jax import resolve, storage
 from unimm_jax.data import transforms
-from unimm_jax.data.records import Records, write_whole
+from unimm_jax.data.records import Records
 from unimm_jax.data.sources import source_number, split_sources
 from unimm_jax.enhancement.files import HEADER, claim, digest_of, hashed, read_header
 from unimm_jax.errors import DataError, InvalidRecordError
@@ -177,7 +177,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
     identity = dict(
         checkpoint=_digest(resolve.local_path(checkpoint)),
         step=model.step,
-        decoder=_digest(resolve.at_workdir(model.config.companions[decoder], model.workdir)),
+        decoder=_digest(storage.at(model.workdir, model.config.companions[decoder])),
         records=contents_of(stored),
         settings=used,
     )
@@ -220,7 +220,7 @@ def draw_blocks(
         for drawing, image in zip(drawings, images, strict=True):
             (folder / drawing.image).write_bytes(transforms.encode_png(image))
         lines = [json.dumps(dataclasses.asdict(drawing)) for drawing in drawings]
-        write_whole(_block_file(folder, block), "".join(f"{line}\n" for line in lines).encode())
+        storage.write_whole(_block_file(folder, block), "".join(f"{line}\n" for line in lines).encode())
         progress.add(len(drawings))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"drawings {folder.name}")

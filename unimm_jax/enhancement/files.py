@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax.data.records import write_whole
+from unimm_jax import storage
 from unimm_jax.errors import DataError
 
 HEADER = "header.json"
@@ -56,13 +56,15 @@ def claim(folder: pathlib.Path, identity: dict[str, Any], what: str, is_empty: b
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / HEADER, json.dumps(wanted, indent=1).encode())
+        storage.write_whole(folder / HEADER, json.dumps(wanted, indent=1).encode())
 
 
 def mark_done(folder: pathlib.Path, began: float) -> None:
     """Writes done.json with the seconds since `began` (of `time.perf_counter`), unless an earlier run did."""
     if jax.process_index() == 0 and not (folder / "done.json").exists():
-        write_whole(folder / "done.json", json.dumps({"seconds": round(time.perf_counter() - began, 1)}).encode())
+        storage.write_whole(
+            folder / "done.json", json.dumps({"seconds": round(time.perf_counter() - began, 1)}).encode()
+        )
 
 
 def digest_of(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from unimm_jax import evals, resolve
+from unimm_jax import evals, storage
 from unimm_jax.data.transforms import encode_png
 from unimm_jax.errors import ConfigError
 from unimm_jax.evals.base import Context, Result
@@ -45,7 +45,7 @@ def evaluate(
     names = list(dict.fromkeys(names)) or evals.default_evals(model.header)
     entries = entries_of(names, options or {}, model)
     context = context_of(model)
-    folder = resolve.local_path(output)
+    folder = storage.path(output)
     folder.mkdir(parents=True, exist_ok=True)
     scores: dict[str, Any] = {}
     for name in names:
@@ -84,7 +84,7 @@ def entries_of(names: Sequence[str], options: Mapping[str, Any], model: Model) -
 
 def context_of(model: Model) -> Context:
     """A model as the evaluators get it."""
-    records = str(resolve.at_workdir(model.config.data.records, model.workdir))
+    records = str(storage.at(model.workdir, model.config.data.records))
     return Context(
         config=dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, records=records)),
         objective=model.objective,

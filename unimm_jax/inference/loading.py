@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from unimm_jax import legacy, objectives, resolve, sharding
+from unimm_jax import legacy, objectives, resolve, sharding, storage
 from unimm_jax.checkpoint import find, read_meta, read_params
 from unimm_jax.config import DECODERS, Config
 from unimm_jax.data import pipeline, transforms
@@ -75,7 +75,7 @@ def load_model(checkpoint: str | pathlib.Path, tensor: int = 1) -> Model:
     Raises:
       CheckpointError: no such checkpoint, or one of another kind of stage. ConfigError: fewer devices than `tensor`.
     """
-    step = find(resolve.local_path(checkpoint))
+    step = find(storage.path(checkpoint))
     meta = read_meta(step)
     config = stage_config(meta, checkpoint)
     if config.objective != "language_modeling" or not config.data.images_per_row:
@@ -129,7 +129,7 @@ def load_image_tokenizer(workdir: str | pathlib.Path) -> LoadedTokenizer:
     Raises:
       CheckpointError: no such checkpoint, or one of another kind of stage.
     """
-    step = find(resolve.local_path(workdir))
+    step = find(storage.path(workdir))
     config = stage_config(read_meta(step), workdir)
     if config.objective != "tokenization" or config.loss.phase != "codes":
         raise CheckpointError(f"{workdir} is a checkpoint of {config.name}; give the workdir of the stage tokenizer")
@@ -148,7 +148,7 @@ def load_companions(model: Model) -> tuple[LoadedTokenizer, dict[str, tuple[Any,
     Raises:
       CheckpointError: the tokenizer is missing, or not the one that the model was trained with.
     """
-    paths = {name: resolve.at_workdir(path, model.workdir) for name, path in model.config.companions.items()}
+    paths = {name: storage.at(model.workdir, path) for name, path in model.config.companions.items()}
     if "image_tokenizer" not in paths:
         raise CheckpointError(f"the config of {model.config.name} names no companion image_tokenizer")
     tokenizer = load_image_tokenizer(paths["image_tokenizer"])

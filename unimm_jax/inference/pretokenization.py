@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unimm_jax import resolve, sharding, text_tokenizer
+from unimm_jax import sharding, storage, text_tokenizer
 from unimm_jax.checkpoint import find, read_meta
 from unimm_jax.config import Config
 from unimm_jax.data import pipeline
@@ -55,7 +55,7 @@ def pretokenize(
     """
     started = time.perf_counter()
     tokenizer = load_image_tokenizer(image_tokenizer)
-    folder = resolve.local_path(output)
+    folder = storage.path(output)
     data = tokenizer.config.data
     sources = sources or data.sources
     datasets = _open(sources, data, "train")
@@ -102,8 +102,8 @@ def target_keep_rate(config: Config, checkpoint: str | pathlib.Path) -> float:
     readers = [entry for entry in config.init_from if components_read(entry, ["selector/x"])]
     if not readers:
         return config.loss.keep_rate[-1]
-    workdir = workdir_of(find(resolve.local_path(checkpoint)))
-    source = resolve.at_workdir(readers[-1]["checkpoint"], workdir)
+    workdir = workdir_of(find(storage.path(checkpoint)))
+    source = storage.at(workdir, readers[-1]["checkpoint"])
     try:
         found = stage_config(read_meta(source), source)
     except CheckpointError:  # it was moved, or holds imported weights
@@ -134,8 +134,7 @@ def _fingerprints(datasets: dict[int, DecodedDataset]) -> list[str]:
 
 
 def _text_tokenizer(path: str, vocab_size: int, datasets: dict[int, DecodedDataset]) -> TextTokenizer:
-    path = str(resolve.local_path(path)) if path else ""
-    if path and (pathlib.Path(path) / "checkpoints").exists():
+    if path and (storage.path(path) / "checkpoints").exists():
         return text_tokenizer_of(read_meta(path), path)
     if path:
         return text_tokenizer.load(path)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unimm_jax import resolve
+from unimm_jax import storage
 from unimm_jax.data import tasks, transforms
 from unimm_jax.errors import InvalidRecordError, UserError
 from unimm_jax.inference.generator import PLACE, Generator, Prompt, place_images
@@ -111,7 +111,7 @@ def check(request: Request) -> Checked:
         raise UserError("--height and --width are given together or not at all")
     if not r.images and not r.prompt:
         raise UserError("give --prompt to generate images, or --image to describe an image")
-    files = [resolve.local_path(name) for name in r.images]
+    files = [storage.path(name) for name in r.images]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise UserError(f"there is no image file {' or '.join(missing)}")
     order = place_images(r.prompt, len(files))

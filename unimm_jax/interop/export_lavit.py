@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unimm_jax import resolve
+from unimm_jax import resolve, storage
 from unimm_jax.checkpoint import read_meta, read_params
 from unimm_jax.errors import CheckpointError, UnsupportedConfigError, WeightMismatchError
 from unimm_jax.inference.loading import stage_config, workdir_of
@@ -91,7 +91,7 @@ def export_lavit(source: Source, folder: pathlib.Path, dtype: np.dtype | None, v
         raise CheckpointError(f"{source.path} is not a language stage that reads images, which this format needs")
     workdir = workdir_of(source.step)
     params = dict(flatten(read_params(source.step)))
-    paths = {name: resolve.at_workdir(path, workdir) for name, path in config.companions.items()}
+    paths = {name: storage.at(workdir, path) for name, path in config.companions.items()}
     if "image_tokenizer" not in paths:
         raise CheckpointError(f"the config of {source.path} names no companion image_tokenizer")
     tokenizer = dict(flatten(read_params(paths["image_tokenizer"])))

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unimm_jax import resolve
+from unimm_jax import resolve, storage
 from unimm_jax.checkpoint import find, read_meta
 from unimm_jax.errors import ConfigError, DataError, WeightMismatchError
 from unimm_jax.interop import diffusion
@@ -57,7 +56,7 @@ def open_source(checkpoint: str) -> Source:
     Raises:
       CheckpointError: no checkpoint there. ConfigError: its config cannot be read.
     """
-    step = find(resolve.local_path(checkpoint))
+    step = find(storage.path(checkpoint))
     meta = read_meta(step)
     return Source(checkpoint, step, meta, resolve.sections_from_json(meta["config"]))
 
@@ -83,21 +82,14 @@ def export(checkpoint: str, output: str, form: str = "hf", dtype: str = "", veri
         raise ConfigError(f"--format={form} is not known; formats are {', '.join(FORMATS)}")
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype={dtype} is not known; dtypes are {', '.join(DTYPES)}")
-    target = resolve.local_path(output).absolute()
+    target = storage.absolute(storage.path(output))
     if target.exists():
         raise DataError(f"{output} exists; give another --output")
     source = open_source(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
     module, _, function = FORMATS[form].partition(":")
     write = getattr(importlib.import_module(module), function)
-    try:
-        lines: list[str] = write(source, partial, DTYPES[dtype] if dtype else None, verify)
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with storage.output_folder(target) as folder:
+        lines: list[str] = write(source, folder, DTYPES[dtype] if dtype else None, verify)
     for line in lines:
         print(f"verified: {line}", flush=True)
     print(f"export: {target}", flush=True)
