@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from unimm_jax import tpu_hosts
 from unimm_jax.errors import StartupError
 
 START_SECONDS = 300  # how long processes wait for each other at the start
 STOPPED = 128 + signal.SIGTERM  # exit status after SIGTERM: not 0, so that scripts stop and launchers start it again
+PROBE_SECONDS = 10  # how long a shared disk may take to show a new file to another host
 HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as lost, and all others exit
 
 
@@ -74,6 +77,36 @@ def start() -> None:
 
 def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+    """Checks that all processes see the same workdir: the first one writes a file there, the others look for it.
+
+    Raises:
+      StartupError: in every process; names those that do not see the file.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
+    file = workdir / f".probe-{bytes(np.asarray(token)).hex()}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"-")
+    multihost_utils.sync_global_devices("the probe is written")
+    began = time.monotonic()
+    while not (found := file.exists()) and time.monotonic() - began < PROBE_SECONDS:
+        time.sleep(0.5)
+    seen = np.asarray(multihost_utils.process_allgather(np.array(found))).reshape(-1)
+    if jax.process_index() == 0:
+        file.unlink(missing_ok=True)
+    if not seen.all():
+        blind = ", ".join(map(str, np.flatnonzero(~seen).tolist()))
+        raise StartupError(
+            f"process {blind} of {len(seen)} does not see the workdir {workdir} of process 0: it is a directory of its "
+            "own there. Give --workdir on a disk that all hosts share, or on an object store (gs://…)"
+        )
 
 
 @contextlib.contextmanager

@@ -118,6 +118,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
     # ---- Settings and data -------------------------------------------------------------------------------------
     began, clock = time.perf_counter(), Clock()
     workdir = storage.path(workdir)
+    distributed.check_shared(workdir)
     check_memory(config)
     resolve.check_paths(config, workdir)
     if hasattr(config.data, "records"):

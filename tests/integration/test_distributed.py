@@ -110,6 +110,23 @@ def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
     assert len(steps) == 1 and read_meta(root / "x")["step"] == int(steps.pop()) > 0
 
 
+def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_path):
+    """As on hosts whose disks are not shared: each has its own copies of the earlier stages, too."""
+    address, processes = f"127.0.0.1:{free_port()}", []
+    for index in range(2):
+        root = link(run, tmp_path / f"host{index}", "selector")
+        env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
+        env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(subprocess.Popen(main_command("tokenizer", root / "tokenizer"), cwd=ROOT, env=env, **pipes))
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    for text in said:
+        assert "process 1 of 2 does not see the workdir" in text and "gs://" in text
+        assert "parameters" not in text  # what is printed before the first compilation
+    assert not list((tmp_path / "host0" / "tokenizer").glob(".probe*"))
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_with_a_message(run, tmp_path):
     _, processes = two_under_way(run, tmp_path)

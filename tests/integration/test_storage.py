@@ -1,6 +1,7 @@
 """Every path on an object store: a server on loopback, compared with the same commands on a local disk."""
 
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -177,6 +178,36 @@ def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp
     rows = [[row["loss"] for row in metrics.read(place)] for place in (local / "tokenizer", remote)]
     assert rows[0] == rows[1] and len(rows[0]) == 12
     assert same_params(local / "tokenizer", remote)
+
+
+def faults(share, seed=0):
+    """Makes a share of the server's requests fail; the number of requests that have failed."""
+    data = json.dumps({"share": share, "seed": seed}).encode()
+    with urllib.request.urlopen(f"{os.environ['STORAGE_EMULATOR_HOST']}/faults", data) as reply:
+        return json.load(reply)["failed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, seed):
+    """5% of the requests are answered with 429, 503 or a part of the body."""
+    changes = dict(train__steps=16, train__checkpoint_every=4, train__log_every=1)
+    local = link(run, tmp_path, "records", "stage2", "tokenizer", "pixel_decoder")
+    subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
+    for name in ("records", "stage2", "tokenizer", "pixel_decoder"):
+        put(run / name, f"{bucket}/faults{seed}/{name}")
+    before = faults(0.05, seed)
+    try:
+        words = main_command("stage3", f"{bucket}/faults{seed}/stage3", **changes)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    finally:
+        failed = faults(0) - before
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert failed > 5
+    remote = storage.path(f"{bucket}/faults{seed}/stage3")
+    rows = [[row["loss"] for row in metrics.read(place)] for place in (local / "stage3", remote)]
+    assert rows[0] == rows[1] and len(rows[0]) == 16, done.stderr[-4000:]
+    assert same_params(local / "stage3", remote) and find(remote).name == "16"
 
 
 def test_records_on_the_store_are_those_of_the_local_disk(run, bucket, no_local_copies):
