@@ -344,7 +344,7 @@ def check_memory(config: Config) -> None:
     objective = objective_class(config, objective_class.abstract_input(config))
     params = jax.eval_shape(objective.init, jax.random.key(0))
     trained = optim.split(params, list(config.optimizer.rules))[0]
-    needed = _float32_bytes(params) + 3 * _float32_bytes(trained)
+    needed = float32_bytes(params) + 3 * float32_bytes(trained)
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -359,5 +359,6 @@ def check_memory(config: Config) -> None:
         )
 
 
-def _float32_bytes(tree: Any) -> int:
+def float32_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, abstract or not, in float32."""
     return sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))

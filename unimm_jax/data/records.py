@@ -257,15 +257,15 @@ class Records:
         if index in self._items:
             return self._items[index]
         with self._lock:
-            if self._reader is None:
-                from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-                files = [self.path / "blocks" / f"{block:06d}.array_record" for block in range(self.header["blocks"])]
-                if storage.is_remote(self.path):
-                    self._reader = RemoteBlocks(files, self.header["block_records"])
-                else:
-                    self._reader = ArrayRecordDataSource(list(map(str, files)))
-            item = legacy.record(msgpack.unpackb(self._reader[index]))
+            try:
+                if self._reader is None:
+                    self._reader = self._open_blocks()
+                item = legacy.record(msgpack.unpackb(self._reader[index]))
+            except (RuntimeError, ValueError) as error:
+                raise DataError(
+                    f"the blocks of the records in {self.path} are damaged ({str(error).strip().splitlines()[0]}); "
+                    "remove that directory and write it again with python -m unimm_jax.pretokenize"
+                ) from None
         num_patches = self.header["num_patches"]
         keeps, codes = [], []
         for packed_keep, packed_codes in zip(item["keep"], item["codes"], strict=True):
@@ -278,6 +278,14 @@ class Records:
         if self._small:
             self._items[index] = record
         return record
+
+    def _open_blocks(self) -> Any:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        files = [self.path / "blocks" / f"{block:06d}.array_record" for block in range(self.header["blocks"])]
+        if storage.is_remote(self.path):
+            return RemoteBlocks(files, self.header["block_records"])
+        return ArrayRecordDataSource(list(map(str, files)))
 
     def image(self, index: int, number: int = 0) -> np.ndarray:
         """A decoded image of a record, uint8 [S, S, 3] with S = header["image_size"]; cached, do not modify."""
