@@ -9,7 +9,7 @@ resume when it is started again, as `unimm_jax.main` does with a workdir on obje
 shown. If the TPU is preempted, it is requested again and the command starts again. With --dry-run, every command is
 printed and none is run. `render` prints the same run for xpk, as a JobSet for GKE, or as a SkyPilot task.
 
-It needs the Google Cloud CLI (gcloud) and nothing beyond Python's standard library.
+It needs the Google Cloud CLI (gcloud) and nothing beyond Python's standard library. docs/tpu.md is a walk-through.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,8 @@ _DISK_ERRORS = {
     errno.ELOOP: "a symbolic link points to itself",
 }
 _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
+# Packages whose errors come from an object store
+_STORE_PACKAGES = ("gcsfs", "s3fs", "aiohttp", "google", "botocore", "aiobotocore")
 
 
 def prepare(keep_memory: bool = True) -> None:
@@ -107,6 +110,8 @@ def run(command: Callable[[], None]) -> None:
     except Exception as error:
         if (reason := _disk_failure(error)) is not None:
             sys.exit(f"error: {reason}")
+        if (reason := _store_failure(error)) is not None:
+            sys.exit(f"error: {reason}")
         if (reason := _lost_process(error)) is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # a normal exit would wait for the other processes
@@ -124,6 +129,20 @@ def _disk_failure(error: BaseException) -> str | None:
         line = next((line for line in str(seen).splitlines() if any(word in line for word in _DISK_WORDS)), None)
         if line is not None:
             return f"{line.strip()[:300]}; free space or give a directory that can be written"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _store_failure(error: BaseException) -> str | None:
+    """One line for an object store that refuses or does not answer, anywhere in the chain of causes; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        line = next((line.strip() for line in str(seen).splitlines() if line.strip()), type(seen).__name__)
+        if type(seen).__module__.partition(".")[0] in _STORE_PACKAGES or re.search(r"Error \w+ (gs|s3)://", line):
+            return (
+                f"the object store refuses or cannot be reached ({line[:300]}). Check the bucket, the login (gcloud "
+                "auth application-default login) and the network; a run resumes from its last checkpoint"
+            )
         seen = seen.__cause__ or seen.__context__
     return None
 

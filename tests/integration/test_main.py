@@ -36,7 +36,7 @@ def test_the_published_size_says_what_it_needs_and_what_to_do(tmp_path):
         (["--config=nothing.py"], "there is no config file nothing.py"),
         (["--config=stage2:laptop", "--config.train.steps=-3"], "config.train.steps is -3"),
         ([], "--config is missing"),
-        (["--config=encoder:laptop", "--workdir=gs://bucket/run"], "object store"),
+        (["--config=encoder:laptop", "--workdir=hdfs://bucket/run"], "neither a local path nor on gs:// or s3://"),
         (["--config=encoder:laptop", "--config.data.sources=/nowhere"], "neither an existing directory nor one of"),
         (["--config=encoder:laptop", "--config.mesh=(3,1,1)"], "put -1 for the axis"),
     ],
@@ -44,7 +44,7 @@ def test_the_published_size_says_what_it_needs_and_what_to_do(tmp_path):
 def test_mistakes_are_one_line(tmp_path, arguments, words):
     workdir = [] if any("workdir" in a for a in arguments) else [f"--workdir={tmp_path / 'x'}"]
     assert words in last_line(command("main", *arguments, *workdir))
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "hdfs:").exists()
 
 
 def test_a_config_is_printed_complete_from_anywhere(tmp_path):

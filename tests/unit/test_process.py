@@ -28,6 +28,28 @@ def test_importing_process_imports_no_jax():
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+def test_errors_of_an_object_store_are_one_line(monkeypatch):
+    import aiohttp
+
+    monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
+
+    def unreachable():
+        try:
+            raise aiohttp.ClientConnectionError("Cannot connect to host storage.googleapis.com:443\nmore")
+        except aiohttp.ClientConnectionError as error:
+            raise RuntimeError("a library in between") from error
+
+    def refused():
+        raise ValueError('Error opening "zarr" driver: Error reading gs://bucket/run/x: PERMISSION_DENIED: no access')
+
+    for failing, part in ((unreachable, "Cannot connect to host"), (refused, "PERMISSION_DENIED")):
+        with pytest.raises(SystemExit) as error:
+            process.run(failing)
+        line = str(error.value.code)
+        assert line.startswith("error: the object store refuses or cannot be reached") and "\n" not in line
+        assert part in line and "gcloud auth application-default login" in line
+
+
 def test_user_errors_are_one_line_and_others_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
 
