@@ -124,6 +124,7 @@ def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(run, buc
     assert process.returncode == 143, said[-3000:]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "resumes from step" in done.stdout, done.stderr[-3000:]
+    assert "checkpoint not used" not in said + done.stderr  # every checkpoint verifies, also those that it starts from
     remote = storage.path(f"{bucket}/run/stage3")
     for name in ("metrics.jsonl", "evals.jsonl"):
         rows = [[row["loss"] for row in metrics.read(place, name)] for place in (local / "stage3", remote)]

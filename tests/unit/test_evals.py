@@ -131,7 +131,7 @@ class FakeGenerator:
 
     def __init__(self, data):
         self.image_tokenizer = types.SimpleNamespace(config=types.SimpleNamespace(data=data))
-        self.decoders = {"pixel_decoder": None}
+        self.decoders, self.header = {"pixel_decoder": None}, {"selection": "argmax"}
         self.prompt_length, self.text_tokenizer = 10, types.SimpleNamespace(encode=str.split)
         self.calls = []
 
