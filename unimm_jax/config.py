@@ -107,17 +107,17 @@ class ImageDataConfig:
     Attributes:
       sources: data sources, separated by ";" (see `unimm_jax.data.sources`).
       image_size: side of the square images in pixels.
+      held_out: share of the records held out where a source has no test split of its own.
       fit: how an image becomes a square: "stretch" does not keep the aspect ratio (LaVIT), "crop" takes the centered
         square. The records, and all stages that read them, keep the fit of the image tokenizer.
       max_crop: with "crop", records with an image that would lose a larger share are left out (0.2 in ILLUME+).
-      held_out: share of the records held out where a source has no test split of its own.
     """
 
     sources: str = "scenes"
     image_size: int = ranged(224, low=1)
+    held_out: float = ranged(0.02, low=0, high=0.5)
     fit: str = one_of("stretch", *transforms.FITS)
     max_crop: float = ranged(0.2, low=0, high=1)
-    held_out: float = ranged(0.02, low=0, high=0.5)
 
 
 @dataclasses.dataclass(frozen=True)
