@@ -32,6 +32,7 @@ from launch.tpu_types import TpuType, tpu_type  # noqa: E402
 PROVISIONING = ("on-demand", "spot", "reserved", "flex-start")
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 STOPPED = 143  # exit status of a command that was stopped by SIGTERM, as before a preemption
+VAIN = 10  # failures in a row on a TPU that is there
 STUCK_SECONDS = 300  # how long hosts may go on after the command has failed on another one
 LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # a request that will not become active again
 TREE = "unimm"  # directory in the home directory of every host
@@ -260,7 +261,10 @@ class Tpu:
             subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), "HEAD"], check=True)
             for node in self.settings.nodes:
                 say(f"{node}: installing {version[:12]}")
-                self.gcloud.call("tpu-vm", "scp", str(archive), f"{node}:unimm_jax.tar.gz", "--worker=all")
+                try:
+                    self.gcloud.call("tpu-vm", "scp", str(archive), f"{node}:unimm_jax.tar.gz", "--worker=all")
+                except LaunchError as error:
+                    raise Lost(f"{self._unreachable(node) or 'a worker'} of {node}: {error}") from None
                 self.ssh(node, install_script(self.settings.install, mark))
 
     def start(self) -> None:
@@ -364,8 +368,11 @@ STATUS_SCRIPT = (
 
 
 def up(tpu: Tpu, delete: bool) -> int:
-    """Creates, installs and runs, again after every loss, up to `retries` times."""
-    s, began, active = tpu.settings, time.monotonic(), 0.0
+    """Creates, installs and runs, again after every loss, up to `retries` times.
+
+    Gives up after `VAIN` failures in a row of a TPU that is there: a command that installs may be wrong.
+    """
+    s, began, active, in_vain = tpu.settings, time.monotonic(), 0.0, 0
     for attempt in range(s.retries + 1):
         try:
             state = tpu.state()
@@ -387,7 +394,8 @@ def up(tpu: Tpu, delete: bool) -> int:
                 break
             raise Lost("the command was stopped by SIGTERM")
         except Lost as error:
-            if attempt == s.retries:
+            in_vain = in_vain + 1 if tpu.state() == "ACTIVE" else 0
+            if attempt == s.retries or in_vain == VAIN:
                 raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None
             say(f"{s.name} is lost: {error}; attempt {attempt + 2} of {s.retries + 1}")
             time.sleep(s.poll)

@@ -166,6 +166,11 @@ def test_a_host_without_ssh_is_named(stub):
     assert "lost 2 times, the last time because worker 1 of run: ERROR" in done.stderr
 
 
+def test_an_installation_that_always_fails_ends_the_run(stub):
+    done = launch(stub, "up", *TRAIN, "--poll=0.01", "--install=echo no such package >&2; false")
+    assert done.returncode == 1 and "was lost 10 times" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "flags, part",
     [
