@@ -217,7 +217,10 @@ def _trim(folder: pathlib.Path, keep: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def output_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A local directory that becomes `target` when the block ends without an error; nothing is left otherwise."""
+    """A local directory that becomes `target` when the block ends without an error; nothing is left otherwise.
+
+    On an object store, its files are copied then, one by one: a process that is killed in between leaves a part.
+    """
     if is_remote(target):
         with tempfile.TemporaryDirectory() as folder:
             yield pathlib.Path(folder)

@@ -3,6 +3,7 @@
 `unimm_jax.pretokenize` writes them; the language and decoder stages read them.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -25,6 +26,7 @@ from unimm_jax.errors import DataError
 from unimm_jax.text_tokenizer import TextTokenizer
 
 FORMAT = 2  # of the records
+OPEN_BLOCKS = 64  # of records on an object store
 # lists of integers of each record in the index, in this order: kept patches per image, tokens per text, outline codes,
 # width and height per image
 RAGGED = {"kept": np.uint16, "texts": np.uint32, "outlines": np.uint8, "sizes": np.uint16}
@@ -325,22 +327,31 @@ class Records:
 class RemoteBlocks:
     """Records by index from blocks on an object store. The blocks are copied to the cache as they are read.
 
+    The readers of the last `OPEN_BLOCKS` blocks stay open: reading a record of one of them asks the store nothing.
+
     Args (constructor):
       files: the blocks. counts: number of records of each.
     """
 
     def __init__(self, files: list[pathlib.Path], counts: list[int]):
         self.files, self.ends = files, np.cumsum(counts)
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def __getitem__(self, index: int) -> bytes:
-        from array_record.python.array_record_module import ArrayRecordReader
-
         block = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[block - 1]) if block else 0
-        reader = ArrayRecordReader(str(storage.local_file(self.files[block])))
-        (record,) = reader.read([index - first])
-        reader.close()
+        (record,) = self._reader(block).read([index - first])
         return bytes(record)
+
+    def _reader(self, block: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        if block not in self._readers:
+            self._readers[block] = ArrayRecordReader(str(storage.local_file(self.files[block])))
+            if len(self._readers) > OPEN_BLOCKS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(block)
+        return self._readers[block]
 
 
 class Ragged:
