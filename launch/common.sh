@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts that train all stages. They set RUN, SIZE and SEED, and read this file at the root of the clone.
 # Installs the requirements into .venv (PYTHON names the Python of a new one).
 PYTHON_FOR_VENV=${PYTHON:-python3}

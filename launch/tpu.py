@@ -338,17 +338,18 @@ def install_script(install: str, mark: str) -> str:
     return (
         f'set -e; mkdir -p "$HOME/{TREE}"; cd "$HOME/{TREE}"; '
         f'if [ "$(cat installed 2>/dev/null)" != {mark} ]; then '
-        f'rm -rf src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; {install}; echo {mark} > installed; fi'
+        f'rm -rf src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; '
+        f"bash -ec {shlex.quote(install)}; echo {mark} > installed; fi"
     )
 
 
 def start_script(command: Sequence[str], env: Sequence[str]) -> str:
     """Starts the command in the background, unless it is running; its output goes to `log`, its status to `status`."""
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, _, value in (e.partition("=") for e in env))
-    body = f'{exports}export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src"; {shlex.join(command)}; '
+    body = f'{exports}export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src" && {shlex.join(command)}; '
     body += f'echo $? > "$HOME/{TREE}/status"'
     return (
-        f'cd "$HOME/{TREE}"; if [ ! -e pid ] || ! kill -0 "$(cat pid)" 2>/dev/null; then rm -f status; '
+        f'cd "$HOME/{TREE}" || exit; if [ ! -e pid ] || ! kill -0 "$(cat pid)" 2>/dev/null; then rm -f status; '
         f'nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & echo $! > "$HOME/{TREE}/pid"; fi'
     )
 

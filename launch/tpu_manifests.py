@@ -78,9 +78,9 @@ def skypilot(settings: Any, image: str, cluster: str) -> str:
 
 
 def _shell(settings: Any) -> str:
-    """The command with its variables, for a shell."""
+    """The command with its variables, for a shell. It takes the place of the shell, and so gets SIGTERM."""
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in settings.env)]
-    return " && ".join([*exports, shlex.join(settings.command)])
+    return " && ".join([*exports, f"exec {shlex.join(settings.command)}"])
 
 
 TARGETS = {"xpk": xpk, "jobset": jobset, "skypilot": skypilot}

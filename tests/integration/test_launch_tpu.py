@@ -167,7 +167,7 @@ def test_a_host_without_ssh_is_named(stub):
 
 
 def test_an_installation_that_always_fails_ends_the_run(stub):
-    done = launch(stub, "up", *TRAIN, "--poll=0.01", "--install=echo no such package >&2; false")
+    done = launch(stub, "up", *TRAIN, "--poll=0.01", "--install=echo no such package >&2; false && true")
     assert done.returncode == 1 and "was lost 10 times" in done.stderr and done.stderr.count("\n") == 1
 
 
