@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from unimm_jax import checkpoint, distributed, objectives, optim, process, resolve, storage, tpu_hosts, train
+from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, storage, tpu_hosts
 from unimm_jax.config import Config
+from unimm_jax.data.pipeline import Input
 from unimm_jax.errors import UserError
 
 OK, WARNING, BLOCKER = "ok", "warning", "blocker"
@@ -52,9 +53,8 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
     if workdir:
         found += workdir_checks(workdir, config)
     if config is not None:
-        found += [*device_memory(config), *host_memory(config)]
-        if workdir:
-            found += inputs(config, workdir)
+        data, read = inputs(config, workdir) if workdir else (None, [])
+        found += [*device_memory(config), *host_memory(config, data), *read]
     return found
 
 
@@ -146,16 +146,6 @@ def devices(chips: int, platform: str) -> Iterator[Finding]:
         yield Finding(OK, "devices", text)
 
 
-def state_bytes(config: Config) -> tuple[int, int]:
-    """(bytes of the parameters, bytes of a checkpoint with the optimizer's moments), float32."""
-    objective_class = objectives.get(config.objective)
-    objective = objective_class(config, objective_class.abstract_input(config))
-    params = jax.eval_shape(objective.init, jax.random.key(0))
-    trained = optim.split(params, list(config.optimizer.rules))[0]
-    size = train.float32_bytes(params)
-    return size, size + 2 * train.float32_bytes(trained)
-
-
 def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
     """Whether the workdir can be written, is one for all processes, has room, and holds a usable checkpoint."""
     try:
@@ -186,7 +176,7 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
 
 
 def _disk(path: pathlib.Path, config: Config) -> Finding:
-    needed, free = state_bytes(config)[1] * (config.train.keep + 1), shutil.disk_usage(path).free
+    needed, free = memory.needs(config).checkpoint * (config.train.keep + 1), shutil.disk_usage(path).free
     text = f"{free / GIB:.1f} GiB free, {config.train.keep + 1} checkpoints need {needed / GIB:.1f} GiB"
     if needed > free:
         return Finding(BLOCKER, "disk", text, "free space, lower config.train.keep, or give a --workdir elsewhere")
@@ -204,19 +194,17 @@ def _checkpoint(path: pathlib.Path) -> Finding:
 def device_memory(config: Config) -> Iterator[Finding]:
     """Whether parameters, gradients and optimizer state fit the devices; activations are not counted."""
     try:
-        train.check_memory(config)
-        text = f"{state_bytes(config)[1] / GIB:.2f} GiB of parameters and optimizer state fit"
+        memory.check_devices(config)
+        text = f"{memory.needs(config).checkpoint / GIB:.2f} GiB of parameters and optimizer state fit"
         yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot adds activations")
     except UserError as error:
         yield Finding(BLOCKER, "device memory", str(error))
 
 
-def host_memory(config: Config) -> Iterator[Finding]:
-    """Whether this host's share of the state fits its memory while a checkpoint is saved."""
-    share = len(jax.local_devices()) / len(jax.devices())
-    copies = 2 if jax.default_backend() == "cpu" else 1  # there, the state itself is in host memory, too
-    needed, free = state_bytes(config)[1] * share * copies, _available()
-    text = f"{needed / GIB:.2f} GiB while a checkpoint is saved, {free / GIB:.1f} GiB are free"
+def host_memory(config: Config, data: Input | None) -> Iterator[Finding]:
+    """Whether this process fits the memory of the host."""
+    needed, free = memory.host_peak(config, data), _available()
+    text = f"about {needed / GIB:.1f} GiB at the peak, {free / GIB:.1f} GiB are free"
     if needed > free:
         yield Finding(BLOCKER, "host memory", text, "end other programs, or use more hosts")
     else:
@@ -234,8 +222,8 @@ def _lines(file: pathlib.Path) -> Iterable[str]:
     return file.read_text().splitlines() if file.exists() else ()
 
 
-def inputs(config: Config, workdir: str) -> Iterator[Finding]:
-    """Whether the records and checkpoints of the config are there, and a batch can be read."""
+def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:
+    """The stage's data, and whether the records and checkpoints of the config are there, and a batch can be read."""
     try:
         resolve.check_paths(config, workdir)
         began = time.perf_counter()
@@ -247,6 +235,6 @@ def inputs(config: Config, workdir: str) -> Iterator[Finding]:
         opened = time.perf_counter()
         next(data.iterate())
         text = f"opened in {opened - began:.1f} s, a batch read in {time.perf_counter() - opened:.2f} s"
-        yield Finding(OK, "data", text)
+        return data, [Finding(OK, "data", text)]
     except UserError as error:
-        yield Finding(BLOCKER, "data", str(error).replace("\n", " "))
+        return None, [Finding(BLOCKER, "data", str(error).replace("\n", " "))]

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -17,22 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage
+from unimm_jax import distributed, evals, legacy, memory, objectives, optim, resolve, sharding, storage
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
-from unimm_jax.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
+from unimm_jax.errors import CheckpointError, NonFiniteLossError
 from unimm_jax.evals.base import Context
 from unimm_jax.interop import importer
 from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table, read
 from unimm_jax.objectives.accumulation import value_and_grad
 from unimm_jax.text_tokenizer import TextTokenizer
-
-GIB = 2**30
 
 
 @dataclasses.dataclass
@@ -119,7 +115,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
     began, clock = time.perf_counter(), Clock()
     workdir = storage.path(workdir)
     distributed.check_shared(workdir)
-    check_memory(config)
+    memory.check_devices(config)
     resolve.check_paths(config, workdir)
     if hasattr(config.data, "records"):
         records = str(storage.at(workdir, config.data.records))
@@ -330,35 +326,3 @@ def _tokenizer_of(workdir: pathlib.Path | None) -> TextTokenizer | None:
     """The text tokenizer of a workdir's checkpoint, if any."""
     payload = json.loads(read_meta(workdir)["text_tokenizer"]) if workdir is not None else None
     return TextTokenizer(payload) if payload else None
-
-
-def check_memory(config: Config) -> None:
-    """Compares the size of parameters, gradients and optimizer moments with the memory of all devices.
-
-    Needs no data and allocates nothing: vocabulary sizes are the published ones.
-
-    Raises:
-      OutOfMemoryError: they do not fit.
-    """
-    objective_class = objectives.get(config.objective)
-    objective = objective_class(config, objective_class.abstract_input(config))
-    params = jax.eval_shape(objective.init, jax.random.key(0))
-    trained = optim.split(params, list(config.optimizer.rules))[0]
-    needed = float32_bytes(params) + 3 * float32_bytes(trained)
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"
-    else:
-        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    if needed > 0.9 * there:
-        raise OutOfMemoryError(
-            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimizer state, {what} has "
-            f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
-            "or more devices"
-        )
-
-
-def float32_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, abstract or not, in float32."""
-    return sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(tree))

@@ -104,7 +104,7 @@ def test_a_full_disk(workdir, monkeypatch):
 def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
     _, config = workdir
     monkeypatch.setattr(environment, "_available", lambda: 1000)
-    one(environment.host_memory(config), "host memory", "0.0 GiB are free")
+    one(environment.host_memory(config, None), "host memory", "0.0 GiB are free")
     from unimm_jax import resolve
 
     one(environment.device_memory(resolve.parse(resolve.load("stage2:7b"))), "device memory", "stage2:7b needs")
@@ -115,12 +115,12 @@ def test_missing_and_damaged_inputs(workdir):
     file = path.parent / "records" / "blocks" / "000000.array_record"
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    one(environment.inputs(config, str(path)), "data", "records")
+    one(environment.inputs(config, str(path))[1], "data", "records")
     file.write_bytes(data)
     (path.parent / "stage2").unlink()
-    one(environment.inputs(config, str(path)), "data", "there is no checkpoint at", "train that stage first")
+    one(environment.inputs(config, str(path))[1], "data", "there is no checkpoint at", "train that stage first")
     shutil.rmtree(path.parent / "records")
-    one(environment.inputs(config, str(path)), "data", "holds no finished records")
+    one(environment.inputs(config, str(path))[1], "data", "holds no finished records")
 
 
 def test_a_damaged_checkpoint_is_a_warning(run, tmp_path):

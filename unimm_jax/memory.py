@@ -1,0 +1,110 @@
+"""Memory that a stage needs, from shapes alone: nothing is compiled or allocated."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from unimm_jax import objectives, optim
+from unimm_jax.config import Config
+from unimm_jax.data.pipeline import Input
+from unimm_jax.errors import OutOfMemoryError
+
+GIB = 2**30
+PROCESS = 1.2 * GIB  # Python, libraries, the compiler and its programs, readers of data; measured at size laptop
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes that a stage needs, over all devices.
+
+    Attributes:
+      params: parameters; frozen ones have the dtype of the activations. trained: those that the optimizer trains.
+      saved: activations that a step keeps for its backward pass, of one micro-batch.
+    """
+
+    params: int
+    trained: int
+    saved: int = 0
+
+    @property
+    def checkpoint(self) -> int:
+        """Parameters and the optimizer's two moments."""
+        return self.params + 2 * self.trained
+
+    @property
+    def step(self) -> int:
+        """What a step holds at once at least: checkpoint, gradients and saved activations."""
+        return self.checkpoint + self.trained + self.saved
+
+
+def needs(config: Config, data: Input | None = None, activations: bool = False) -> Needs:
+    """The memory of a stage.
+
+    Args:
+      data: the stage's input, which knows the size of the vocabulary; without it, vocabulary sizes are the published
+        ones. activations: whether to trace the loss, which takes seconds, for `Needs.saved`.
+    """
+    objective_class = objectives.get(config.objective)
+    objective = objective_class(config, data or objective_class.abstract_input(config))
+    trained, frozen, _ = optim.split(jax.eval_shape(objective.init, jax.random.key(0)), list(config.optimizer.rules))
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, objective.dtype), frozen)
+    size = _bytes(trained)
+    if not activations:
+        return Needs(size + _bytes(frozen), size)
+    rows = max((data.size() if data else objective_class.batch_rows(config)) // config.train.micro_batches, 1)
+    spec = objective_class.batch_spec(config, rows)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()}
+
+    def backward(trained: Any, frozen: Any, batch: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            return objective.loss(optim.join(trained, frozen), batch, jax.random.key(0), 0)
+
+        return jax.vjp(loss, trained, has_aux=True)[1]
+
+    saved = _bytes(jax.eval_shape(backward, trained, frozen, batch))
+    return Needs(size + _bytes(frozen), size, max(saved - size, 0))
+
+
+def check_devices(config: Config) -> None:
+    """Compares the size of parameters, gradients and optimizer moments with the memory of all devices.
+
+    Needs no data and allocates nothing: vocabulary sizes are the published ones.
+
+    Raises:
+      OutOfMemoryError: they do not fit.
+    """
+    needed = needs(config).step
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"
+    else:
+        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    if needed > 0.9 * there:
+        raise OutOfMemoryError(
+            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimizer state, {what} has "
+            f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
+            "or more devices"
+        )
+
+
+def host_peak(config: Config, data: Input | None = None) -> float:
+    """Estimated peak of this process's memory, in bytes, while it loads, trains and saves.
+
+    On a CPU the state, the gradients and the activations are in host memory. On an accelerator only this host's share
+    of a checkpoint is, while it is saved; parameters are loaded one at a time.
+    """
+    share = len(jax.local_devices()) / len(jax.devices())
+    if jax.default_backend() != "cpu":
+        return PROCESS + share * needs(config, data).checkpoint
+    found = needs(config, data, activations=True)
+    return PROCESS + share * max(found.step, 2 * found.checkpoint)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, abstract or not. Random keys do not count."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)]
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
