@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import TEXT_VOCAB, link, opened, tiny, tiny_dict
+from PIL import Image
 
 from unimm_jax import metrics, resolve
 from unimm_jax.checkpoint import find, read_meta, read_params
@@ -173,6 +174,29 @@ def test_prompts_are_rendered_as_in_training(sliced):
     text = g.text_tokenizer.decode(tokens[0][-12:].tolist())
     assert text.endswith("how many circles?")
     assert g.continue_with_text([prompt])[0] == g.generate_text([image], ["how many circles?"])[0]
+
+
+def test_the_exported_model_reads_the_same_slices(sliced, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    export(str(sliced / "stage3"), str(tmp_path / "out"), verify=False)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    g = Generator(load_model(sliced / "stage3"), batch=4, prompt_length=256)
+    sizes = ((192, 192), (64, 64), (100, 180), (300, 70))
+    pixels = [np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in sizes]
+    prompts = [Prompt(tasks.question_prompt("what is it?", g.task_settings), [image]) for image in pixels]
+    tokens, valid, index, views, _ = g._rendered(prompts)
+    assert [len(each) for each in views] == [10, 1, 7, 6]
+    images = [Image.fromarray(image) for image in pixels]
+    inputs = processor(images, [processor.ask("what is it?")] * 4)
+    assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate(views))
+    ids = inputs["input_ids"][0][inputs["attention_mask"][0] > 0].tolist()
+    placed, where = processor.place_images(ids, torch.ones(10, 16, dtype=torch.bool))
+    read = index[0][valid[0]] >= 0
+    assert np.flatnonzero(read).tolist() == where
+    assert np.array(placed)[~read].tolist() == tokens[0][valid[0]][~read].tolist()
+    assert model.describe(images, "what is it?") == g.generate_text(pixels, ["what is it?"] * 4)
+    assert len(processor(images)["pixel_values"]) == 4
 
 
 def test_small_objects_are_scored_with_and_without_slices(sliced, stages):

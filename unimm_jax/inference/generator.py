@@ -11,7 +11,16 @@ import numpy as np
 from PIL import Image
 
 from unimm_jax.data import pipeline, tasks
-from unimm_jax.data.documents import Document, ImageStart, length, prompt_images, render, with_slices
+from unimm_jax.data.documents import (
+    Document,
+    ImageCodes,
+    ImageOut,
+    ImageStart,
+    length,
+    prompt_images,
+    render,
+    with_slices,
+)
 from unimm_jax.data.slices import Grid, choose_grid, views
 from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
@@ -390,10 +399,17 @@ class Generator:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[list[np.ndarray]], list[list[np.ndarray]]]:
         """Prompts for `Decoding`: tokens, which are valid, feature indices [N, T]; views and keep masks of each prompt.
 
-        Images that a prompt holds as codes are rendered with the codes that the image tokenizer gives them.
+        Images that a prompt holds as codes are rendered with the codes that the image tokenizer gives them. Where all
+        patches are read and no prompt has codes, the image tokenizer is not needed.
         """
         wholes = [image for prompt in prompts for image in prompt.images]
-        codes, masks = self.tokenize(wholes) if wholes else ((), ())
+        segments = (segment for prompt in prompts for segment in prompt.document)
+        has_codes = any(isinstance(segment, ImageOut | ImageCodes) for segment in segments)
+        if wholes and (has_codes or not self.layout.view_features):
+            codes, masks = self.tokenize(wholes)
+        else:
+            codes = np.zeros((len(wholes), self.header["num_patches"]), np.int32)
+            masks = np.ones(codes.shape, bool)
         cuts = np.cumsum([0, *(len(prompt.images) for prompt in prompts)])
         rows, seen, kept = [], [], []
         for prompt, at, end in zip(prompts, cuts, cuts[1:], strict=False):

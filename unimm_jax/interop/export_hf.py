@@ -102,7 +102,9 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     published["auto_map"] = {"AutoModel": "modeling_unimm.UniMM"}
     (folder / "config.json").write_text(json.dumps(published, indent=1))
     write_text_tokenizer(folder, text_tokenizer, v)
-    write_processor(folder, generator.layout, generator.config.data.image_size, generator.task_settings, generator.fit)
+    data = generator.config.data
+    reading = dict(fit=generator.fit, max_slices=data.max_slices, slice_grids=data.slice_grids)
+    write_processor(folder, generator.layout, data.image_size, generator.task_settings, **reading)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
 
@@ -271,21 +273,18 @@ def write_text_tokenizer(folder: pathlib.Path, text_tokenizer: TextTokenizer, v:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def write_processor(
-    folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings, fit: str = "stretch"
-) -> None:
+def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings, **reading: Any) -> None:
     """Writes the processor and its chat template; the text tokenizer is written already.
 
     Args:
       image_size: side of the images in pixels. tasks: how conversations and prompts are laid out.
-      fit: how an image becomes a square, a name of `transforms.FITS`.
+      reading: `fit`, `max_slices` and `slice_grids` of the processor, if other than its defaults.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {
         "processor_class": "UniMMProcessor",
         "auto_map": {"AutoProcessor": "processing_unimm.UniMMProcessor"},
         "image_size": image_size,
-        "fit": fit,
         "max_image_tokens": layout.max_image_tokens,
         "start": v.start,
         "end": v.end,
@@ -297,6 +296,7 @@ def write_processor(
         "text_vocabulary": text_tokenizer.vocab_size,
         "is_literal": text_tokenizer.payload["kind"] == "sentencepiece",
         "image_prompts": tasks.image_prompts,
+        **reading,
     }
     (folder / "processor_config.json").write_text(json.dumps(settings, indent=1))
     (folder / "chat_template.jinja").write_text(chat_template.to_jinja(TEMPLATES[tasks.template]))

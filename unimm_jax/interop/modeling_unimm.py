@@ -191,7 +191,7 @@ class UniMM(nn.Module):
           images: of any kind that the processor takes. questions: one per image, or one for all. length: maximum tokens
             per answer. options: see `generate`; greedy without.
         """
-        images = self.processor(images)["pixel_values"]
+        images = self.processor.flat_images(images)
         if questions is None or isinstance(questions, str):
             questions = [questions or ""] * len(images)
         texts = [self.processor.ask(question) for question in questions]

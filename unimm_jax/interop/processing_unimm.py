@@ -16,6 +16,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+LLAVA_NEXT_GRIDS = ((1, 2), (1, 3), (2, 1), (2, 2), (3, 1))  # (columns, rows)
 RECONSTRUCT = "reconstruct"  # the instruction that guidance of an edit is away from
 ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
 
@@ -38,9 +40,7 @@ def as_images(images: Any, size: int, fit: str = "stretch") -> Tensor:
       TypeError: another kind of object or dtype. ValueError: another shape.
     """
     if isinstance(images, list | tuple):
-        if not images:
-            raise ValueError("there are no images in the list")
-        return torch.cat([as_images(image, size, fit) for image in images])
+        return joined([as_images(image, size, fit) for image in flat_images(images)])
     if type(images).__module__.split(".")[0] == "PIL":
         images = pil_pixels(images, size, fit)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -54,12 +54,35 @@ def as_images(images: Any, size: int, fit: str = "stretch") -> Tensor:
     return images
 
 
+def joined(images: Sequence[Tensor]) -> Tensor:
+    """Tensors [N, size, size, 3] as one.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if not images:
+        raise ValueError("there are no images in the list")
+    return torch.cat(list(images))
+
+
 def pil_pixels(image: Any, size: int, fit: str) -> np.ndarray:
-    """A PIL image → uint8 [size, size, 3], as in training: transparency on white, 16 bits scaled, bicubic.
+    """A PIL image → uint8 [size, size, 3], as in training: see `in_rgb`, bicubic.
 
     Args:
       fit: "stretch", or "crop" for the centered square.
     """
+    image = in_rgb(image)
+    if fit == "crop" and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if image.size != (size, size):
+        image = image.resize((size, size), importlib.import_module("PIL.Image").Resampling.BICUBIC)
+    return np.asarray(image, np.uint8)
+
+
+def in_rgb(image: Any) -> Any:
+    """A PIL image → an upright one in RGB: transparency on white, 16 bits scaled."""
     pil = importlib.import_module("PIL.Image")
     image = importlib.import_module("PIL.ImageOps").exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -69,14 +92,42 @@ def pil_pixels(image: Any, size: int, fit: str) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if fit == "crop" and image.width != image.height:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if image.size != (size, size):
-        image = image.resize((size, size), pil.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8)
+    return image.convert("RGB")
+
+
+def choose_grid(width: int, height: int, side: int, max_slices: int, rule: str) -> tuple[int, int] | None:
+    """The grid (columns, rows) by which an image is cut into slices, as in training; None for an image without slices.
+
+    Args:
+      width, height: of the image. side: of a slice, in pixels. rule: "illume" for all grids with at most `max_slices`
+        cells, "llava_next" for those of `LLAVA_NEXT_GRIDS`.
+    """
+    if max(width, height) <= side:
+        return None
+    sides = range(1, max_slices + 1)
+    every = LLAVA_NEXT_GRIDS if rule == "llava_next" else [(x, y) for x in sides for y in sides]
+    found = [(x, y) for x, y in every if 1 < x * y <= max_slices]
+
+    def rank(grid: tuple[int, int]) -> tuple[int, int]:
+        across, down = grid[0] * side, grid[1] * side
+        scale = min(across / width, down / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return used, used - across * down
+
+    return max(found, key=rank, default=None)
+
+
+def slices(image: Any, side: int, grid: tuple[int, int]) -> np.ndarray:
+    """The slices of a PIL image in raster order, uint8 [N, side, side, 3], of the image in the size of the grid."""
+    pil = importlib.import_module("PIL.Image")
+    (columns, rows), across, down = grid, grid[0] * side, grid[1] * side
+    scale = min(across / image.width, down / image.height)
+    size = min(math.ceil(image.width * scale), across), min(math.ceil(image.height * scale), down)
+    canvas = pil.new("RGB", (across, down))
+    fitted = image if image.size == size else image.resize(size, pil.Resampling.BICUBIC)
+    canvas.paste(fitted, ((across - size[0]) // 2, (down - size[1]) // 2))
+    pixels = np.array(canvas).reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return pixels.reshape(rows * columns, side, side, 3)
 
 
 def open_image(name: str) -> Any:
@@ -86,6 +137,13 @@ def open_image(name: str) -> Any:
         with urllib.request.urlopen(name) as response:
             return pil.open(io.BytesIO(response.read()))
     return pil.open(name)
+
+
+def flat_images(images: Any) -> list[Any]:
+    """Images in any nesting of lists and batches → one list; paths and URLs are opened."""
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        return [found for item in images for found in flat_images(item)]
+    return [open_image(images) if isinstance(images, str) else images]
 
 
 class UniMMProcessor(ProcessorMixin):
@@ -105,8 +163,12 @@ class UniMMProcessor(ProcessorMixin):
       image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
         "features_last" for one with its texts first, "codes" for texts and the images' codes in order.
       fit: how a PIL image becomes a square: "stretch", or "crop" for the centered square.
+      max_slices: of an image in a chat that is larger than `image_size`; 0 if images are read as a whole only.
+      slice_grids: the rule for their grid, see `choose_grid`.
       chat_template: `chat_template.jinja`.
     """
+
+    flat_images = staticmethod(flat_images)
 
     def __init__(
         self,
@@ -124,6 +186,8 @@ class UniMMProcessor(ProcessorMixin):
         is_literal: bool,
         image_prompts: str = "features",
         fit: str = "stretch",
+        max_slices: int = 0,
+        slice_grids: str = "illume",
         chat_template: str | None = None,
     ):
         self.image_size, self.max_image_tokens = image_size, max_image_tokens
@@ -132,6 +196,7 @@ class UniMMProcessor(ProcessorMixin):
         self.bos, self.eos = bos, eos
         self.text_vocabulary, self.is_literal = text_vocabulary, is_literal
         self.image_prompts, self.fit = image_prompts, fit
+        self.max_slices, self.slice_grids = max_slices, slice_grids
         super().__init__(tokenizer, chat_template=chat_template)
 
     @functools.cached_property
@@ -264,7 +329,8 @@ class UniMMProcessor(ProcessorMixin):
 
         Args:
           images: all images of the texts in order: PIL images, paths, URLs, uint8 arrays or tensors [H, W, 3], or lists
-            of them. Without images, only the ids are given.
+            of them. Without images, only the ids are given. With texts, PIL images that are larger than `image_size`
+            are followed by their slices, if the model reads slices.
           text: one or several results of `apply_chat_template(..., tokenize=False)`.
           return_tensors: "pt", "np", or None for ids as lists.
 
@@ -279,19 +345,37 @@ class UniMMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text or ())
         prompts = [read_segments(item) for item in texts]
         data: dict[str, Any] = {}
+        pixels = None
+        if images is not None:
+            views = [self.views(image) if prompts else self.whole(image) for image in self.flat_images(images)]
+            wanted = sum(prompt.count(["image"]) for prompt in prompts)
+            if prompts and len(views) != wanted:
+                raise ValueError(f"the texts have {wanted} images, and {len(views)} are given")
+            pixels, counts = joined(views), iter(map(len, views))
+            prompts = [[part for s in p for part in ([s] * next(counts) if s == ["image"] else [s])] for p in prompts]
         if prompts:
             rows = [self.encode(prompt) for prompt in prompts]
             length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
             pad = self.eos if pad is None else pad
             data["input_ids"] = [[pad] * (length - len(row)) + row for row in rows]
             data["attention_mask"] = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-        if images is not None:
-            pixels = as_images(flat_images(images), self.image_size, self.fit)
-            wanted = sum(prompt.count(["image"]) for prompt in prompts)
-            if prompts and len(pixels) != wanted:
-                raise ValueError(f"the texts have {wanted} images, and {len(pixels)} are given")
+        if pixels is not None:
             data["pixel_values"] = pixels if return_tensors == "pt" else pixels.numpy()
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def whole(self, image: Any) -> Tensor:
+        """An image of any accepted kind as a whole: uint8 [1, S, S, 3]."""
+        return as_images(image, self.image_size, self.fit)
+
+    def views(self, image: Any) -> Tensor:
+        """An image as a whole and, where a large PIL image is read in slices, its slices: uint8 [1 + N, S, S, 3]."""
+        if self.max_slices and type(image).__module__.split(".")[0] == "PIL":
+            image, side = in_rgb(image), self.image_size
+            if grid := choose_grid(image.width, image.height, side, self.max_slices, self.slice_grids):
+                # stretched, so that the whole image shows what the slices show
+                pixels = [pil_pixels(image, side, "stretch")[None], slices(image, side, grid)]
+                return torch.from_numpy(np.concatenate(pixels))
+        return self.whole(image)
 
     def place_images(self, ids: Sequence[int], keep: Tensor) -> tuple[list[int], list[int]]:
         """Places the kept patches of images between [IMG] and [/IMG].
@@ -344,10 +428,3 @@ def message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
     """A message of a chat from texts, and anything else for an image without pixels."""
     content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
     return {"role": role, "content": content}
-
-
-def flat_images(images: Any) -> list[Any]:
-    """Images in any nesting of lists → one list; paths and URLs are opened."""
-    if isinstance(images, list | tuple):
-        return [found for item in images for found in flat_images(item)]
-    return [open_image(images) if isinstance(images, str) else images]
