@@ -130,7 +130,7 @@ def test_all_commands_of_the_notebook_exist(monkeypatch, on_tpu):
     size = "colab" if on_tpu else "laptop"
     assert trained == [(stage, size) for stage in (*STAGES, "stage3")]  # stage 3 again, to resume
     assert {words[2].removeprefix("unimm_jax.") for words in found} == {
-        "pip", "preflight", "main", "pretokenize", "generate", "evaluate", "report", "export",
+        "pip", "preflight", "main", "pretokenize", "generate", "evaluate", "export",
     }  # fmt: skip
     assert ("--platform=tpu" in sum(found, [])) == on_tpu
     assert (".[tpu]" in sum(found, [])) == on_tpu
