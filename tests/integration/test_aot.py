@@ -92,6 +92,7 @@ def test_a_stage_compiles_for_a_slice():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "stage", ["encoder", "selector", "tokenizer", "pixel_decoder", "text", "stage1", "stage2", "stage3"]
 )
