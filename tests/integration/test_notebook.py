@@ -196,7 +196,8 @@ def new_kernel(folder):
 def test_the_notebook_trains_draws_and_answers_on_a_cpu(tmp_path, monkeypatch):
     """In a copy of the checkout and a new virtual environment, so that the notebook installs the project.
 
-    Takes about 10 minutes on two cores that do nothing else, and needs: pip install nbclient ipykernel
+    Needs: pip install nbclient ipykernel. With a shorter schedule, it took 25 minutes on two cores that ran many other
+    programs at the same time.
     Command: python -m pytest -m slow tests/integration/test_notebook.py
     """
     from nbclient import NotebookClient
