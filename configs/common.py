@@ -4,7 +4,8 @@ The published sizes are `7b` (default: LaVIT's tokenizer under ILLUME's schedule
 paper's own recipe; what is not published is marked in docs/decisions.md). The small sizes are
 `one_gpu` (planned for 30 minutes on one data-center GPU, not measured) and `laptop` (minutes on two CPU cores), with
 the variants `laptop-lavit` and `laptop-illume`: the published choices of LaVIT's tokenizer, and ILLUME's recipe, at the
-scale of `laptop`. The tokenizer of `laptop-lavit` does not learn to reconstruct (docs/results.md).
+scale of `laptop`. The tokenizer of `laptop-lavit` does not learn to reconstruct (docs/results.md). `colab` is a variant
+of `laptop` for one TPU chip, planned for 20 to 30 minutes on a free Colab TPU; it was not run on a TPU yet.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from unimm_jax.errors import ConfigError
 
-SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume")
+SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume", "colab")
 SCRATCH_SIZES = SIZES[3:]  # train from nothing; the others start from published weights
 FROZEN = None
 
@@ -56,6 +57,11 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "7b": dict(remat="full"),  # LLaMA-7B
     "one_gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408),
     "laptop": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False),
+    # What limits the scores of `laptop` is its language model, whose million parameters learn both to answer and to
+    # draw. `colab` has eight times as many and keeps the image tokenizer. All widths are multiples of 128, the side of
+    # a TPU's matrix unit. The chip has room for much more: the host, which renders and decodes the images, is expected
+    # to set the speed, so the schedule is sized by the number of images.
+    "colab": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, mlp_width=768),
 }
 
 # ---- Trainable parameters per stage: regex → learning-rate multiplier, None is frozen --------------------------------
@@ -122,7 +128,7 @@ def check_size(size: str | None) -> str:
 
 def scale(size: str) -> str:
     """The scale of a size, "7b", "one_gpu" or "laptop": a size is a scale, or a variant of one."""
-    return "laptop" if size.startswith("laptop") else size if size == "one_gpu" else "7b"
+    return "laptop" if size.startswith("laptop") or size == "colab" else size if size == "one_gpu" else "7b"
 
 
 def of_size(size: str, by_size: dict[str, Any]) -> Any:
@@ -149,7 +155,7 @@ def base(stage: str, size: str, objective: str) -> ConfigDict:
     small = from_nothing(size)
     c = ConfigDict()
     c.name, c.stage, c.size, c.objective = f"{stage}:{size}", stage, size, objective
-    c.dtype = "float32" if scale(size) == "laptop" else "bfloat16"
+    c.dtype = "float32" if size.startswith("laptop") else "bfloat16"
     c.train, c.data, c.loss = ConfigDict(), ConfigDict(), ConfigDict()
     c.optimizer = ConfigDict(dict(name="muon" if small else "adamw", weight_decay=0.02 if small else 0.0))
     c.data.image_size = 64 if small else 224
@@ -182,6 +188,8 @@ def language_stage(stage: str, size: str | None) -> ConfigDict:
     c.data.images_per_row = 5 if whole else 3 if small else 8
     c.data.image_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0
     c.data.text_targets = (0.1 if small else 1.0) if flavor(size) == "lavit" else 0.0  # ILLUME: assistant tokens only
+    # `colab` has smaller rates than `laptop`, because its language model is wider
+    c.optimizer.muon_learning_rate = of_size(size, {"7b": 8e-3, "colab": 6e-3})
     if not small:
         c.optimizer.warmup = 0.03
     if stage == "text":

@@ -14,6 +14,7 @@ SIZES = {
     "7b": dict(steps=50_000, batch_size=4096),
     "one_gpu": dict(steps=6000, batch_size=512),
     "laptop": dict(steps=700, batch_size=64),
+    "colab": dict(steps=1200, batch_size=128),
 }
 TEXT_TOWER = {
     "7b": dict(width=512, depth=8, heads=8, max_length=77, joint_width=512),

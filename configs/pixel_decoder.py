@@ -11,6 +11,7 @@ SIZES = {
     "7b": dict(steps=50_000, batch_size=1024),
     "one_gpu": dict(steps=6000, batch_size=256),
     "laptop": dict(steps=900, batch_size=32),
+    "colab": dict(steps=1200, batch_size=64),
 }
 SHAPES = {
     "7b": dict(width=1408, depth=4, heads=44, mlp_width=5632),

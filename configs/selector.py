@@ -14,6 +14,7 @@ SIZES = {
     "7b": dict(steps=50_000, batch_size=2048),
     "one_gpu": dict(steps=4000, batch_size=512),
     "laptop": dict(steps=450, batch_size=64),
+    "colab": dict(steps=800, batch_size=128),
 }
 
 

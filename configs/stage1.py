@@ -15,6 +15,7 @@ SIZES = {
     "one_gpu": dict(steps=2000, batch_size=576),
     "laptop": dict(steps=150, batch_size=72),
     "laptop-illume": dict(steps=150, batch_size=30),
+    "colab": dict(steps=300, batch_size=144),
 }
 
 
@@ -29,7 +30,6 @@ def get_config(size=None):
     c.train.update(common.of_size(c.size, SIZES))
     c.data.images_per_row = 5 if common.from_nothing(c.size) else 8
     c.data.tasks = dict(caption=0.5, conversation=0.5, reconstruct=0.5)
-    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-4, "one_gpu": 1e-3, "laptop": 4e-3})
-    c.optimizer.muon_learning_rate = 8e-3
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-4, "one_gpu": 1e-3, "laptop": 4e-3, "colab": 2e-3})
     c.init_from = (common.start_from_tokenizer(c.size), common.start_from("text"))
     return c

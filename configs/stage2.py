@@ -20,6 +20,7 @@ SIZES = {
     "one_gpu": dict(steps=8000, batch_size=640),
     "laptop": dict(steps=700, batch_size=80),
     "laptop-illume": dict(steps=2500, batch_size=36),
+    "colab": dict(steps=1400, batch_size=160),
 }
 
 
@@ -28,8 +29,7 @@ def get_config(size=None):
     c = common.language_stage("stage2", size)
     c.train.update(common.of_size(c.size, SIZES))
     c.data.tasks = dict(caption=0.35, text_to_image=0.55, text=0.1, **common.OTHER_TASKS)
-    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 5e-5, "one_gpu": 1e-3, "laptop": 4e-3})
-    c.optimizer.muon_learning_rate = 8e-3
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 5e-5, "one_gpu": 1e-3, "laptop": 4e-3, "colab": 2e-3})
     if common.from_nothing(c.size):
         c.optimizer.schedule = "constant"  # stage 3 continues at the same rate and decays
     c.init_from = (common.start_from("stage1"),)

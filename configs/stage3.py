@@ -17,6 +17,7 @@ SIZES = {
     "one_gpu": dict(steps=8000, batch_size=320),
     "laptop": dict(steps=4200, batch_size=40),
     "laptop-illume": dict(steps=8000, batch_size=28),
+    "colab": dict(steps=6000, batch_size=80),
 }
 
 
@@ -35,15 +36,14 @@ def get_config(size=None):
         # Answers that need a match (existence, color, shape) are learned late and suddenly: more questions first.
         c.data.tasks.update(question=0.8, text_to_image=0.15)
         c.data.tasks_end = c.data.tasks.to_dict() | dict(question=0.6, text_to_image=0.35)
-        c.data.tasks_epochs = 15 if common.scale(c.size) == "laptop" else 100
+        c.data.tasks_epochs = common.of_size(c.size, {"7b": 100, "laptop": 15, "colab": 40})
         if c.size == "laptop-illume":  # an image is 16 codes, which take longer to learn than the answers
             c.data.tasks.update(question=0.75, text_to_image=0.2)
             c.data.tasks_end.update(question=0.5, text_to_image=0.45)
             c.data.tasks_epochs = 22
         c.data.code_targets = 0.5  # at full weight the many codes outweigh the answers
     c.data.image_targets = 0.0  # fine-tuning masks image positions, as Video-LaVIT's does
-    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-5, "one_gpu": 1e-3, "laptop": 4e-3})
-    c.optimizer.muon_learning_rate = 8e-3
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 2e-5, "one_gpu": 1e-3, "laptop": 4e-3, "colab": 2e-3})
     c.optimizer.warmup = 0.01 if small else 0.03
     if c.size == "illume-7b":  # the whole image and 9 slices are 2,580 tokens
         c.data.update(max_slices=9, seq_len=4096, images_per_row=16)

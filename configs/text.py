@@ -12,6 +12,7 @@ SIZES = {
     "7b": dict(steps=10_000, batch_size=1024),
     "one_gpu": dict(steps=1000, batch_size=1024),
     "laptop": dict(steps=150, batch_size=144),
+    "colab": dict(steps=300, batch_size=288),
 }
 
 
@@ -21,6 +22,5 @@ def get_config(size=None):
     c.train.update(common.of_size(c.size, SIZES))
     c.data.tasks = dict(text=1.0)
     c.data.images_per_row = 0
-    c.optimizer.learning_rate = 4e-3 if common.scale(c.size) == "laptop" else 1e-3
-    c.optimizer.muon_learning_rate = 8e-3
+    c.optimizer.learning_rate = common.of_size(c.size, {"7b": 1e-3, "laptop": 4e-3, "colab": 2e-3})
     return c

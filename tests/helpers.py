@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TEXT_VOCAB = 400
 STEPS = 30  # of every tiny stage
 STAGES = ("encoder", "selector", "tokenizer", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2", "stage3")
-SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume")
+SIZES = ("7b", "lavit-7b", "illume-7b", "one_gpu", "laptop", "laptop-lavit", "laptop-illume", "colab")
 
 # Settings that shrink any laptop config; used in process and on command lines.
 TINY = {

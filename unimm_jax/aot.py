@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, for example v5e:4x4, v5p:2x4x4 or v6e:4x4.")
+    flags.DEFINE_string("topology", "v5e:8x8", "A TPU topology, for example v5e:1x1, v5e:4x4, v5p:2x4x4 or v6e:4x4.")
     flags.DEFINE_integer("slices", 1, "Number of slices of that topology.", lower_bound=1)
     flags.DEFINE_integer("rows", 0, "Rows of a micro-batch per device; 0 takes the config's batch.", lower_bound=0)
     flags.DEFINE_bool("largest", False, "Search for the most rows per device that fit, from --rows (or 1) on.")

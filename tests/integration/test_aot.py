@@ -92,6 +92,20 @@ def test_a_stage_compiles_for_a_slice():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "stage", ["encoder", "selector", "tokenizer", "pixel_decoder", "text", "stage1", "stage2", "stage3"]
+)
+def test_colab_fits_one_chip(stage):
+    """The steps of size colab. About a minute each; text_rows is the vocabulary of the scenes' text tokenizer."""
+    flags = (f"--config={stage}:colab", "--topology=v5e:1x1", "--text_rows=512", "--json")
+    done = command("aot", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["chips"] == 1 and 0 < found["peak_bytes"] <= 15 * 2**30
+
+
+@pytest.mark.slow
 def test_generation_compiles_for_a_slice():
     flags = ("--config=stage2:laptop", "--topology=v5e:2x2", "--generate")
     done = command("aot", *flags, "--tensor=2", "--json")

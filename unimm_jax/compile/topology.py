@@ -66,7 +66,9 @@ class Topology:
             raise UserError('compiling for a TPU needs libtpu; run pip install "jax[tpu]" (no TPU is needed)')
         from jax.experimental import topologies
 
-        options = {"num_slices": self.slices} if self.slices > 1 else {}
+        options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
+        if self.chips == self.slices:  # libtpu's default is a host with several chips
+            options["chips_per_host_bounds"] = (1, 1, 1)
         try:
             found = topologies.get_topology_desc(
                 platform="tpu", topology_name=self.name.replace("v5p:", "v5:"), **options
