@@ -107,9 +107,9 @@ def _with_absolute_paths(config: Config, run: pathlib.Path) -> Config:
 
 
 def _without_extras(config: Config) -> Config:
-    """The config without what changes no step: evaluations, checkpoints, images, profiles."""
+    """The config without what changes no step: evaluations, checkpoints, images, profiles, W&B."""
     never = config.train.steps + 1
-    plain = dataclasses.replace(config.train, checkpoint_every=never, image_every=never, profile=0)
+    plain = dataclasses.replace(config.train, checkpoint_every=never, image_every=never, profile=0, wandb="")
     return dataclasses.replace(config, train=plain, evals={})
 
 
@@ -223,13 +223,16 @@ def metric_differences(now: list[Card], was: list[Card]) -> list[str]:
 
 
 def summary(others: int, metrics: list[str], steps: int) -> str:
-    """The last line: whether everything, or only the metrics, repeat."""
+    """The last line: whether everything, or only the metrics, repeat.
+
+    Args:
+      others: number of differences that are not of metrics. metrics: the lines of `metric_differences`.
+    """
+    named = f"{steps} steps" if steps > 1 else "1 step"
     if not others and not metrics:
-        return f"{steps} steps repeat bitwise"
+        return f"{named} {'repeat' if steps > 1 else 'repeats'} bitwise"
     if not metrics:
-        return (
-            f"{others} {'things differ' if others > 1 else 'thing differs'}, but all metrics of {steps} steps are equal"
-        )
+        return f"{others} {'things differ' if others > 1 else 'thing differs'}, but all metrics of {named} are equal"
     if not any(": loss " in line for line in metrics):
-        return f"the losses of {steps} steps are equal, other metrics differ"
-    return f"the losses differ within {steps} steps"
+        return f"the losses of {named} are equal, other metrics differ"
+    return f"the losses differ within {named}"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage
+from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage, wandb_run
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
@@ -125,6 +125,7 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
     distributed.check_shared(workdir)
     check_memory(config)
     resolve.check_paths(config, workdir)
+    wandb_run.check(config.train.wandb)
     if hasattr(config.data, "records"):
         records = str(storage.at(workdir, config.data.records))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
@@ -173,7 +174,8 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
         card = RunCard(workdir, config, mesh, data, start)
 
         # ---- The loop ------------------------------------------------------------------------------------------
-        writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
+        open_wandb = functools.partial(wandb_run.WandbRun, config, workdir) if config.train.wandb else None
+        writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0, open_wandb)
         evaluators = {
             name: (entry, evals.get(entry["type"])(evals.options_of(entry))) for name, entry in config.evals.items()
         }
