@@ -42,7 +42,8 @@ def saved_config(run: pathlib.Path) -> str:
 def repeat(run: pathlib.Path, config: Config, steps: int, output: str = "") -> Comparison:
     """Repeats the first steps of a run and compares them with its run card.
 
-    Paths in the config start at the run's workdir. No evaluation runs, and no checkpoint is written.
+    Paths in the config start at the run's workdir. No evaluation runs, and no checkpoint is written. All processes
+    repeat the steps; the first one compares.
 
     Args:
       run: the workdir. config: its saved config, with changes if wanted.
@@ -54,7 +55,6 @@ def repeat(run: pathlib.Path, config: Config, steps: int, output: str = "") -> C
       ConfigError: records or checkpoints that the config names are missing.
     """
     card = runcard.read(run)
-    environments = [session["environment"] for session in card["sessions"]]
     recorded = _recorded(card)
     if not recorded:
         raise DataError(
@@ -76,8 +76,12 @@ def repeat(run: pathlib.Path, config: Config, steps: int, output: str = "") -> C
                 f"{run} cannot be repeated: {str(error).removeprefix('- ')}. Restore what is missing, or give its new "
                 "place, for example with --config.data.records=DIR"
             ) from None
-        new = runcard.read(place) if jax.process_index() == 0 else card
-    found = list(named_values(new["sessions"][0]["environment"], environments[0]))
+        if jax.process_index():
+            return Comparison([], "")
+        new = runcard.read(place)
+    if len(new["steps"]) < count:
+        raise DataError(f"the repetition was stopped after {len(new['steps'])} of {count} steps; start it again")
+    found = list(named_values(new["sessions"][0]["environment"], card["sessions"][0]["environment"]))
     found += config_differences(runcard.flat(config), card["config"])
     found += weight_differences(new["weights"], card["weights"])
     found += data_differences(new["data"], card["data"])
