@@ -71,7 +71,7 @@ def test_one_changed_setting_is_named(trained):
     found = repeat(trained[0], optimizer__learning_rate=0.005)
     was = json.loads((trained[0] / "config.json").read_text())["optimizer"]["learning_rate"]
     assert found.differences[0] == f"config.optimizer.learning_rate 0.005, was {was}"
-    assert any(line.startswith("step 2: loss ") for line in found.differences)  # the first loss knows no update
+    assert any(line.startswith("step 3: loss ") for line in found.differences)  # the rate of the first step is 0
     same = repeat(trained[0], train__keep=5)
     assert same.differences == ["config.train.keep 5, was 2"]
     assert same.summary == f"1 thing differs, but all metrics of {STEPS} steps are equal"
@@ -105,7 +105,9 @@ def test_a_resumed_run_adds_a_session(trained, tmp_path):
         repeat(workdir)
 
 
-def test_missing_data_is_one_line_with_the_remedy(trained, tmp_path):
+def test_missing_data_and_an_output_in_use_are_one_line_with_the_remedy(trained, tmp_path):
+    with pytest.raises(DataError, match="holds another run; give another --output"):
+        reproduction.repeat(trained[0], tiny("encoder"), 20, str(trained[0]))
     with pytest.raises(DataError, match=r"cannot be repeated: .*/gone.*Restore what is missing, or give its new place"):
         repeat(trained[0], data__sources=str(tmp_path / "gone"))
 
@@ -120,8 +122,6 @@ def test_the_command_prints_lines_and_its_status_says_whether_anything_differs(t
     assert lines[1:] == ["1 thing differs, but all metrics of 1 step are equal"]
     for arguments, words in [
         ([tmp_path / "nothing"], "has no config.json; give the workdir of a run"),
-        ([], "the first argument is the workdir of a run"),
-        ([trained[0], f"--output={tmp_path / 'again'}"], "holds another run; give another --output"),
         ([trained[0], "--config.optimizer.rate=1"], "there is no setting config.optimizer.rate"),
     ]:
         done = command("replay", *arguments)

@@ -42,22 +42,23 @@ def of_rows(data: Input, batch: Batch) -> list[RowDigests]:
 def of_batch(rows: Iterable[RowDigests]) -> dict[str, Any]:
     """Digests of a global batch from those of its rows, in order, so that processes can share the work.
 
+    Rows of padding do not count, because their number depends on the devices.
+
     Returns:
       `arrays`: name → digest. `examples`: for each row the digests of its examples, joined; rows are separated by
-      spaces, and "-" is a row without examples (padding).
+      spaces.
     """
-    rows = list(rows)
+    rows = [row for row in rows if row.examples]
     arrays = {}
     for name in sorted(rows[0].arrays):
         joined = "".join(row.arrays[name] for row in rows)
         arrays[name] = hashlib.blake2b(joined.encode(), digest_size=8).hexdigest()
-    return {"arrays": arrays, "examples": " ".join(row.examples or "-" for row in rows)}
+    return {"arrays": arrays, "examples": " ".join(row.examples for row in rows)}
 
 
 def examples_of(text: str) -> list[list[str]]:
     """The digests of the examples of each row, from `examples` of `of_batch`."""
-    rows = [row.replace("-", "") for row in text.split(" ")]
-    return [[row[i : i + EXAMPLE_DIGITS] for i in range(0, len(row), EXAMPLE_DIGITS)] for row in rows]
+    return [[row[i : i + EXAMPLE_DIGITS] for i in range(0, len(row), EXAMPLE_DIGITS)] for row in text.split()]
 
 
 def name_of(data: Input, row: int, example: int, rows: int) -> str:
