@@ -11,17 +11,20 @@ from ml_collections import ConfigDict, config_flags
 from unimm_jax.errors import ConfigError, UserError
 
 
-def define_config() -> Callable[[], ConfigDict]:
+def define_config(load: Callable[[list[str]], ConfigDict | None] | None = None) -> Callable[[], ConfigDict]:
     """Defines the flags. Call it before flags are parsed.
 
     The file that --config names is loaded at once, so that every setting of it is a flag.
+
+    Args:
+      load: command line → complete config; loads the file that --config names if None.
 
     Returns:
       a function that gives the complete config with the overrides of the command line, once flags are parsed. It raises
       a `ConfigError` for a missing or failing file and for unknown settings.
     """
     try:
-        config = _load(sys.argv)
+        config = (load or _load)(sys.argv)
         wrong = _unknown_overrides(sys.argv, config) if config is not None else []
         if wrong:
             raise ConfigError("\n".join(wrong))

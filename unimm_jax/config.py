@@ -48,6 +48,7 @@ class TrainConfig:
       watchdog: seconds without a step after which the stacks of all threads are printed; 0 is never.
       profile: number of steps to trace for TensorBoard or Perfetto; 0 is none. profile_start: steps of this process
         before the trace starts.
+      wandb: project of Weights & Biases that gets metrics and images, beside TensorBoard; "" is none.
     """
 
     steps: int = ranged(0, low=1)
@@ -61,6 +62,7 @@ class TrainConfig:
     watchdog: float = ranged(600.0, low=0)
     profile: int = ranged(0, low=0)
     profile_start: int = ranged(10, low=1)
+    wandb: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

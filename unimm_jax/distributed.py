@@ -109,6 +109,18 @@ def check_shared(workdir: pathlib.Path) -> None:
         )
 
 
+def gather(data: bytes) -> list[bytes]:
+    """The bytes that each process gives, of any length, by the number of the process; the same list in all of them."""
+    if jax.process_count() == 1:
+        return [data]
+    from jax.experimental import multihost_utils
+
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(data)))).reshape(-1)
+    padded = np.frombuffer(data.ljust(int(sizes.max()), b" "), np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(found, sizes.tolist(), strict=True)]
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Any]:
     """A function of the step that says whether to stop there: SIGTERM reached this process, or any of several.

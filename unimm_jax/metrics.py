@@ -17,6 +17,7 @@ from clu import parameter_overview
 from unimm_jax import storage
 from unimm_jax.evals.base import Result
 from unimm_jax.sharding import flatten
+from unimm_jax.wandb_run import WandbRun
 
 # Logged, but left out of the console line or shown there in another form
 _NOT_ON_CONSOLE = {
@@ -32,12 +33,21 @@ class Writer:
       workdir: gets `metrics.jsonl`, `evals.jsonl`, TensorBoard events under `tensorboard/` and images under `images/`.
       steps: total, for the ETA. start: step at which this process began.
       active: False on all processes but the first: nothing is written.
+      open_wandb: local directory → run on Weights & Biases that gets the same values; None for none.
 
     Attributes:
       folder: where the files are written: the workdir, or a local directory if that is on an object store.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, name: str, steps: int, start: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        name: str,
+        steps: int,
+        start: int,
+        active: bool = True,
+        open_wandb: Callable[[pathlib.Path], WandbRun] | None = None,
+    ):
         self.name, self.steps, self.active = name, steps, active
         self._last = (start, time.perf_counter())
         self.folder = storage.path(workdir)
@@ -51,6 +61,7 @@ class Writer:
                 _drop_after(self.folder / file, start)
             self._lines = open(self.folder / "metrics.jsonl", "a", buffering=1)
             self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
+            self._wandb = open_wandb(self.folder) if open_wandb else None
 
     def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
         """Logs one step: adds step time and speeds, prints the console line; returns all values.
@@ -71,6 +82,8 @@ class Writer:
             self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
             for key, value in row.items():
                 self._board.add_scalar(key, value, step)
+            if self._wandb:
+                self._wandb.scalars(step, row)
             left = (self.steps - step) * seconds
             shown = {k: v for k, v in row.items() if k not in _NOT_ON_CONSOLE and not k.endswith("_per_second")}
             rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
@@ -90,6 +103,8 @@ class Writer:
             lines.write(json.dumps({"step": step, "eval": name} | {k: round(v, 6) for k, v in found.items()}) + "\n")
         for key, value in found.items():
             self._board.add_scalar(f"{name}/{key}", value, step)
+        if self._wandb:
+            self._wandb.scalars(step, {f"{name}/{key}": value for key, value in found.items()})
         for key, image in result.images.items():
             self.image(step, f"{name}_{key}", image)
         named = {k.removesuffix("/overall"): v for k, v in found.items() if "/" not in k or k.endswith("/overall")}
@@ -114,6 +129,8 @@ class Writer:
         from PIL import Image
 
         self._board.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.image(step, name, image)
         folder = self.folder / "images"
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -128,6 +145,8 @@ class Writer:
         if self.active:
             self._lines.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.close()
             self._spool.close()
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unimm_jax import distributed, evals, legacy, memory, objectives, optim, resolve, sharding, storage
+from unimm_jax import distributed, evals, legacy, memory, objectives, optim, resolve, sharding, storage, wandb_run
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
@@ -28,6 +28,7 @@ from unimm_jax.evals.base import Context
 from unimm_jax.interop import importer
 from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table, read
 from unimm_jax.objectives.accumulation import value_and_grad
+from unimm_jax.runcard import STEPS, RunCard
 from unimm_jax.text_tokenizer import TextTokenizer
 
 
@@ -102,10 +103,13 @@ def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
     return Stage(objective, state, init, lambda params: tx.init(optim.split(params, rules)[0]), step, multipliers)
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | None:
+def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None = None) -> dict[str, float] | None:
     """Trains one stage to its last step and returns the last logged metrics.
 
     Resumes from the workdir's newest complete checkpoint if there is one. On SIGTERM saves at once and returns None.
+
+    Args:
+      first_steps: end after so many steps of the run without a checkpoint (`unimm_jax.replay`); None trains to the end.
 
     Raises:
       ConfigError, DataError, CheckpointError, WeightMismatchError: config, data or weights are wrong or do not fit.
@@ -117,6 +121,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
     distributed.check_shared(workdir)
     memory.check_devices(config)
     resolve.check_paths(config, workdir)
+    wandb_run.check(config.train.wandb)
     if hasattr(config.data, "records"):
         records = str(storage.at(workdir, config.data.records))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
@@ -162,9 +167,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
             zero = jax.device_put(jnp.asarray(0, jnp.int32), shardings["step"])
             state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
         start = int(state["step"])
+        card = RunCard(workdir, config, mesh, data, start)
 
         # ---- The loop ------------------------------------------------------------------------------------------
-        writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0)
+        open_wandb = functools.partial(wandb_run.WandbRun, config, workdir) if config.train.wandb else None
+        writer = Writer(workdir, config.name, config.train.steps, start, jax.process_index() == 0, open_wandb)
         evaluators = {
             name: (entry, evals.get(entry["type"])(evals.options_of(entry))) for name, entry in config.evals.items()
         }
@@ -190,7 +197,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                         config, objective, state["params"], step, mesh, workdir, data.header, data.text_tokenizer
                     )
                     try:
-                        writer.evaluation(step, name, evaluators[name][1].run(context))
+                        result = evaluators[name][1].run(context)
+                        writer.evaluation(step, name, result)
+                        card.evaluated(name, evaluators[name][0], result.settings)
                     except Exception:  # training does not stop for an evaluation
                         if jax.process_count() > 1:  # the other processes would wait for this one
                             save(step)
@@ -199,6 +208,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     watchdog.beat()
 
         def save(step: int) -> None:
+            card.write()
             if (bad := int(state["bad_step"])) >= 0:
                 raise NonFiniteLossError(
                     f"{config.name}: the loss is not finite since step {bad}; the last good checkpoint is kept. Lower "
@@ -228,7 +238,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
             distributed.stop_signal() as stop,
         ):
             step, stopped = start, False
-            while step < config.train.steps and not stopped:
+            end = config.train.steps if first_steps is None else min(first_steps, config.train.steps)
+            while step < end and not stopped:
                 if step > start or catches_up:
                     evaluate(step)
                 if step > start:
@@ -244,6 +255,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     state, metrics = stage.step(state, batch)
                     window.add(metrics)
                 step += 1
+                card.add(step, host_batch, share(rows), metrics)
                 watchdog.beat()
                 stopped = stop(step)
                 if step == start + 1:
@@ -264,6 +276,8 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     warned |= set(new)
                     for text in new.values() if jax.process_index() == 0 else ():
                         print(f"{config.name}: warning: {text}", flush=True)
+                    if step >= STEPS:  # of the run card; the values of this step are there already
+                        card.write()
                     if int(state["bad_step"]) >= 0:
                         save(step)  # raises, naming the step
                 is_drawn = step % config.train.image_every == 0 or step == config.train.steps
@@ -272,11 +286,15 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     with clock.on("images"), writer.paused():
                         for name, image in objective.visualize(state["params"], host_batch).items():
                             writer.image(step, name, image)
+            if first_steps is not None:
+                card.write()
+                return last
             if step > start:
                 if step == config.train.steps:
                     evaluate(step)
                 save(step)
             checkpoints.wait()
+            card.finish(read(writer.folder))
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
                 (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))

@@ -3,14 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from helpers import ROOT, free_port, link, main_command, opened, with_records, xla_flags
 
-from unimm_jax import distributed, metrics, sharding
+from unimm_jax import distributed, metrics, runcard, sharding
 from unimm_jax.checkpoint import read_meta
+from unimm_jax.data import digests
 from unimm_jax.errors import StartupError
 
 DEVICES = 4
@@ -18,6 +20,11 @@ DEVICES = 4
 
 def launch(stage, workdir, processes, env=None, **changes):
     """Starts the processes of one run, `DEVICES` fake devices over all of them."""
+    return start(main_command(stage, workdir, **changes), processes, env)
+
+
+def start(command, processes, env=None):
+    """Starts a command as several processes, `DEVICES` fake devices over all of them."""
     address = f"127.0.0.1:{free_port()}"
     found = []
     for index in range(processes):
@@ -29,7 +36,6 @@ def launch(stage, workdir, processes, env=None, **changes):
             "JAX_PROCESS_ID": str(index),
         }
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        command = main_command(stage, workdir, **changes)
         found.append(subprocess.Popen(command, cwd=ROOT, env=mine | (env or {}), **pipes))
     return found
 
@@ -108,6 +114,13 @@ def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
     assert [p.returncode for p in processes] == [143, 143], said
     steps = {text.split("saved step ")[1].split(";")[0] for text in said}
     assert len(steps) == 1 and read_meta(root / "x")["step"] == int(steps.pop()) > 0
+    # the run card, to which both processes contribute, has the digests of the whole batches
+    data, _ = opened(with_records("stage3", run, train__steps=100_000, **LM))
+    found = runcard.read(root / "x")["steps"]
+    assert [step["step"] for step in found] == list(range(1, len(found) + 1)) and found
+    for i, step in enumerate(found):
+        whole = digests.of_batch(digests.of_rows(data, data.batch(i, multiple=DEVICES)))
+        assert {name: step[name] for name in whole} == whole
 
 
 def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_path):
@@ -125,6 +138,20 @@ def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_
         assert "process 1 of 2 does not see the workdir" in text and "gs://" in text
         assert "parameters" not in text  # what is printed before the first compilation
     assert not list((tmp_path / "host0" / "tokenizer").glob(".probe*"))
+
+
+@pytest.mark.slow
+def test_two_processes_repeat_their_run(run, tmp_path):
+    """pytest -m slow tests/integration/test_distributed.py -k repeat: bitwise, and the number of processes is named."""
+    root = place(run, tmp_path / "root")
+    finish(launch("stage3", root / "x", 2, train__steps=6, **LM))
+    replay = [sys.executable, "-m", "unimm_jax.replay", str(root / "x")]
+    said = finish(start([*replay, f"--output={root / 'y'}"], 2))
+    assert said[0].splitlines()[-1] == "6 steps repeat bitwise"
+    (alone,) = start(replay, 1)
+    said = alone.communicate()[0].splitlines()
+    assert alone.returncode == 1 and "processes 1, was 2" in said, said
+    assert not any("differs (" in line for line in said)  # the batches are the same
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, command, free_port, link, main_command, xla_flags
 
-from unimm_jax import metrics, storage
+from unimm_jax import metrics, runcard, storage
 from unimm_jax.checkpoint import find, read_params
 from unimm_jax.data.records import Records
 
@@ -130,6 +130,8 @@ def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(run, buc
         rows = [[row["loss"] for row in metrics.read(place, name)] for place in (local / "stage3", remote)]
         assert rows[0] == rows[1] and len(rows[0]) == (24 if name == "metrics.jsonl" else 1), said + done.stderr
     assert same_params(local / "stage3", remote)
+    assert runcard.read(local / "stage3")["steps"] == runcard.read(remote)["steps"]
+    assert [session["start"] > 0 for session in runcard.read(remote)["sessions"]] == [False, True]
     assert any((remote / "tensorboard").iterdir()) and (remote / "done.json").exists()
 
     scores = {}

@@ -137,13 +137,17 @@ class ImageRows:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.ends[-1])
 
-    def __getitem__(self, visit: int) -> Batch:
+    def place(self, visit: int) -> tuple[int, int]:
+        """(number of the source, index in it) of a visit."""
         epoch, position = divmod(visit, int(self.ends[-1]))
         record = int(self._order(epoch)[position])
         source = int(np.searchsorted(self.ends, record, side="right"))
-        start = int(self.ends[source - 1]) if source else 0
+        return source, record - (int(self.ends[source - 1]) if source else 0)
+
+    def __getitem__(self, visit: int) -> Batch:
+        source, record = self.place(visit)
         generator = functools.partial(np.random.default_rng, [self.seed, visit, 1])
-        return self.read(self.sources[source][record - start], generator)
+        return self.read(self.sources[source][record], generator)
 
 
 def _image_rows(config: Config, sources: list[Any], read: Callable[..., Batch]) -> ImageRows:

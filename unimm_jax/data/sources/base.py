@@ -197,12 +197,17 @@ class DecodedDataset:
             self._cache[index] = item
         return item
 
-    def __getitem__(self, index: int) -> Decoded:
+    def usable(self, index: int) -> int:
+        """The index of the record that is read at `index`: this one, or the next usable one."""
         for shift in range(len(self.source)):
-            item = self.load((index + shift) % len(self.source))
-            if item is not None:
-                return item
+            if self.load(found := (index + shift) % len(self.source)) is not None:
+                return found
         raise DataError(f"{self.source.name} has no usable record left")
+
+    def __getitem__(self, index: int) -> Decoded:
+        item = self.load(index) or self.load(self.usable(index))
+        assert item is not None
+        return item
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
