@@ -1,52 +1,19 @@
 """Every path on an object store: a server on loopback, compared with the same commands on a local disk."""
 
-import contextlib
-import json
 import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
-import urllib.request
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, command, free_port, link, main_command, xla_flags
+from helpers import ROOT, command, faults, free_port, link, main_command, put, xla_flags
 
 from unimm_jax import metrics, storage
 from unimm_jax.checkpoint import find, read_params
 from unimm_jax.data.records import Records
-
-VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
-# gcsfs asks Google for the type of each bucket otherwise
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """gs://bucket on a server of this machine; the variables that name it are set."""
-    port = free_port()
-    words = [sys.executable, str(ROOT / "tests" / "object_store.py"), str(port)]
-    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    before = {name: os.environ.get(name) for name in VARIABLES}
-    os.environ.update(zip(VARIABLES, (url, url, "x"), strict=True))
-    os.environ["UNIMM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/storage/v1/b")
-            break
-        time.sleep(0.1)
-    yield "gs://bucket"
-    server.kill()
-    server.wait()
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-    del os.environ["UNIMM_CACHE_DIR"]
 
 
 @pytest.fixture
@@ -54,12 +21,6 @@ def no_local_copies():
     """No directory of the scheme's name appears where commands run."""
     yield
     assert not [name for name in (ROOT / "gs:", pathlib.Path("gs:")) if name.exists()]
-
-
-def put(source, target):
-    """Copies a directory, links followed, to the store."""
-    for name in storage.files_under(pathlib.Path(source).resolve()):
-        storage.upload(pathlib.Path(source).resolve() / name, storage.path(f"{target}/{name}"))
 
 
 def same_params(a, b):
@@ -181,13 +142,6 @@ def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp
     assert same_params(local / "tokenizer", remote)
 
 
-def faults(share, seed=0):
-    """Makes a share of the server's requests fail; the number of requests that have failed."""
-    data = json.dumps({"share": share, "seed": seed}).encode()
-    with urllib.request.urlopen(f"{os.environ['STORAGE_EMULATOR_HOST']}/faults", data) as reply:
-        return json.load(reply)["failed"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, seed):
@@ -197,12 +151,12 @@ def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, se
     subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
     for name in ("records", "stage2", "tokenizer", "pixel_decoder"):
         put(run / name, f"{bucket}/faults{seed}/{name}")
-    before = faults(0.05, seed)
+    before = faults(share=0.05, seed=seed)["failed"]
     try:
         words = main_command("stage3", f"{bucket}/faults{seed}/stage3", **changes)
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     finally:
-        failed = faults(0) - before
+        failed = faults()["failed"] - before
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert failed > 5
     remote = storage.path(f"{bucket}/faults{seed}/stage3")
