@@ -289,12 +289,15 @@ def find_files(folder: pathlib.Path, is_wanted: Callable[[str], bool]) -> list[p
 
 
 def children(folder: pathlib.Path) -> dict[str, bool]:
-    """The names in a folder, and whether each is a directory."""
-    if not is_remote(folder):
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_dir() for entry in entries}
-    with _request(folder):
-        found = _filesystem(folder).ls(str(folder), detail=True)
+    """The names in a folder, and whether each is a directory; nothing if there is no such folder."""
+    try:
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return {entry.name: entry.is_dir() for entry in entries}
+        with _request(folder):
+            found = _filesystem(folder).ls(str(folder), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     return {info["name"].rstrip("/").rpartition("/")[2]: info["type"] == "directory" for info in found}
 
 
@@ -463,21 +466,20 @@ class Spool:
 
     def __init__(self, target: pathlib.Path, names: tuple[str, ...] = ()):
         self.target = target
-        self._copied: dict[str, tuple[int, int]] = {}
+        self._copied: dict[str, tuple[int, str]] = {}
         self._temporary = tempfile.TemporaryDirectory() if is_remote(target) else None
         self.folder = pathlib.Path(self._temporary.name) if self._temporary else target
         for name in names if self._temporary else ():
-            if (target / name).exists():
-                (self.folder / name).write_bytes((target / name).read_bytes())
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).write_bytes(read(target / name))
 
     def flush(self) -> None:
-        """Copies what has changed since the last call."""
-        for name in files_under(self.folder) if self._temporary else ():
-            status = (self.folder / name).stat()
-            stamp = status.st_size, status.st_mtime_ns
-            if self._copied.get(name) != stamp:
-                upload(self.folder / name, self.target / name)
-                self._copied[name] = stamp
+        """Copies what has changed since the last call, several files at a time."""
+        stamps = {name: version(self.folder / name) for name in files_under(self.folder)} if self._temporary else {}
+        changed = [name for name in stamps if self._copied.get(name) != stamps[name]]
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda name: upload(self.folder / name, self.target / name), changed))
+        self._copied |= stamps
 
     def close(self) -> None:
         """Copies what has changed and removes the local directory."""

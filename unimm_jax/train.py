@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage
-from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
+from unimm_jax.checkpoint import Checkpoints, init_from, read_meta, refuse_s3
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
@@ -118,6 +118,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
     # ---- Settings and data -------------------------------------------------------------------------------------
     began, clock = time.perf_counter(), Clock()
     workdir = storage.path(workdir)
+    refuse_s3(workdir)
     distributed.check_shared(workdir)
     check_memory(config)
     resolve.check_paths(config, workdir)

@@ -95,15 +95,9 @@ def _list_remote(name: str) -> dict[str, bool]:
 def _look_up(names: dict[str, bool]) -> dict[str, bool]:
     """Looks up names on an object store, by listings of their directories."""
     folders = {posixpath.dirname(name) for name, is_there in names.items() if not is_there}
-    present = {f"{folder}/{name}" for folder in folders for name in _children_of(folder)}
+    listed = {folder: storage.children(storage.path(folder)) for folder in folders}
+    present = {f"{folder}/{name}" for folder, found in listed.items() for name in found if not found[name]}
     return {name: is_there or name in present for name, is_there in names.items()}
-
-
-def _children_of(folder: str) -> list[str]:
-    try:
-        return [name for name, is_directory in storage.children(storage.path(folder)).items() if not is_directory]
-    except FileNotFoundError:
-        return []
 
 
 def map_files(function: Callable[[pathlib.Path], T], files: Sequence[pathlib.Path]) -> list[T]:
