@@ -14,8 +14,8 @@ import pytest
 from helpers import faults, put
 
 from unimm_jax import storage
-from unimm_jax.data import sources
-from unimm_jax.data.sources import files, webdataset
+from unimm_jax.data import pipeline, sources
+from unimm_jax.data.sources import DecodedDataset, files, webdataset
 from unimm_jax.data.transforms import encode_png
 from unimm_jax.errors import DataError, InvalidRecordError, StorageError
 
@@ -208,6 +208,16 @@ def test_a_tar_in_a_bucket_that_is_not_writable_has_its_index_in_the_cache(data,
     finally:
         faults()
     assert storage.files_under(storage.path(f"{bucket}/read_only")) == ["a.tar", "b.tar"]
+
+
+def test_batches_from_a_store_are_the_local_ones(data, on_gs):
+    batches = []
+    for root in (data, on_gs):
+        datasets = [DecodedDataset(sources.open_source(f"webdataset:{root}/tars", held_out=0.0), 8)]
+        rows = pipeline.ImageRows(datasets, 0, 4, 6, lambda item, _: {"images": item.pixels[0]})
+        assert rows.is_remote == (root is on_gs)
+        batches.append([batch["images"] for batch in pipeline.Input(rows).iterate()])
+    assert len(batches[0]) == 6 and np.array_equal(*batches)
 
 
 def test_rows_of_a_large_file_are_read_one_by_one(data, bucket, monkeypatch):

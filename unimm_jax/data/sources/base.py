@@ -28,7 +28,7 @@ class Source(Protocol):
     """Random access to records.
 
     Attributes:
-      name: name for messages.
+      name: name for messages. Sources of files also have `root`, the directory of their files.
       splits: the splits that the source has itself, of "train" and "test".
       evaluator: evaluator that scores a model on the records, or "" for the loss only. Also an attribute of the class.
     """
@@ -155,6 +155,7 @@ class DecodedDataset:
 
     Attributes:
       invalid: index → reason, for the unusable records found so far.
+      is_remote: whether records are read from an object store.
 
     Args (constructor):
       source: the source.
@@ -171,6 +172,7 @@ class DecodedDataset:
     ):
         self.source, self.size, self.needs = source, size, needs
         self._fit = (fit, max_crop)
+        self.is_remote = storage.is_remote(getattr(getattr(source, "source", source), "root", ""))
         self.invalid: dict[int, str] = {}
         self._cache: dict[int, Decoded] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
         self._lock = threading.Lock()
