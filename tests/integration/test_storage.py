@@ -259,7 +259,9 @@ def contents(folder):
     return {name: storage.read(storage.path(folder) / name) for name in storage.files_under(storage.path(folder))}
 
 
-def test_self_enhancement_on_the_store_gives_the_local_documents(bucket, tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_self_enhancement_on_a_store_gives_the_local_documents(store, request, tmp_path, monkeypatch):
+    bucket = request.getfixturevalue(store)
     monkeypatch.setattr(drawings, "BLOCK", 8)
     found = {}
     for place in (str(tmp_path), f"{bucket}/enhancement"):
