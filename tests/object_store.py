@@ -142,7 +142,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first, last = asked.groups()
             start = int(first) if first else max(len(content) - int(last), 0)
             end = min(int(last) + 1 if first and last else len(content), len(content))
-            if start >= len(content) and content:
+            if start >= len(content):
                 return self.reply(416, {"error": {"code": 416, "message": "range not satisfiable"}})
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{len(content)}"))
             return self.reply(206, content[start:end], headers)

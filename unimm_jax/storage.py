@@ -174,7 +174,7 @@ def read(file: pathlib.Path, start: int = 0, size: int | None = None) -> bytes:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception:
-            if (start or size is not None) and start >= _filesystem(file).info(str(file))["size"]:
+            if start >= _filesystem(file).info(str(file))["size"]:
                 return b""  # stores refuse a range behind the end
             raise
 

@@ -61,6 +61,21 @@ def test_paths_have_one_spelling(bucket):
     assert str(storage.path(pathlib.Path("gs://bucket/x"))) == "gs://bucket/x"  # pathlib drops a slash
 
 
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_any_part_of_a_file_is_read(store, request, tmp_path):
+    for folder in (tmp_path, storage.path(f"{request.getfixturevalue(store)}/parts")):
+        storage.write_whole(folder / "empty", b"")
+        storage.write_whole(folder / "file", b"abcdef")
+        parts = [(0, None), (2, None), (1, 3), (4, 9), (6, 2), (9, 2), (3, 0)]
+        found = [storage.read(folder / "file", start, size) for start, size in parts]
+        assert found == [b"abcdef", b"cdef", b"bcd", b"ef", b"", b"", b""]
+        assert [storage.read(folder / "empty", *part) for part in ((0, None), (0, 5))] == [b"", b""]
+        with pytest.raises(FileNotFoundError, match="No such file or directory"):
+            storage.read(folder / "none")
+        assert [storage.kind(folder / name) for name in ("file", "none", "")] == ["file", "", "directory"]
+        assert storage.children(folder) == {"empty": False, "file": False} and not storage.children(folder / "none")
+
+
 def test_copies_are_kept_within_the_bound_and_fetched_again_when_the_file_changes(bucket, monkeypatch, tmp_path):
     monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("UNIMM_CACHE_GIB", str(250_000 / 2**30))
