@@ -36,6 +36,7 @@ from unimm_jax.errors import ConfigError, StorageError
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what a scheme needs
 STORE_PACKAGES = ("gcsfs", "s3fs", "aiohttp", "google", "botocore", "aiobotocore")  # their errors come from a store
 LOGIN = {"gs": "gcloud auth application-default login", "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the local disk while a file is fetched
 THREADS = 16  # requests at a time
 LISTED = 4_000  # of more files, the versions come from a listing instead of one request each
 CACHE_GIB = 50
@@ -117,6 +118,10 @@ def refusal(error: BaseException, scheme: str = "gs") -> str:
     )
 
 
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
 @contextlib.contextmanager
 def _request(file: pathlib.Path) -> Iterator[None]:
     """Turns the errors of a request to an object store into FileNotFoundError and `StorageError`."""
@@ -125,10 +130,8 @@ def _request(file: pathlib.Path) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None
     except Exception as error:
-        if (
-            not isinstance(error, OSError | ValueError)
-            and type(error).__module__.partition(".")[0] not in STORE_PACKAGES
-        ):
+        is_of_store = isinstance(error, OSError | ValueError) or _package(error) in STORE_PACKAGES
+        if not is_of_store or getattr(error, "errno", None) in DISK_ERRORS:
             raise
         raise StorageError(refusal(error, str(file).partition(":")[0])) from error
 

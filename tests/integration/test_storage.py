@@ -1,6 +1,7 @@
 """Every path on an object store: a server on loopback, compared with the same commands on a local disk."""
 
 import concurrent.futures
+import errno
 import os
 import pathlib
 import signal
@@ -92,6 +93,18 @@ def test_copies_are_kept_within_the_bound_and_fetched_again_when_the_file_change
     assert storage.local_file(files[3]) == first
     files[3].write_bytes(b"other")
     assert storage.local_file(files[3]).read_bytes() == b"other"
+
+
+def test_a_full_local_disk_is_not_an_error_of_the_store(bucket, monkeypatch):
+    file = storage.path(f"{bucket}/full/file")
+    storage.write_whole(file, b"data")
+
+    def fill(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage._filesystem(file), "get_file", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        storage.local_file(file)
 
 
 def test_checksums_come_from_the_store_and_compare_with_local_copies(bucket, tmp_path):
