@@ -1,9 +1,14 @@
 """Fixtures that tests share. Stages are trained once per session; see `helpers.py` for their configs."""
 
+import contextlib
 import fcntl
+import logging
 import os
 import pathlib
+import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 
@@ -16,6 +21,8 @@ os.environ.setdefault(
 )
 process.prepare(keep_memory=False)
 os.environ.setdefault("UNIMM_TRACEBACK", "1")
+# gcsfs asks Google for the type of each bucket otherwise
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 def pytest_addoption(parser):
@@ -47,3 +54,43 @@ def run(tmp_path_factory):
         fcntl.flock(lock, fcntl.LOCK_EX)
         helpers.train_tiny_stages(root)  # stages that another worker has finished do nothing here
     return root
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """gs://bucket on a server of this machine (`object_store.py`); the variables that name it stay set."""
+    import helpers
+
+    port = helpers.free_port()
+    words = [sys.executable, str(helpers.ROOT / "tests" / "object_store.py"), str(port)]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    os.environ |= {name: url for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")}
+    os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "x"
+    os.environ["UNIMM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/storage/v1/b")
+            break
+        time.sleep(0.1)
+    yield "gs://bucket"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """s3://bucket on a server of this process (moto); the variables that name it stay set."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()

@@ -1,10 +1,12 @@
 """Tiny stages for tests: the laptop configs, shrunk until a step takes milliseconds."""
 
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -134,6 +136,20 @@ def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedPro
     plain = {k: v for k, v in os.environ.items() if k != "UNIMM_TRACEBACK"} | env
     line = [sys.executable, "-m", f"unimm_jax.{module}", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=plain)
+
+
+def put(source: pathlib.Path, target: str) -> None:
+    """Copies a directory, links followed, to an object store."""
+    from unimm_jax import storage
+
+    storage.upload_tree(pathlib.Path(source).resolve(), storage.path(target))
+
+
+def faults(**wanted: Any) -> dict[str, int]:
+    """What the server of `object_store.py` does wrong from now on; the numbers of requests, and of failed ones."""
+    url = f"{os.environ['STORAGE_EMULATOR_HOST']}/faults"
+    with urllib.request.urlopen(url, json.dumps(wanted).encode()) as reply:
+        return json.load(reply)
 
 
 def xla_flags(devices: int) -> str:

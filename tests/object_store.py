@@ -3,6 +3,8 @@
 python tests/object_store.py PORT
 
 With POST /faults and {"share": 0.05, "seed": 0}, so large a share of the requests fails: 429, 503, or a cut body.
+"seconds" delays every request; "forbid" answers requests with 403 whose URL contains this text. The answer has the
+numbers of requests so far, and of those that failed.
 """
 
 import base64
@@ -15,6 +17,7 @@ import random
 import re
 import sys
 import threading
+import time
 import urllib.parse
 
 
@@ -25,6 +28,7 @@ class Store:
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
         self.generations, self.numbers = itertools.count(1), itertools.count(1)
         self.faults, self.failed = (0.0, random.Random(0)), 0
+        self.requests, self.seconds, self.forbid = 0, 0.0, ""
 
     def put(self, bucket, name, content, wanted):
         with self.lock:
@@ -60,9 +64,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.cut = False
         if url.path == "/faults":
             given = json.loads(self.body)
-            STORE.faults = (given["share"], random.Random(given.get("seed", 0)))
-            return self.reply(200, {"failed": STORE.failed})
+            STORE.faults = (given.get("share", 0.0), random.Random(given.get("seed", 0)))
+            STORE.seconds, STORE.forbid = given.get("seconds", 0.0), given.get("forbid", "")
+            return self.reply(200, {"failed": STORE.failed, "requests": STORE.requests})
+        time.sleep(STORE.seconds)
+        if STORE.forbid and STORE.forbid in urllib.parse.unquote(self.path):
+            return self.reply(403, {"error": {"code": 403, "message": "injected"}})
         with STORE.lock:
+            STORE.requests += 1
             share, rng = STORE.faults
             fault = rng.choice(("429", "503", "cut")) if rng.random() < share else ""
             STORE.failed += bool(fault)
@@ -133,7 +142,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first, last = asked.groups()
             start = int(first) if first else max(len(content) - int(last), 0)
             end = min(int(last) + 1 if first and last else len(content), len(content))
-            if start >= len(content) and content:
+            if start >= len(content):
                 return self.reply(416, {"error": {"code": 416, "message": "range not satisfiable"}})
             headers.append(("Content-Range", f"bytes {start}-{end - 1}/{len(content)}"))
             return self.reply(206, content[start:end], headers)

@@ -51,9 +51,10 @@ def verify(step: pathlib.Path) -> None:
     Raises:
       CorruptCheckpointError: names every file that is missing, changed or unexpected, and the parameter where the
         file's name tells it; or says that the step was saved under another number.
+      StorageError: the object store does not answer. The step may be sound, so no older one is used instead.
     """
     try:
-        text = (step / DIGESTS).read_text()
+        text = storage.read(step / DIGESTS).decode()
         listed = json.loads(text)
         files = dict(listed["files"])
         named = {"step": listed["step"]} if "step" in listed else {}
@@ -78,6 +79,15 @@ def verify(step: pathlib.Path) -> None:
     problems += [f"{name} was not there when it was saved" for name in present if name not in known]
     if problems:
         raise CorruptCheckpointError(f"{step}: " + "; ".join(problems))
+
+
+def refuse_s3(place: str | pathlib.Path) -> None:
+    """Raises CheckpointError for a checkpoint or a workdir on s3://."""
+    if str(place).startswith("s3:/"):
+        raise CheckpointError(
+            f"{place}: Orbax writes and reads checkpoints on local disks and gs:// only; give a path there, or mount "
+            "the bucket (data sources, records and exports can be on s3://)"
+        )
 
 
 class Checkpoints:
@@ -240,16 +250,19 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
     """The newest verified step directory under a workdir, or the step directory itself.
 
     Raises:
-      CheckpointError: nothing there.
+      CheckpointError: nothing there, or a path on s3://.
       CorruptCheckpointError: every checkpoint there is corrupt.
+      StorageError: the object store does not answer.
     """
     path = storage.absolute(storage.path(path))
-    if (path / DIGESTS).exists() or (path / "state").exists():
+    refuse_s3(path)
+    if storage.kind(path / DIGESTS) or storage.kind(path / "state"):
         _verify_once(path)
         return path
-    steps = [p for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+    root = path / "checkpoints"
+    steps = [int(name) for name in storage.children(root) if name.isdigit()]
     reports = []
-    for step in sorted(steps, key=lambda p: -int(p.name)):
+    for step in (root / str(number) for number in sorted(steps, reverse=True)):
         try:
             _verify_once(step)
             return step
@@ -267,7 +280,7 @@ _verified: set[tuple[str, str]] = set()  # steps by path and text of their diges
 def _verify_once(step: pathlib.Path) -> None:
     """`verify`, once per process for a step: a command that opens a checkpoint reads it several times."""
     try:
-        key = str(step), (step / DIGESTS).read_text()
+        key = str(step), storage.read(step / DIGESTS).decode()
     except (OSError, ValueError):
         key = str(step), ""
     if key not in _verified:

@@ -150,6 +150,7 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
     """Whether the workdir can be written, is one for all processes, has room, and holds a usable checkpoint."""
     try:
         path = storage.absolute(storage.path(workdir))
+        checkpoint.refuse_s3(path)
         probe = path / f".preflight-{os.getpid()}"
         began, is_new = time.perf_counter(), not path.exists()
         path.mkdir(parents=True, exist_ok=True)

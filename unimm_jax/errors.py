@@ -36,6 +36,10 @@ class JudgeError(DataError):
         self.kind = kind
 
 
+class StorageError(UserError):
+    """An object store refuses a request or cannot be reached."""
+
+
 class CheckpointError(UserError):
     """There is no checkpoint where one is expected, or it does not belong to what it is used for."""
 

@@ -13,8 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from unimm_jax import __version__
-from unimm_jax.errors import UserError
+from unimm_jax import __version__, storage
+from unimm_jax.errors import StorageError, UserError
 
 # Failures of the machine rather than of the code. The message of the operating system names the file.
 _DISK_ERRORS = {
@@ -31,8 +31,6 @@ _DISK_ERRORS = {
     errno.ELOOP: "a symbolic link points to itself",
 }
 _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
-# Packages whose errors come from an object store
-_STORE_PACKAGES = ("gcsfs", "s3fs", "aiohttp", "google", "botocore", "aiobotocore")
 
 
 def prepare(keep_memory: bool = True) -> None:
@@ -137,12 +135,9 @@ def _store_failure(error: BaseException) -> str | None:
     """One line for an object store that refuses or does not answer, anywhere in the chain of causes; else None."""
     seen: BaseException | None = error
     while seen is not None:
-        line = next((line.strip() for line in str(seen).splitlines() if line.strip()), type(seen).__name__)
-        if type(seen).__module__.partition(".")[0] in _STORE_PACKAGES or re.search(r"Error \w+ (gs|s3)://", line):
-            return (
-                f"the object store refuses or cannot be reached ({line[:300]}). Check the bucket, the login (gcloud "
-                "auth application-default login) and the network; a run resumes from its last checkpoint"
-            )
+        is_of_store = type(seen).__module__.partition(".")[0] in storage.STORE_PACKAGES
+        if isinstance(seen, StorageError) or is_of_store or re.search(r"Error \w+ (gs|s3)://", str(seen)):
+            return str(seen) if isinstance(seen, StorageError) else storage.refusal(seen)
         seen = seen.__cause__ or seen.__context__
     return None
 

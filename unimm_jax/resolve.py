@@ -398,14 +398,3 @@ def check_paths(config: Config, workdir: str | pathlib.Path) -> None:
             wrong.append(f"config.init_from: there is no checkpoint at {path}; train that stage first")
     if wrong:
         raise ConfigError("\n".join(f"- {sentence}" for sentence in wrong))
-
-
-def local_path(path: str | pathlib.Path) -> pathlib.Path:
-    """A path on a local or mounted disk.
-
-    Raises:
-      ConfigError: a URL such as gs://bucket/run.
-    """
-    if storage.is_remote(path):
-        raise ConfigError(f"{path} is on an object store, which this command cannot use; give a local or mounted path")
-    return storage.path(path)

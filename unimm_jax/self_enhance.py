@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 
 def generate() -> None:
     """Draws images for a share of the training captions."""
-    from unimm_jax import distributed, resolve
+    from unimm_jax import distributed, storage
     from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw
     from unimm_jax.enhancement.files import mark_done
 
@@ -32,14 +32,14 @@ def generate() -> None:
     )
     began = time.perf_counter()
     draw(f.checkpoint, f.records, f.output, settings)
-    found = Drawings(resolve.local_path(f.output))
+    found = Drawings(storage.path(f.output))
     if len(found.complete()) == found.header["blocks"]:
         mark_done(found.path, began)
 
 
 def assess() -> None:
     """Assesses the images by a judge."""
-    from unimm_jax import distributed, resolve
+    from unimm_jax import distributed, storage
     from unimm_jax.enhancement.assessing import assess as run
     from unimm_jax.enhancement.assessing import verdict_folder
     from unimm_jax.enhancement.drawings import Drawings
@@ -50,18 +50,18 @@ def assess() -> None:
     began = time.perf_counter()
     if left := run(FLAGS.drawings, FLAGS.judge, FLAGS.output)["remaining"]:
         raise DataError(f"{left} drawings have no verdict yet; run the same command again to assess them")
-    mark_done(verdict_folder(Drawings(resolve.local_path(FLAGS.drawings)), FLAGS.output), began)
+    mark_done(verdict_folder(Drawings(storage.path(FLAGS.drawings)), FLAGS.output), began)
 
 
 def build() -> None:
     """Builds the documents for stage 3."""
-    from unimm_jax import resolve
+    from unimm_jax import storage
     from unimm_jax.enhancement.building import build as run
     from unimm_jax.enhancement.files import mark_done
 
     began = time.perf_counter()
     run(FLAGS.drawings, FLAGS.records, FLAGS.output, FLAGS.verdicts, FLAGS.max_bad_share)
-    mark_done(resolve.local_path(FLAGS.output), began)
+    mark_done(storage.path(FLAGS.output), began)
 
 
 COMMANDS = {"generate": generate, "assess": assess, "build": build}

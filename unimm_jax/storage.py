@@ -1,18 +1,25 @@
 """Paths on local disks and on object stores (gs://, s3://): one spelling for both, and what only one of them needs.
 
 A path on an object store is an `epath.Path`, which has the methods of `pathlib.Path`. Files of a store are replaced as
-a whole and have no directories; so a file is complete as soon as it is there. What needs a local file (memory mapping,
-a library in C++, appending) works on a copy: `local_file` in a cache folder with a bound, `Spool` for output.
+a whole and have no directories; so a file is complete as soon as it is there. `read` reads any part of a file. What
+needs a local file (memory mapping, a library in C++, appending) works on a copy: `local_file` in a cache folder with a
+bound, `Spool` for output.
+
+The functions here raise FileNotFoundError for a missing file on a store, and `StorageError` for a store that refuses or
+does not answer. So a reader that skips a missing file never skips one because of the network.
 
 Environment variables: UNIMM_CACHE_DIR, UNIMM_CACHE_GIB (bound of the cache, default 50).
 """
 
 import base64
+import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import pathlib
@@ -21,12 +28,17 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from unimm_jax.errors import ConfigError
+from unimm_jax.errors import ConfigError, StorageError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what a scheme needs
+STORE_PACKAGES = ("gcsfs", "s3fs", "aiohttp", "google", "botocore", "aiobotocore")  # their errors come from a store
+LOGIN = {"gs": "gcloud auth application-default login", "s3": "AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the local disk while a file is fetched
+THREADS = 16  # requests at a time
+LISTED = 4_000  # of more files, the versions come from a listing instead of one request each
 CACHE_GIB = 50
 MD5 = "md5:"  # prefix of a checksum that an object store computed
 SHARED_CACHE = pathlib.Path.home() / ".cache" / "unimm_jax" / "files"
@@ -82,7 +94,13 @@ def _prepare(scheme: str) -> None:
     for name in {"gs": ("gs", "gcs"), "s3": ("s3", "s3a")}[scheme]:
         fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
     if scheme == "gs":
-        logging.getLogger("gcsfs").addFilter(lambda r: "Could not determine bucket type" not in r.getMessage())
+        logging.getLogger("gcsfs").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of gcsfs says something that no exception says, too."""
+    known = ("Could not determine bucket type", "non-retriable exception", "out of retries on exception")
+    return not any(words in record.getMessage() for words in known)
 
 
 def _filesystem(name: pathlib.Path) -> Any:
@@ -91,17 +109,169 @@ def _filesystem(name: pathlib.Path) -> Any:
     return fsspec.url_to_fs(str(name))[0]
 
 
+def refusal(error: BaseException, scheme: str = "gs") -> str:
+    """One line for an error of an object store."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"the object store refuses or cannot be reached ({line[:300]}). Check the bucket, the login ({LOGIN[scheme]}) "
+        "and the network; a run resumes from its last checkpoint"
+    )
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+@contextlib.contextmanager
+def _request(file: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a request to an object store into FileNotFoundError and `StorageError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None
+    except Exception as error:
+        is_of_store = isinstance(error, OSError | ValueError) or _package(error) in STORE_PACKAGES
+        if not is_of_store or getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise StorageError(refusal(error, str(file).partition(":")[0])) from error
+
+
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def write_whole(file: pathlib.Path, data: bytes) -> None:
     """Writes a file atomically: another process sees the old one or the whole new one."""
     if is_remote(file):
-        file.write_bytes(data)
+        with _request(file):
+            _filesystem(file).pipe_file(str(file), data)
         return
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(data)
-    partial.rename(file)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(data)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(file: pathlib.Path, start: int = 0, size: int | None = None) -> bytes:
+    """Reads a file, or a part of it: by one request on an object store.
+
+    Args:
+      size: number of bytes; fewer are read at the end of the file. All up to the end if None.
+
+    Raises:
+      OSError: a local file cannot be read.
+      FileNotFoundError, StorageError: see the module.
+    """
+    if not is_remote(file):
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            return read_whole(stream, size)
+    end = None if size is None else start + size
+    if end is not None and end <= start:
+        return b""
+    with _request(file):
+        try:
+            whole = end is None and not start and not str(file).startswith("s3:")  # s3fs would ask for the size first
+            return _filesystem(file).cat_file(str(file), start=None if whole else start, end=end)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception:
+            if start >= _filesystem(file).info(str(file))["size"]:
+                return b""  # stores refuse a range behind the end
+            raise
+
+
+def read_whole(stream: io.RawIOBase, size: int | None) -> bytes:
+    """Reads `size` bytes, or less at the end of the file; a single read of the system may give less."""
+    if size is None:
+        return stream.readall()
+    data = stream.read(size) or b""
+    while len(data) < size and (more := stream.read(size - len(data))):
+        data += more
+    return data
+
+
+class RangeFile(io.RawIOBase):
+    """A file on an object store for libraries that seek and read. Every read is one request.
+
+    Args (constructor):
+      size: of the file, in bytes.
+    """
+
+    def __init__(self, file: pathlib.Path, size: int):
+        self.file, self.size, self._at = file, size, 0
+
+    def readable(self) -> bool:
+        """See `io.IOBase`."""
+        return True
+
+    def seekable(self) -> bool:
+        """See `io.IOBase`."""
+        return True
+
+    def tell(self) -> int:
+        """See `io.IOBase`."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """See `io.IOBase`."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See `io.RawIOBase`; never gives less than asked for before the end of the file."""
+        left = max(self.size - self._at, 0)
+        data = read(self.file, self._at, left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def kind(name: pathlib.Path) -> str:
+    """What is at a path: "file", "directory", or "" for nothing."""
+    if not is_remote(name):
+        return "directory" if name.is_dir() else "file" if name.exists() else ""
+    with _request(name):
+        try:
+            return str(_filesystem(name).info(str(name))["type"])
+        except FileNotFoundError:
+            return ""
+
+
+def version(file: pathlib.Path) -> tuple[int, str]:
+    """The size of a file and what changes with its contents: the checksum of a store, or the time of modification.
+
+    Raises:
+      FileNotFoundError, StorageError: see the module. OSError: a local file.
+    """
+    if not is_remote(file):
+        status = file.stat()
+        return status.st_size, str(status.st_mtime_ns)
+    with _request(file):
+        return _version(_filesystem(file).info(str(file)))
+
+
+def _version(info: dict[str, Any]) -> tuple[int, str]:
+    names = ("md5Hash", "crc32c", "ETag", "etag", "generation", "mtime")
+    return info["size"], str(next((info[name] for name in names if info.get(name)), ""))
+
+
+def versions(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> list[tuple[int, str] | None]:
+    """`version` of each of some files under a folder on an object store; None for those that are missing."""
+    if len(files) > LISTED:
+        with _request(folder):
+            found = _filesystem(folder).find(str(folder), detail=True)
+        known = {name: _version(info) for name, info in found.items()}
+        return [known.get(str(file).partition("://")[2]) for file in files]
+
+    def ask(file: pathlib.Path) -> tuple[int, str] | None:
+        try:
+            return version(file)
+        except FileNotFoundError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(ask, files))
 
 
 def files_under(folder: pathlib.Path) -> list[str]:
@@ -109,7 +279,38 @@ def files_under(folder: pathlib.Path) -> list[str]:
     if not is_remote(folder):
         return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
     fs, start = _filesystem(folder), str(folder).partition("://")[2]
-    return sorted(name[len(start) + 1 :] for name in fs.find(str(folder)))
+    with _request(folder):
+        return sorted(name[len(start) + 1 :] for name in fs.find(str(folder)))
+
+
+def find_files(folder: pathlib.Path, is_wanted: Callable[[str], bool]) -> list[pathlib.Path]:
+    """The files under a folder whose names are wanted, sorted by directory and name; also links to missing files."""
+    if not is_remote(folder):
+        return sorted(file for file in folder.rglob("*") if is_wanted(file.name) and not file.is_dir())
+    names = [name for name in files_under(folder) if is_wanted(name.rpartition("/")[2])]
+    return [folder / name for name in sorted(names, key=lambda name: name.split("/"))]
+
+
+def children(folder: pathlib.Path) -> dict[str, bool]:
+    """The names in a folder, and whether each is a directory; nothing if there is no such folder."""
+    try:
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return {entry.name: entry.is_dir() for entry in entries}
+        with _request(folder):
+            found = _filesystem(folder).ls(str(folder), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {info["name"].rstrip("/").rpartition("/")[2]: info["type"] == "directory" for info in found}
+
+
+def glob(pattern: str) -> list[str]:
+    """The files on an object store that a pattern with *, ?, [] and ** matches, sorted."""
+    place = path(pattern)
+    with _request(place):
+        found = _filesystem(place).glob(str(place), detail=True)
+    scheme = pattern.partition(":")[0]
+    return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
 
 
 def checksums(folder: pathlib.Path, known: dict[str, str] | None = None) -> dict[str, str]:
@@ -123,8 +324,10 @@ def checksums(folder: pathlib.Path, known: dict[str, str] | None = None) -> dict
     if not is_remote(folder):
         return {name: _digest(folder / name, given.get(name, "")) for name in files_under(folder)}
     fs, start = _filesystem(folder), str(folder).partition("://")[2]
+    with _request(folder):
+        listed = fs.find(str(folder), detail=True)
     found = {}
-    for name, info in fs.find(str(folder), detail=True).items():
+    for name, info in listed.items():
         short = name[len(start) + 1 :]
         stored = _stored_md5(info)
         wants_sha = short in given and not given[short].startswith(MD5)
@@ -141,7 +344,7 @@ def _stored_md5(info: dict[str, Any]) -> str:
 
 
 def _digest(file: pathlib.Path, like: str) -> str:
-    with file.open("rb") as stream:
+    with _request(file) if is_remote(file) else contextlib.nullcontext(), file.open("rb") as stream:
         if like.startswith(MD5):
             return MD5 + hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -149,13 +352,21 @@ def _digest(file: pathlib.Path, like: str) -> str:
 
 def upload(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a local file to a path on an object store."""
-    _filesystem(target).put_file(str(source), str(target))
+    with _request(target):
+        _filesystem(target).put_file(str(source), str(target))
 
 
-def upload_tree(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a local directory to a path on an object store."""
-    for name in files_under(source):
-        upload(source / name, target / name)
+def upload_tree(source: pathlib.Path, target: pathlib.Path, last: str = "") -> None:
+    """Copies the files of a local directory to a path on an object store, several at a time.
+
+    Args:
+      last: name of a file that is copied after the others.
+    """
+    names = [name for name in files_under(source) if name != last]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda name: upload(source / name, target / name), names))
+    if last:
+        upload(source / last, target / last)
 
 
 # ---- Local copies ----------------------------------------------------------------------------------------------------
@@ -173,11 +384,7 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
     """
     if not is_remote(file):
         return file
-    fs = _filesystem(file)
-    info = fs.info(str(file))
-    version = f"{file} {info['size']} {info.get('md5Hash') or info.get('ETag') or info.get('mtime')}"
-    folder = cache_folder()
-    copy = folder / hashlib.sha256(version.encode()).hexdigest()[:32] / file.name
+    copy = cache_place(file, stamp := version(file))
     try:
         os.utime(copy)
         return copy
@@ -186,14 +393,25 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
     copy.parent.mkdir(parents=True, exist_ok=True)
     partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}")
     try:
-        fs.get_file(str(file), str(partial))
-        if partial.stat().st_size != info["size"]:
-            raise OSError(f"{file} has {info['size']} bytes, and {partial.stat().st_size} arrived")
+        with _request(file):
+            _filesystem(file).get_file(str(file), str(partial))
+        if partial.stat().st_size != stamp[0]:
+            raise StorageError(f"{file} has {stamp[0]} bytes, and {partial.stat().st_size} arrived; start again")
         partial.rename(copy)
     finally:
         partial.unlink(missing_ok=True)
-    _trim(folder, keep=copy)
+    _trim(cache_folder(), keep=copy)
     return copy
+
+
+def cache_place(file: pathlib.Path, stamp: tuple[int, str], suffix: str = "") -> pathlib.Path:
+    """Where the cache keeps a copy of a file, or what was computed from it.
+
+    Args:
+      stamp: `version` of the file. suffix: of what was computed.
+    """
+    key = hashlib.sha256(f"{file} {stamp[0]} {stamp[1]}".encode()).hexdigest()[:32]
+    return cache_folder() / key / f"{file.name}{suffix}"
 
 
 def _trim(folder: pathlib.Path, keep: pathlib.Path) -> None:
@@ -216,15 +434,18 @@ def _trim(folder: pathlib.Path, keep: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def output_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def output_folder(target: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]:
     """A local directory that becomes `target` when the block ends without an error; nothing is left otherwise.
 
-    On an object store, its files are copied then, one by one: a process that is killed in between leaves a part.
+    On an object store, its files are copied then: a process that is killed in between leaves a part.
+
+    Args:
+      last: name of a file that is copied after the others, so that it shows that all of them are there.
     """
     if is_remote(target):
         with tempfile.TemporaryDirectory() as folder:
             yield pathlib.Path(folder)
-            upload_tree(pathlib.Path(folder), target)
+            upload_tree(pathlib.Path(folder), target, last)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
@@ -248,21 +469,20 @@ class Spool:
 
     def __init__(self, target: pathlib.Path, names: tuple[str, ...] = ()):
         self.target = target
-        self._copied: dict[str, tuple[int, int]] = {}
+        self._copied: dict[str, tuple[int, str]] = {}
         self._temporary = tempfile.TemporaryDirectory() if is_remote(target) else None
         self.folder = pathlib.Path(self._temporary.name) if self._temporary else target
         for name in names if self._temporary else ():
-            if (target / name).exists():
-                (self.folder / name).write_bytes((target / name).read_bytes())
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).write_bytes(read(target / name))
 
     def flush(self) -> None:
-        """Copies what has changed since the last call."""
-        for name in files_under(self.folder) if self._temporary else ():
-            status = (self.folder / name).stat()
-            stamp = status.st_size, status.st_mtime_ns
-            if self._copied.get(name) != stamp:
-                upload(self.folder / name, self.target / name)
-                self._copied[name] = stamp
+        """Copies what has changed since the last call, several files at a time."""
+        stamps = {name: version(self.folder / name) for name in files_under(self.folder)} if self._temporary else {}
+        changed = [name for name in stamps if self._copied.get(name) != stamps[name]]
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda name: upload(self.folder / name, self.target / name), changed))
+        self._copied |= stamps
 
     def close(self) -> None:
         """Copies what has changed and removes the local directory."""

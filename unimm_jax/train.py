@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from unimm_jax import distributed, evals, legacy, memory, objectives, optim, resolve, sharding, storage, wandb_run
-from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
+from unimm_jax.checkpoint import Checkpoints, init_from, read_meta, refuse_s3
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
@@ -118,6 +118,7 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
     # ---- Settings and data -------------------------------------------------------------------------------------
     began, clock = time.perf_counter(), Clock()
     workdir = storage.path(workdir)
+    refuse_s3(workdir)
     distributed.check_shared(workdir)
     memory.check_devices(config)
     resolve.check_paths(config, workdir)

@@ -1,52 +1,45 @@
 """Every path on an object store: a server on loopback, compared with the same commands on a local disk."""
 
-import contextlib
-import json
+import concurrent.futures
+import errno
 import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
-import urllib.request
 
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, command, free_port, link, main_command, xla_flags
+from helpers import (
+    ROOT,
+    TEXT_VOCAB,
+    faults,
+    free_port,
+    link,
+    main_command,
+    put,
+    tiny,
+    with_records,
+    write_drawings,
+    write_random_records,
+    xla_flags,
+)  # fmt: skip
+from peers import language
 
 from unimm_jax import metrics, runcard, storage
-from unimm_jax.checkpoint import find, read_params
+from unimm_jax.checkpoint import Checkpoints, find, read_params, verify
 from unimm_jax.data.records import Records
-
-VARIABLES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
-# gcsfs asks Google for the type of each bucket otherwise
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
-    """gs://bucket on a server of this machine; the variables that name it are set."""
-    port = free_port()
-    words = [sys.executable, str(ROOT / "tests" / "object_store.py"), str(port)]
-    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    before = {name: os.environ.get(name) for name in VARIABLES}
-    os.environ.update(zip(VARIABLES, (url, url, "x"), strict=True))
-    os.environ["UNIMM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    for _ in range(100):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/storage/v1/b")
-            break
-        time.sleep(0.1)
-    yield "gs://bucket"
-    server.kill()
-    server.wait()
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-    del os.environ["UNIMM_CACHE_DIR"]
+from unimm_jax.enhancement import building, drawings
+from unimm_jax.enhancement.assessing import assess
+from unimm_jax.enhancement.journal import Journal, read_verdicts
+from unimm_jax.enhancement.verdicts import Verdict
+from unimm_jax.errors import CheckpointError, CorruptCheckpointError, DataError, StorageError, WeightsFileError
+from unimm_jax.evals.runner import evaluate
+from unimm_jax.inference.pretokenization import pretokenize
+from unimm_jax.interop.exporter import export
+from unimm_jax.interop.importer import import_weights
+from unimm_jax.train import train
 
 
 @pytest.fixture
@@ -54,12 +47,6 @@ def no_local_copies():
     """No directory of the scheme's name appears where commands run."""
     yield
     assert not [name for name in (ROOT / "gs:", pathlib.Path("gs:")) if name.exists()]
-
-
-def put(source, target):
-    """Copies a directory, links followed, to the store."""
-    for name in storage.files_under(pathlib.Path(source).resolve()):
-        storage.upload(pathlib.Path(source).resolve() / name, storage.path(f"{target}/{name}"))
 
 
 def same_params(a, b):
@@ -73,6 +60,21 @@ def test_paths_have_one_spelling(bucket):
     assert str(storage.at("gs://bucket/run", "gs://other/x")) == "gs://other/x"
     assert storage.at("gs://bucket/run", "/data/x") == pathlib.Path("/data/x")
     assert str(storage.path(pathlib.Path("gs://bucket/x"))) == "gs://bucket/x"  # pathlib drops a slash
+
+
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_any_part_of_a_file_is_read(store, request, tmp_path):
+    for folder in (tmp_path, storage.path(f"{request.getfixturevalue(store)}/parts")):
+        storage.write_whole(folder / "empty", b"")
+        storage.write_whole(folder / "file", b"abcdef")
+        parts = [(0, None), (2, None), (1, 3), (4, 9), (6, 2), (9, 2), (3, 0)]
+        found = [storage.read(folder / "file", start, size) for start, size in parts]
+        assert found == [b"abcdef", b"cdef", b"bcd", b"ef", b"", b"", b""]
+        assert [storage.read(folder / "empty", *part) for part in ((0, None), (0, 5))] == [b"", b""]
+        with pytest.raises(FileNotFoundError, match="No such file or directory"):
+            storage.read(folder / "none")
+        assert [storage.kind(folder / name) for name in ("file", "none", "")] == ["file", "", "directory"]
+        assert storage.children(folder) == {"empty": False, "file": False} and not storage.children(folder / "none")
 
 
 def test_copies_are_kept_within_the_bound_and_fetched_again_when_the_file_changes(bucket, monkeypatch, tmp_path):
@@ -93,6 +95,18 @@ def test_copies_are_kept_within_the_bound_and_fetched_again_when_the_file_change
     assert storage.local_file(files[3]).read_bytes() == b"other"
 
 
+def test_a_full_local_disk_is_not_an_error_of_the_store(bucket, monkeypatch):
+    file = storage.path(f"{bucket}/full/file")
+    storage.write_whole(file, b"data")
+
+    def fill(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage._filesystem(file), "get_file", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        storage.local_file(file)
+
+
 def test_checksums_come_from_the_store_and_compare_with_local_copies(bucket, tmp_path):
     folder = storage.path(f"{bucket}/sums")
     (folder / "a").write_bytes(b"one")
@@ -108,13 +122,17 @@ def test_checksums_come_from_the_store_and_compare_with_local_copies(bucket, tmp
     assert storage.checksums(folder, local) == local
 
 
-def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(run, bucket, tmp_path, no_local_copies):
-    changes = dict(train__steps=24, train__checkpoint_every=5, train__log_every=1)
-    local = link(run, tmp_path, "records", "stage2", "tokenizer", "pixel_decoder")
-    subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
+CHANGES = dict(train__steps=24, train__checkpoint_every=5, train__log_every=1)
+
+
+@pytest.fixture(scope="module")
+def trained(run, bucket, tmp_path_factory):
+    """Stage 3 on a local disk and on the store: stopped by SIGTERM there, and resumed. (local, remote, output)."""
+    local = link(run, tmp_path_factory.mktemp("trained"), "records", "stage2", "tokenizer", "pixel_decoder")
+    train(tiny("stage3", **CHANGES), local / "stage3")
     for name in ("records", "stage2", "tokenizer", "pixel_decoder"):
         put(run / name, f"{bucket}/run/{name}")
-    words = main_command("stage3", f"{bucket}/run/stage3", **changes)
+    words = main_command("stage3", f"{bucket}/run/stage3", **CHANGES)
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said = ""
         for line in process.stdout:
@@ -122,34 +140,36 @@ def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(run, buc
             if " 8/24" in line:
                 process.send_signal(signal.SIGTERM)
     assert process.returncode == 143, said[-3000:]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resumes from step" in done.stdout, done.stderr[-3000:]
-    assert "checkpoint not used" not in said + done.stderr  # every checkpoint verifies, also those that it starts from
-    remote = storage.path(f"{bucket}/run/stage3")
-    for name in ("metrics.jsonl", "evals.jsonl"):
-        rows = [[row["loss"] for row in metrics.read(place, name)] for place in (local / "stage3", remote)]
-        assert rows[0] == rows[1] and len(rows[0]) == (24 if name == "metrics.jsonl" else 1), said + done.stderr
-    assert same_params(local / "stage3", remote)
-    assert runcard.read(local / "stage3")["steps"] == runcard.read(remote)["steps"]
-    assert [session["start"] > 0 for session in runcard.read(remote)["sessions"]] == [False, True]
-    assert any((remote / "tensorboard").iterdir()) and (remote / "done.json").exists()
+    train(tiny("stage3", **CHANGES), f"{bucket}/run/stage3")
+    return local, f"{bucket}/run", said
 
-    scores = {}
-    for place in (local, f"{bucket}/run"):
-        done = command("evaluate", f"--checkpoint={place}/stage3", f"--output={place}/evaluation", "--evals=loss")
-        assert done.returncode == 0, done.stderr[-3000:]
-        scores[place] = storage.path(f"{place}/evaluation/scores.json").read_text().partition('"evaluation_seconds"')[0]
-    assert len(set(scores.values())) == 1
-    files = {}
-    for place in (local, f"{bucket}/run"):
-        done = command("export", f"--checkpoint={place}/stage3", f"--output={place}/hf")
-        assert done.returncode == 0, done.stderr[-3000:]
+
+def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(trained, no_local_copies):
+    local, remote, said = trained
+    assert "checkpoint not used" not in said  # every checkpoint verifies, also those that it starts from
+    places = (local / "stage3", storage.path(f"{remote}/stage3"))
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        rows = [[row["loss"] for row in metrics.read(place, name)] for place in places]
+        assert rows[0] == rows[1] and len(rows[0]) == (24 if name == "metrics.jsonl" else 1), said
+    assert same_params(*places)
+    cards = [runcard.read(place) for place in places]
+    assert cards[0]["steps"] == cards[1]["steps"]
+    assert [session["start"] > 0 for session in cards[1]["sessions"]] == [False, True]
+    assert any((places[1] / "tensorboard").iterdir()) and (places[1] / "done.json").exists()
+
+
+def test_evaluation_and_export_on_the_store_equal_the_local_ones(trained, no_local_copies):
+    scores, files = [], []
+    for place in trained[:2]:
+        evaluate(f"{place}/stage3", f"{place}/evaluation", ["loss"])
+        scores.append(storage.path(f"{place}/evaluation/scores.json").read_text().partition('"evaluation_seconds"')[0])
+        export(f"{place}/stage3", f"{place}/hf", verify=storage.is_remote(place))
         folder = storage.path(f"{place}/hf")
-        files[place] = {name: (folder / name).read_bytes() for name in storage.files_under(folder)}
-    assert files[local].keys() == files[f"{bucket}/run"].keys()
-    assert files[local]["model.safetensors"] == files[f"{bucket}/run"]["model.safetensors"]
-    done = command("export", f"--checkpoint={bucket}/run/stage3", f"--output={bucket}/run/hf")
-    assert done.returncode == 1 and "exists; give another --output" in done.stderr
+        files.append({name: (folder / name).read_bytes() for name in storage.files_under(folder)})
+    assert scores[0] == scores[1] and files[0].keys() == files[1].keys()
+    assert files[0]["model.safetensors"] == files[1]["model.safetensors"]
+    with pytest.raises(DataError, match="exists; give another --output"):
+        export(f"{trained[1]}/stage3", f"{trained[1]}/hf")
 
 
 @pytest.mark.slow
@@ -183,13 +203,6 @@ def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp
     assert same_params(local / "tokenizer", remote)
 
 
-def faults(share, seed=0):
-    """Makes a share of the server's requests fail; the number of requests that have failed."""
-    data = json.dumps({"share": share, "seed": seed}).encode()
-    with urllib.request.urlopen(f"{os.environ['STORAGE_EMULATOR_HOST']}/faults", data) as reply:
-        return json.load(reply)["failed"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, seed):
@@ -199,12 +212,12 @@ def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, se
     subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
     for name in ("records", "stage2", "tokenizer", "pixel_decoder"):
         put(run / name, f"{bucket}/faults{seed}/{name}")
-    before = faults(0.05, seed)
+    before = faults(share=0.05, seed=seed)["failed"]
     try:
         words = main_command("stage3", f"{bucket}/faults{seed}/stage3", **changes)
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     finally:
-        failed = faults(0) - before
+        failed = faults()["failed"] - before
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert failed > 5
     remote = storage.path(f"{bucket}/faults{seed}/stage3")
@@ -213,25 +226,128 @@ def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, se
     assert same_params(local / "stage3", remote) and find(remote).name == "16"
 
 
-def test_records_on_the_store_are_those_of_the_local_disk(run, bucket, no_local_copies):
+def test_records_on_the_store_are_those_of_the_local_disk(run, bucket, capsys, no_local_copies):
     put(run / "tokenizer", f"{bucket}/records/tokenizer")
     put(run / "selector", f"{bucket}/records/selector")
-    flags = [f"--image_tokenizer={bucket}/records/tokenizer", f"--output={bucket}/records/records"]
-    done = command("pretokenize", *flags, f"--text_tokenizer={run / 'stage3'}", "--batch_size=32")
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = (f"{bucket}/records/tokenizer", f"{bucket}/records/records", "", str(run / "stage3"), TEXT_VOCAB, 32)
+    pretokenize(*arguments)
     one, other = Records(run / "records"), Records(f"{bucket}/records/records")
     assert len(one) == len(other) and one.header["contents"] == other.header["contents"]
-    for i in range(len(one)):
-        a, b = one[i], other[i]
-        assert a.images == b.images and a.texts == b.texts and np.array_equal(a.codes, b.codes)
-    again = command("pretokenize", *flags, f"--text_tokenizer={run / 'stage3'}", "--batch_size=32")
-    assert again.returncode == 0 and "are already in" in again.stdout
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for a, b in zip(
+            map(one.__getitem__, range(len(one))), pool.map(other.__getitem__, range(len(one))), strict=True
+        ):
+            assert a.images == b.images and a.texts == b.texts and np.array_equal(a.codes, b.codes)
+    pretokenize(*arguments)
+    assert "are already in" in capsys.readouterr().out
 
 
-def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, capsys):
+def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, caplog):
     put(run / "text", f"{bucket}/changed/text")
     step = find(f"{bucket}/changed/text")
     name = next(name for name in storage.files_under(step) if "/d/" in name)
     (step / name).write_bytes((step / name).read_bytes()[:-1] + b"x")
-    done = command("evaluate", f"--checkpoint={bucket}/changed/text", f"--output={bucket}/changed/evaluation")
-    assert done.returncode == 1 and "has changed" in done.stderr + done.stdout
+    with pytest.raises(CorruptCheckpointError, match="has changed"):
+        verify(step)
+    (step / "digests.json").write_bytes((step / "digests.json").read_bytes() + b" ")
+    assert find(f"{bucket}/changed/text").name == "20" and "checkpoint not used" in caplog.text
+
+
+def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(run, bucket):
+    """An older checkpoint was used when a request for the newest one failed."""
+    put(run / "text", f"{bucket}/refused/text")
+    faults(forbid="30/digests.json")
+    try:
+        with pytest.raises(StorageError, match="refuses or cannot be reached"):
+            find(f"{bucket}/refused/text")
+        with pytest.raises(StorageError, match="refuses or cannot be reached"):
+            Checkpoints(f"{bucket}/refused/text").newest()
+    finally:
+        faults()
+    assert find(f"{bucket}/refused/text").name == "30"
+
+
+# ---- Weights and self-enhancement ------------------------------------------------------------------------------------
+
+
+def test_weights_on_the_store_are_imported_to_the_store(bucket, tmp_path):
+    language("llama", layers=1).save_pretrained(tmp_path / "peer")
+    put(tmp_path / "peer", f"{bucket}/weights/peer")
+    import_weights(str(tmp_path / "peer"), str(tmp_path / "imported"), codes=32)
+    import_weights(f"{bucket}/weights/peer", f"{bucket}/weights/imported", codes=32)
+    assert same_params(tmp_path / "imported", f"{bucket}/weights/imported")
+    with pytest.raises(DataError, match="imported is not empty; give another --output"):
+        import_weights(f"{bucket}/weights/peer", f"{bucket}/weights/imported", codes=32)
+    file = storage.path(f"{bucket}/weights/peer/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsFileError, match=f"^{file} is truncated"):
+        import_weights(f"{bucket}/weights/peer", f"{bucket}/weights/again", codes=32)
+    with pytest.raises(WeightsFileError, match="there is no file or directory gs://bucket/weights/none"):
+        import_weights(f"{bucket}/weights/none", f"{bucket}/weights/again", codes=32)
+
+
+def contents(folder):
+    return {name: storage.read(storage.path(folder) / name) for name in storage.files_under(storage.path(folder))}
+
+
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_self_enhancement_on_a_store_gives_the_local_documents(store, request, tmp_path, monkeypatch):
+    bucket = request.getfixturevalue(store)
+    monkeypatch.setattr(drawings, "BLOCK", 8)
+    found = {}
+    for place in (str(tmp_path), f"{bucket}/enhancement"):
+        drawn, stored = write_drawings(storage.path(f"{place}/drawings"), 20)
+        monkeypatch.setattr(building.Records, "open", lambda path, stored=stored: stored)
+        assess(str(drawn.path), "scenes")
+        if storage.is_remote(place):  # an interrupted run
+            (drawn.path / "verdicts" / "verdicts-0.jsonl").write_bytes(
+                b"".join((drawn.path / "verdicts" / "verdicts-0.jsonl").read_bytes().splitlines(True)[:7]) + b'{"ind'
+            )
+            assert assess(str(drawn.path), "scenes")["assessed"] == 20
+            (storage.path(f"{place}/built/images") / "00000000.png").write_bytes(b"part of an interrupted copy")
+        building.build(str(drawn.path), "records", f"{place}/built")
+        found[place] = contents(f"{place}/built"), contents(f"{place}/drawings")
+    (local, local_drawn), (remote, remote_drawn) = found.values()
+    assert local == remote and len(local) > 20
+    assert local_drawn == remote_drawn
+    storage.write_whole(storage.path(f"{bucket}/other/file"), b"")
+    with pytest.raises(DataError, match="other is not empty; remove it or give another --output"):
+        building.build(f"{bucket}/enhancement/drawings", "records", f"{bucket}/other")
+
+
+def test_a_journal_on_the_store_is_copied_now_and_then_and_has_one_writer(bucket, monkeypatch):
+    folder, verdict = storage.path(f"{bucket}/journal"), Verdict("a circle", True, True, True, True)
+    first = Journal(folder, 0)
+    first.write(0, verdict, 0.5)
+    assert not read_verdicts(folder)  # of a run that is killed within the first seconds
+    monkeypatch.setattr("unimm_jax.enhancement.journal.COPY_SECONDS", 0.0)
+    first.write(1, verdict, 0.75)
+    assert sorted(read_verdicts(folder)) == [0, 1]
+    second = Journal(folder, 0)
+    assert second.spent == 0.75
+    second.write(2, verdict, 1.0)
+    with pytest.raises(DataError, match="another run writes gs://bucket/journal/verdicts-0.jsonl"):
+        first.write(3, verdict, 1.0)
+    second.close()
+    assert sorted(read_verdicts(folder)) == [0, 1, 2]
+
+
+# ---- s3:// -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_and_exports_can_be_on_s3_and_checkpoints_cannot(run, s3_bucket, tmp_path, capsys, no_local_copies):
+    write_random_records(tmp_path / "records", 20)
+    write_random_records(storage.path(f"{s3_bucket}/records"), 20)
+    one, other = Records(tmp_path / "records"), Records(f"{s3_bucket}/records")
+    assert len(one) == len(other) == 20 and one.header == other.header
+    for i in range(len(one)):
+        a, b = one[i], other[i]
+        assert a.images == b.images and a.texts == b.texts and np.array_equal(a.codes, b.codes)
+    export(str(run / "stage3"), f"{s3_bucket}/hf", verify=False)
+    assert {"model.safetensors", "config.json"} <= set(storage.files_under(storage.path(f"{s3_bucket}/hf")))
+    with pytest.raises(CheckpointError, match="on local disks and gs:// only"):
+        train(with_records("stage3", run), f"{s3_bucket}/stage3")
+    with pytest.raises(CheckpointError, match="on local disks and gs:// only"):
+        find(f"{s3_bucket}/stage3")
+    sums = storage.checksums(storage.path(f"{s3_bucket}/records"))
+    assert storage.checksums(tmp_path / "records", sums) == sums

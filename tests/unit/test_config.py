@@ -224,13 +224,6 @@ def test_missing_inputs_are_listed_with_what_makes_them(tmp_path):
     assert "unimm_jax.pretokenize" in str(error.value) and "stage2; train that stage first" in str(error.value)
 
 
-def test_object_stores_are_refused_by_name():
-    for path in ("gs://bucket/run", "s3://bucket/run", "gs:/bucket"):
-        with pytest.raises(ConfigError, match="object store"):
-            resolve.local_path(path)
-    assert str(resolve.local_path("runs/x")) == "runs/x"
-
-
 def test_config_files_that_fail_are_named(tmp_path):
     with pytest.raises(ConfigError, match="there is no config file stge2; did you mean stage2"):
         resolve.load("stge2:laptop")

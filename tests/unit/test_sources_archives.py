@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from unimm_jax.data import sources
+from unimm_jax.data import recent, sources
 from unimm_jax.data.outlines import flatten
 from unimm_jax.data.sources import parquet, shards, webdataset
 from unimm_jax.errors import DataError, InvalidRecordError
@@ -211,11 +211,18 @@ def test_tar_index_is_stored_and_refreshed(tmp_path, monkeypatch):
     assert stored.read_bytes()[:2] == b"PK"
 
 
-def test_tar_in_a_directory_that_is_not_writable(tmp_path, monkeypatch):
+def test_tar_in_a_directory_that_is_not_writable(tmp_path, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("UNIMM_CACHE_DIR", str(cache))
     _tar(tmp_path / "x.tar", *_samples(3))
     (tmp_path / "x.tar.index.npz").mkdir()  # root may write anywhere, but cannot replace a directory by a file
-    assert len(_open(f"webdataset:{tmp_path}")) == 3
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar", "x.tar.index.npz"]
+    for _ in range(2):
+        assert len(_open(f"webdataset:{tmp_path}")) == 3
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar", "x.tar.index.npz"]
+        assert [f.name for f in cache.glob("*/*")] == ["x.tar.index.npz"]  # in the cache instead
+        monkeypatch.setattr(webdataset, "_build_index", None)  # and read from there
+    monkeypatch.undo()
+    monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     (tmp_path / "x.tar.index.npz").rmdir()
     os.chmod(tmp_path, 0o500)
     opened = pathlib.Path.open
@@ -243,10 +250,9 @@ def test_tar_record_reads_only_its_members(tmp_path):
         assert size <= _bytes_read(lambda: source[index]) <= 2 * size  # noqa: B023
     # of the tar itself, the first pass reads the headers
     (tmp_path / "x.tar.index.npz").unlink()
-    descriptor = os.open(tmp_path / "x.tar", os.O_RDONLY)
-    total = os.fstat(descriptor).st_size
-    assert _bytes_read(lambda: list(webdataset.members(descriptor, total))) <= 512 * (2 * 50 + 1)
-    os.close(descriptor)
+    with webdataset.Tar(tmp_path / "x.tar") as tar:
+        total = (tmp_path / "x.tar").stat().st_size
+        assert _bytes_read(lambda: list(webdataset.members(tar, total))) <= 512 * (2 * 50 + 1)
 
 
 def _bad_samples():
@@ -536,7 +542,7 @@ def test_parquet_record_reads_one_row_group(tmp_path, monkeypatch):
     source = _open(f"parquet:{tmp_path}").source
 
     def fresh(index):
-        source._tables = parquet.Recent(parquet.CACHE_BYTES)
+        source._tables = recent.Recent(parquet.CACHE_BYTES)
         return source[index]
 
     source[0]  # imports
@@ -568,7 +574,7 @@ def test_recent():
     def get(cache, key, size=4):
         return cache.get(key, lambda: (loads.append(key) or key * 2, size))
 
-    cache = parquet.Recent(10)
+    cache = recent.Recent(10)
     assert [get(cache, k) for k in (1, 2, 1, 3, 1, 2)] == [2, 4, 2, 6, 2, 4] and loads == [1, 2, 3, 2]
     get(cache, 5, size=100)  # one that is too large replaces all others
     assert get(cache, 5) == 10 and list(cache._sizes) == list(cache._futures) == [5] and cache._total == 100

@@ -3,11 +3,12 @@
 The order of the data is a function of (seed, step). The state of a Grain iterator is the index of its next batch.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -30,6 +31,7 @@ from unimm_jax.vocabulary import Vocabulary
 Batch = dict[str, np.ndarray]
 ORDER = 2  # version of the order of the examples; 1, without this key in the header, counted batches in packed rows
 THREADS = max(2, min(16, os.cpu_count() or 2))  # each builds whole batches; more threads than cores are slower
+REMOTE_THREADS = 32  # that read the rows of all batches from sources on object stores, where they mostly wait
 
 
 Share = Callable[[int], np.ndarray]  # number of rows of a global batch → indices of the rows of this process
@@ -104,8 +106,16 @@ class _Batches:
         return self.rows.steps
 
     def __getitem__(self, index: int) -> Batch:
-        rows = [self.rows.row(index, int(row)) for row in self.share(self.rows.size(index, self.multiple))]
+        first, *others = self.share(self.rows.size(index, self.multiple)).tolist()
+        read = functools.partial(self.rows.row, index)
+        rows = [read(first)]  # alone, since it may compute the order of an epoch
+        rows += (_readers().map if self.rows.is_remote else map)(read, others)
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@functools.cache
+def _readers() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(REMOTE_THREADS)
 
 
 class ImageRows:
@@ -124,6 +134,7 @@ class ImageRows:
     def __init__(self, sources: list[Any], seed: int, batch_size: int, steps: int, read: Callable[..., Batch]):
         self.sources, self.seed, self.batch_size, self.steps, self.read = sources, seed, batch_size, steps, read
         self.ends = np.cumsum([len(s) for s in sources])
+        self.is_remote = any(getattr(source, "is_remote", False) for source in sources)
 
     def size(self, index: int, multiple: int) -> int:
         """See `Input.size`. Images are not padded, so the batch size must be a multiple of `multiple`."""
@@ -160,6 +171,7 @@ class PackedRows:
 
     def __init__(self, plan: Plan, steps: int):
         self.plan, self.steps, self.batch_size = plan, steps, plan.batch
+        self.is_remote = False  # records are read from local copies of their blocks
 
     def size(self, index: int, multiple: int) -> int:
         """See `Input.size`."""
@@ -221,13 +233,18 @@ def make_text_tokenizer(config: TextTokenizerConfig, datasets: list[DecodedDatas
 
 def all_texts(datasets: list[DecodedDataset], limit: int = 4_000) -> list[str]:
     """The texts of the first `limit` records of each data set; unreadable records are skipped."""
+
+    def texts(dataset: DecodedDataset, index: int) -> Sequence[str]:
+        try:
+            return flatten(dataset.source[index])[0]
+        except DataError:
+            return ()
+
     found: list[str] = []
     for dataset in datasets:
-        for index in range(min(len(dataset), limit)):
-            try:
-                found += flatten(dataset.source[index])[0]
-            except DataError:
-                continue
+        read = _readers().map if dataset.is_remote else map
+        for some in read(functools.partial(texts, dataset), range(min(len(dataset), limit))):
+            found += some
     return found
 
 

@@ -3,7 +3,7 @@
 `unimm_jax.pretokenize` writes them; the language and decoder stages read them.
 """
 
-import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -21,12 +21,12 @@ import numpy as np
 from unimm_jax import legacy, storage
 from unimm_jax.data import slices, transforms
 from unimm_jax.data.outlines import Outline, Record, flatten, outline
+from unimm_jax.data.remote_blocks import RemoteBlocks
 from unimm_jax.data.sources.base import CACHE_BYTES
 from unimm_jax.errors import DataError
 from unimm_jax.text_tokenizer import TextTokenizer
 
 FORMAT = 2  # of the records
-OPEN_BLOCKS = 64  # of records on an object store
 # lists of integers of each record in the index, in this order: kept patches per image, tokens per text, outline codes,
 # width and height per image
 RAGGED = {"kept": np.uint16, "texts": np.uint32, "outlines": np.uint8, "sizes": np.uint16}
@@ -258,16 +258,19 @@ class Records:
     def __getitem__(self, index: int) -> StoredRecord:
         if index in self._items:
             return self._items[index]
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 if self._reader is None:
                     self._reader = self._open_blocks()
-                item = legacy.record(msgpack.unpackb(self._reader[index]))
-            except (RuntimeError, ValueError) as error:
-                raise DataError(
-                    f"the blocks of the records in {self.path} are damaged ({str(error).strip().splitlines()[0]}); "
-                    "remove that directory and write it again with python -m unimm_jax.pretokenize"
-                ) from None
+            # threads fetch blocks of an object store at the same time
+            with contextlib.nullcontext() if storage.is_remote(self.path) else self._lock:
+                data = self._reader[index]
+            item = legacy.record(msgpack.unpackb(data))
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the blocks of the records in {self.path} are damaged ({str(error).strip().splitlines()[0]}); "
+                "remove that directory and write it again with python -m unimm_jax.pretokenize"
+            ) from None
         num_patches = self.header["num_patches"]
         keeps, codes = [], []
         for packed_keep, packed_codes in zip(item["keep"], item["codes"], strict=True):
@@ -286,7 +289,7 @@ class Records:
 
         files = [self.path / "blocks" / f"{block:06d}.array_record" for block in range(self.header["blocks"])]
         if storage.is_remote(self.path):
-            return RemoteBlocks(files, self.header["block_records"])
+            return RemoteBlocks(files, self.header["block_records"])  # with a lock of its own for each block
         return ArrayRecordDataSource(list(map(str, files)))
 
     def image(self, index: int, number: int = 0) -> np.ndarray:
@@ -322,36 +325,6 @@ class Records:
         if self._small_views:
             self._views[place] = found
         return found
-
-
-class RemoteBlocks:
-    """Records by index from blocks on an object store. The blocks are copied to the cache as they are read.
-
-    The readers of the last `OPEN_BLOCKS` blocks stay open: reading a record of one of them asks the store nothing.
-
-    Args (constructor):
-      files: the blocks. counts: number of records of each.
-    """
-
-    def __init__(self, files: list[pathlib.Path], counts: list[int]):
-        self.files, self.ends = files, np.cumsum(counts)
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-
-    def __getitem__(self, index: int) -> bytes:
-        block = int(np.searchsorted(self.ends, index, side="right"))
-        first = int(self.ends[block - 1]) if block else 0
-        (record,) = self._reader(block).read([index - first])
-        return bytes(record)
-
-    def _reader(self, block: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        if block not in self._readers:
-            self._readers[block] = ArrayRecordReader(str(storage.local_file(self.files[block])))
-            if len(self._readers) > OPEN_BLOCKS:
-                self._readers.popitem(last=False)[1].close()
-        self._readers.move_to_end(block)
-        return self._readers[block]
 
 
 class Ragged:

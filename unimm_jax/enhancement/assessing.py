@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from unimm_jax import resolve, storage
+from unimm_jax import storage
 from unimm_jax.enhancement.drawings import Drawing, Drawings
 from unimm_jax.enhancement.files import claim, read_header
 from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
@@ -38,7 +38,7 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
       DataError: no drawings, a wrong judge, verdicts of another judge in `output`, too many failures in a row, or no
         image can be assessed (a refused key, the limit of the cost). All verdicts so far are on disk.
     """
-    found = Drawings(resolve.local_path(drawings))
+    found = Drawings(storage.path(drawings))
     folder = verdict_folder(found, output)
     who = open_judge(judge)
     identity = dict(drawings=found.identity, **who.identity())
@@ -68,7 +68,7 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
 
 def verdict_folder(drawings: Drawings, verdicts: str) -> pathlib.Path:
     """The directory of verdicts: the given one, or `FOLDER` in that of the drawings."""
-    return resolve.local_path(verdicts) if verdicts else drawings.path / FOLDER
+    return storage.path(verdicts) if verdicts else drawings.path / FOLDER
 
 
 def verdicts_on(drawings: Drawings, verdicts: str) -> dict[int, Verdict]:

@@ -4,13 +4,12 @@ import hashlib
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from unimm_jax import resolve
+from unimm_jax import storage
 from unimm_jax.data.records import Records
 from unimm_jax.enhancement.assessing import counts_of, verdicts_on
 from unimm_jax.enhancement.drawings import Drawing, Drawings, contents_of
@@ -37,9 +36,9 @@ def build(drawings: str, records: str, output: str, verdicts: str = "", max_bad_
     Raises:
       DataError: something is missing or does not belong together, nothing was assessed, or `output` is not new.
     """
-    found = Drawings(resolve.local_path(drawings))
+    found = Drawings(storage.path(drawings))
     given = verdicts_on(found, verdicts)
-    stored = Records.open(resolve.local_path(records))
+    stored = Records.open(storage.path(records))
     if contents_of(stored) != found.header["records"]:
         raise DataError(f"the drawings in {drawings} are not of the records in {records}")
     identity = dict(
@@ -47,18 +46,21 @@ def build(drawings: str, records: str, output: str, verdicts: str = "", max_bad_
         verdicts=digest_of([(index, given[index].to_json()) for index in sorted(given)]),
         max_bad_share=max_bad_share,
     )
-    folder = resolve.local_path(output)
-    if (folder / HEADER).exists():
+    folder = storage.path(output)
+    if storage.kind(folder / HEADER):
         claim(folder, identity, "documents")  # refuses those of other verdicts
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(storage.read(folder / "summary.json"))
     else:
-        if folder.exists() and any(folder.iterdir()):
+        is_remote = storage.is_remote(folder)
+        present = set(storage.files_under(folder) if is_remote else storage.children(folder))
+        if present and not is_remote:
             raise DataError(f"{output} is not empty; remove it or give another --output")
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        summary = write(found, stored, partial, given, max_bad_share)
-        claim(partial, identity, "documents")
-        partial.rename(folder)
+        with storage.output_folder(folder, last=HEADER) as partial:
+            summary = write(found, stored, partial, given, max_bad_share)
+            claim(partial, identity, "documents")
+            # on an object store, what an interrupted run has copied is written again
+            if present - set(storage.files_under(partial)):
+                raise DataError(f"{output} is not empty; remove it or give another --output")
     wrong = ", ".join(f"{name} {number}" for name, number in summary["wrong"].items())
     print(
         f"documents: {summary['assessed']} in {folder / DOCUMENTS}, {summary['good']} good, {summary['bad']} bad "

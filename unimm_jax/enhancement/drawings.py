@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from unimm_jax import checkpoint as checkpoints
-from unimm_jax import resolve, storage
+from unimm_jax import storage
 from unimm_jax.data import transforms
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import source_number, split_sources
@@ -85,7 +85,7 @@ class Drawings:
     """
 
     def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
+        self.path = storage.path(path)
         self.header = read_header(self.path, REMEDY)
         if "blocks" not in self.header or "drawings" not in self.header:
             raise DataError(f"{self.path / HEADER} is not of drawings; {REMEDY}")
@@ -96,7 +96,7 @@ class Drawings:
 
     def complete(self) -> list[int]:
         """Numbers of the blocks that are complete."""
-        return [b for b in range(self.header["blocks"]) if _block_file(self.path, b).exists()]
+        return _complete(self.path, range(self.header["blocks"]))
 
     def block(self, number: int) -> list[Drawing]:
         """The drawings of a complete block.
@@ -106,7 +106,7 @@ class Drawings:
         """
         file = _block_file(self.path, number)
         try:
-            return [Drawing(**json.loads(line)) for line in file.read_text().splitlines()]
+            return [Drawing(**json.loads(line)) for line in storage.read(file).decode().splitlines()]
         except (ValueError, TypeError) as error:
             raise DataError(f"{file} is damaged ({error}); remove it and {REMEDY}") from None
 
@@ -117,7 +117,7 @@ class Drawings:
           DataError: it is missing.
         """
         try:
-            return (self.path / drawing.image).read_bytes()
+            return storage.read(self.path / drawing.image)
         except FileNotFoundError:
             file = _block_file(self.path, drawing.index // self.header["block"])
             raise DataError(f"{self.path / drawing.image} is missing; remove {file} and {REMEDY}") from None
@@ -138,6 +138,12 @@ def _block_file(folder: pathlib.Path, block: int) -> pathlib.Path:
     return folder / "blocks" / f"{block:06d}.jsonl"
 
 
+def _complete(folder: pathlib.Path, blocks: Sequence[int]) -> list[int]:
+    """Those of some blocks that are complete."""
+    names = storage.children(folder / "blocks")
+    return [block for block in blocks if _block_file(folder, block).name in names]
+
+
 def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) -> None:
     """Draws images for a share of the captions and prompts of the training split.
 
@@ -153,7 +159,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
       DataError: no records, none with captions, or drawings of another run in `output`.
     """
     sampling = settings.sampling  # raises for wrong settings before anything is loaded
-    stored = Records.open(resolve.local_path(records))
+    stored = Records.open(storage.path(records))
     number = source_number(settings.source, split_sources(stored.header["sources"])) if settings.source else None
     if settings.source and number is None:
         raise DataError(
@@ -175,13 +181,13 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
     if not generator.decoders[decoder][0].size_unit:
         del used["batch"]  # only the noise of a diffusion decoder depends on it
     identity = dict(
-        checkpoint=_digest(resolve.local_path(checkpoint)),
+        checkpoint=_digest(storage.path(checkpoint)),
         step=model.step,
         decoder=_digest(storage.at(model.workdir, model.config.companions[decoder])),
         records=contents_of(stored),
         settings=used,
     )
-    draw_blocks(generator, stored, chosen, resolve.local_path(output), settings, identity, sampling)
+    draw_blocks(generator, stored, chosen, storage.path(output), settings, identity, sampling)
 
 
 def draw_blocks(
@@ -205,7 +211,7 @@ def draw_blocks(
     claim(folder, identity | dict(drawings=count, block=BLOCK, blocks=blocks), "drawings")
     (folder / "blocks").mkdir(exist_ok=True)
     mine = [b for b in range(blocks) if b % jax.process_count() == jax.process_index()]
-    missing = [b for b in mine if not _block_file(folder, b).exists()]
+    missing = sorted(set(mine) - set(_complete(folder, mine)))
     progress = Progress(sum(min(BLOCK, count - b * BLOCK) for b in missing), "drawings", every=1)
     for block in missing:
         seed = int(np.random.SeedSequence([settings.seed, block]).generate_state(1)[0] >> 1)
@@ -216,9 +222,11 @@ def draw_blocks(
             drawings.append(Drawing(index, record, item.key, item.texts[text], text, name, seed))
         ids = generator.generate_image_tokens([drawing.prompt for drawing in drawings], sampling, seed)
         images = generator.decode(*generator.codes(ids), settings.decoder, seed)
-        (folder / f"images/{block:06d}").mkdir(parents=True, exist_ok=True)
+        spool = storage.Spool(folder)
+        (spool.folder / f"images/{block:06d}").mkdir(parents=True, exist_ok=True)
         for drawing, image in zip(drawings, images, strict=True):
-            (folder / drawing.image).write_bytes(transforms.encode_png(image))
+            (spool.folder / drawing.image).write_bytes(transforms.encode_png(image))
+        spool.close()
         lines = [json.dumps(dataclasses.asdict(drawing)) for drawing in drawings]
         storage.write_whole(_block_file(folder, block), "".join(f"{line}\n" for line in lines).encode())
         progress.add(len(drawings))

@@ -25,7 +25,7 @@ def read_header(folder: pathlib.Path, remedy: str) -> dict[str, Any]:
       DataError: there is none, or it is damaged.
     """
     try:
-        found = json.loads((folder / HEADER).read_text())
+        found = json.loads(storage.read(folder / HEADER))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder} has no {HEADER}; {remedy}") from None
     except ValueError as error:
@@ -47,7 +47,7 @@ def claim(folder: pathlib.Path, identity: dict[str, Any], what: str, is_empty: b
       DataError: the directory holds something else.
     """
     wanted = json.loads(json.dumps(identity))
-    if (folder / HEADER).exists() and not is_empty:
+    if storage.kind(folder / HEADER) and not is_empty:
         found = read_header(folder, "remove the directory or give another --output")
         if differing := [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]:
             raise DataError(
@@ -61,7 +61,7 @@ def claim(folder: pathlib.Path, identity: dict[str, Any], what: str, is_empty: b
 
 def mark_done(folder: pathlib.Path, began: float) -> None:
     """Writes done.json with the seconds since `began` (of `time.perf_counter`), unless an earlier run did."""
-    if jax.process_index() == 0 and not (folder / "done.json").exists():
+    if jax.process_index() == 0 and not storage.kind(folder / "done.json"):
         storage.write_whole(
             folder / "done.json", json.dumps({"seconds": round(time.perf_counter() - began, 1)}).encode()
         )

@@ -1,13 +1,22 @@
-"""Verdicts on disk: one journal per process, with a line per drawing, written as soon as its verdict is there."""
+"""Verdicts on disk: one journal per process, with a line per drawing, written as soon as its verdict is there.
+
+A journal on an object store is written locally. It is copied every few seconds and when it is closed.
+"""
 
 import fcntl
+import io
 import json
 import pathlib
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from unimm_jax import storage
 from unimm_jax.enhancement.verdicts import Verdict, from_json
 from unimm_jax.errors import DataError
+
+COPY_SECONDS = 10.0  # between two copies to an object store; a process that is killed loses the verdicts since the last
 
 
 class Journal:
@@ -24,13 +33,17 @@ class Journal:
     """
 
     def __init__(self, folder: pathlib.Path, process: int):
-        self.file = folder / f"verdicts-{process}.jsonl"
+        self.target = folder / f"verdicts-{process}.jsonl"
+        self._before = self._version()
+        self._spool = storage.Spool(folder, (self.target.name,))
+        self.file = self._spool.folder / self.target.name
+        self._copied = time.monotonic()
         self._stream = self.file.open("a+b")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._stream.close()
-            raise DataError(f"another run writes {self.file}; wait for its end or give another --output") from None
+            raise self._taken() from None
         except OSError:  # a file system without locks
             pass
         self._stream.truncate(_whole(self.file))
@@ -48,10 +61,33 @@ class Journal:
     def _append(self, row: dict[str, Any]) -> None:
         self._stream.write(json.dumps(row).encode() + b"\n")
         self._stream.flush()
+        if time.monotonic() - self._copied > COPY_SECONDS:
+            self._copy()
+
+    def _version(self) -> tuple[int, str] | None:
+        """What changes when the journal on an object store is written; None for one that is missing or local."""
+        remote = storage.is_remote(self.target)
+        return storage.versions(self.target.parent, [self.target])[0] if remote else None
+
+    def _copy(self) -> None:
+        """Copies the journal to its object store; see `Spool`."""
+        if self._version() != self._before:  # stores have no locks
+            raise self._taken()
+        self._spool.flush()
+        self._before, self._copied = self._version(), time.monotonic()
+
+    def _taken(self) -> DataError:
+        return DataError(f"another run writes {self.target}; wait for its end or give another --output")
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file.
+
+        Raises:
+          DataError: another run has written the journal on an object store meanwhile.
+        """
         self._stream.close()
+        self._copy()
+        self._spool.close()
 
 
 def read_verdicts(folder: pathlib.Path) -> dict[int, Verdict]:
@@ -61,7 +97,7 @@ def read_verdicts(folder: pathlib.Path) -> dict[int, Verdict]:
       DataError: a line is damaged, or a drawing has two verdicts.
     """
     found: dict[int, Verdict] = {}
-    for file in sorted(folder.glob("verdicts-*.jsonl")):
+    for file in _journals(folder):
         for number, row in enumerate(_rows(file), 1):
             if "failed" in row:
                 continue
@@ -81,7 +117,11 @@ def total_spent(folder: pathlib.Path) -> float:
     Raises:
       DataError: a line is damaged.
     """
-    return sum(_spent(file) for file in folder.glob("verdicts-*.jsonl"))
+    return sum(_spent(file) for file in _journals(folder))
+
+
+def _journals(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder / name for name in storage.children(folder) if re.fullmatch(r"verdicts-.*\.jsonl", name))
 
 
 def _spent(file: pathlib.Path) -> float:
@@ -102,7 +142,7 @@ def _whole(file: pathlib.Path) -> int:
 
 def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The lines of a journal, without a damaged last one: another process may be writing it."""
-    with file.open("rb") as stream:
+    with io.BytesIO(storage.read(file)) as stream:
         for number, line in enumerate(stream, 1):
             if not line.endswith(b"\n"):
                 return

@@ -1,11 +1,11 @@
 """Verdicts from a file, given by people or by a program outside of this project."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data.sources.files import JsonRows
 from unimm_jax.enhancement.drawings import Drawing
 from unimm_jax.enhancement.judges import Judge
@@ -24,7 +24,7 @@ class FileJudge(Judge):
     """
 
     def __init__(self, path: str):
-        self.file = pathlib.Path(path).expanduser()
+        self.file = storage.path(path)
         self.verdicts: dict[int | tuple[str, str], Verdict] = {}
         rows = JsonRows(self.file)
         for number in range(len(rows)):

@@ -225,7 +225,8 @@ def _loaded(
 ) -> Iterator[list[tuple[int, Decoded | None]]]:
     """The records of each batch of items with the number of their source; threads decode up to two batches ahead."""
     parts = [items[at : at + batch] for at in range(0, len(items), batch)]
-    with concurrent.futures.ThreadPoolExecutor(pipeline.THREADS) as pool:
+    is_remote = any(dataset.is_remote for dataset in datasets.values())
+    with concurrent.futures.ThreadPoolExecutor(pipeline.REMOTE_THREADS if is_remote else pipeline.THREADS) as pool:
         ahead: collections.deque = collections.deque()
         for number, part in enumerate(parts):
             for following in parts[number + len(ahead) : number + 3]:

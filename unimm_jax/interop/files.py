@@ -1,6 +1,7 @@
 """Reads and writes tensor files one tensor at a time: safetensors (single or sharded with an index) and PyTorch `.bin`.
 
 No function here holds a whole model in memory: names and shapes come from headers, tensors from memory-mapped files.
+Files on an object store are copied to the cache first.
 Files may come from strangers, so their content is checked before use. A bad file raises `WeightsFileError`, whose
 message is one line that names the file and, if known, the tensor.
 """
@@ -21,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from unimm_jax import storage
 from unimm_jax.errors import WeightsFileError
 
 # Name of a dtype in a safetensors header -> NumPy dtype. Tensors of other dtypes are rejected in every format.
@@ -59,7 +61,7 @@ class Tensors:
     """
 
     def __init__(self, source: str | pathlib.Path):
-        self.files = find_files(pathlib.Path(source))
+        self.files = find_files(storage.path(source))
         self._readers: dict[str, _Reader] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
@@ -212,6 +214,8 @@ def _stays_inside(folder: pathlib.Path, file: pathlib.Path) -> bool:
 
     Also true for links of Hugging Face's download cache, from `snapshots/<revision>/<file>` to `blobs/<hash>`.
     """
+    if storage.is_remote(file):  # stores have no links
+        return True
     folder, file = folder.resolve(), file.resolve()
     allowed = [folder] + [p.parent / "blobs" for p in folder.parents if p.name == "snapshots"]
     return any(file.is_relative_to(root) for root in allowed)
@@ -233,15 +237,18 @@ class _Reader(Protocol):
 def _open(file: pathlib.Path) -> _Reader:
     """Opens a file by its suffix; any suffix but `.safetensors` is read as a PyTorch file."""
     try:
-        with file.open("rb") as stream:
-            start = stream.read(64)
+        copy = storage.local_file(file)
+        start = storage.read(copy, 0, 64)
     except OSError as error:
         raise WeightsFileError(f"{file} cannot be read: {_reason(error)}") from None
     if start.startswith(b"version https://git-lfs"):
         raise WeightsFileError(
             f"{file} is a Git LFS pointer without the weights; download the file with `git lfs pull`"
         )
-    return _SafetensorsReader(file) if file.suffix == ".safetensors" else _TorchReader(file)
+    try:
+        return _SafetensorsReader(copy) if file.suffix == ".safetensors" else _TorchReader(copy)
+    except WeightsFileError as error:
+        raise WeightsFileError(str(error).replace(str(copy), str(file))) from None
 
 
 class _SafetensorsReader:

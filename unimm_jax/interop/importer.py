@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import legacy, resolve, text_tokenizer
-from unimm_jax.checkpoint import Checkpoints, Stored
+from unimm_jax import legacy, resolve, storage, text_tokenizer
+from unimm_jax.checkpoint import Checkpoints, Stored, refuse_s3
 from unimm_jax.config import Config
 from unimm_jax.errors import (
     ConfigError,
@@ -183,9 +183,10 @@ def import_weights(source: str, output: str, kind: str = "", codes: int = 16384)
     Raises:
       WeightsFileError, UnsupportedConfigError: files that cannot be read, or an architecture that is not known.
       WeightMismatchError: tensors that do not fit; all of them are listed.
-      ConfigError: unknown kind. DataError: an output that is not empty.
+      ConfigError: unknown kind. DataError: an output that is not empty. CheckpointError: an output on s3://.
     """
-    place, target = resolve.local_path(source), resolve.local_path(output)
+    place, target = storage.path(source), storage.path(output)
+    refuse_s3(target)
     if kind and kind not in KINDS:
         raise ConfigError(f"--kind={kind} is not known; kinds are {', '.join(KINDS)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

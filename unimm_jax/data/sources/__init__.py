@@ -5,9 +5,9 @@ it to `REGISTRY`.
 """
 
 import importlib
-import pathlib
 from typing import Any
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Message, Question, Record
 from unimm_jax.data.sources.base import SPLITS, DecodedDataset, HeldOut, Source
 from unimm_jax.errors import DataError
@@ -76,24 +76,26 @@ def detect(path: str) -> str:
     Raises:
       DataError: the path does not exist or is a file.
     """
-    directory = pathlib.Path(path).expanduser()
-    if not directory.exists():
+    directory = storage.path(path)
+    kind = storage.kind(directory)
+    if not kind:
         raise DataError(
             f"data source {path!r} is neither an existing directory nor one of {', '.join(REGISTRY)} (FORMAT:PATH)"
         )
-    if directory.is_file():
+    if kind == "file":
         raise DataError(
             f"data source {path!r} is a file; give its format, one of {', '.join(REGISTRY)} (FORMAT:PATH), or the "
             "directory that holds the images or the TFDS data set"
         )
-    if (directory / "dataset_info.json").exists():
+    names = storage.children(directory)
+    if "dataset_info.json" in names:
         return "tfds"
-    if any(directory.glob("*.tar")):
+    if any(name.endswith(".tar") for name in names):
         return "webdataset"
     # beside a directory of the same name is what img2dataset notes about the images in that directory
-    if any(not file.with_suffix("").is_dir() for file in directory.glob("*.parquet")):
+    if any(name.endswith(".parquet") and not names.get(name.removesuffix(".parquet")) for name in names):
         return "parquet"
-    return "edit" if (directory / "edits.jsonl").exists() else "folder"
+    return "edit" if "edits.jsonl" in names else "folder"
 
 
 __all__ = [

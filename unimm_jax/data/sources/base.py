@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data import transforms
 from unimm_jax.data.outlines import Record, flatten
 from unimm_jax.errors import DataError, EmptySplitError, InvalidRecordError
@@ -27,7 +28,7 @@ class Source(Protocol):
     """Random access to records.
 
     Attributes:
-      name: name for messages.
+      name: name for messages. Sources of files also have `root`, the directory of their files.
       splits: the splits that the source has itself, of "train" and "test".
       evaluator: evaluator that scores a model on the records, or "" for the loss only. Also an attribute of the class.
     """
@@ -99,13 +100,19 @@ def fingerprint_files(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
     """A digest of names, sizes and contents of files: 16 hexadecimal digits.
 
     If all files together exceed `HASHED_BYTES`, only the contents of at most `HASHED_FILES` evenly spaced files count,
-    and of a file above 2 MiB only 64 evenly spaced blocks of 64 KiB.
+    and of a file above 2 MiB only 64 evenly spaced blocks of 64 KiB. On an object store, nothing is read: the checksums
+    that the store computed count.
 
     Args:
       root: directory that the names are relative to.
       files: the files, in a fixed order.
     """
     digest, found = hashlib.sha256(), []
+    if storage.is_remote(root):
+        listed = list(files)
+        for file, stamp in zip(listed, storage.versions(root, listed), strict=True):
+            digest.update(f"{file.relative_to(root)} {stamp}\n".encode())
+        return digest.hexdigest()[:16]
     for file in files:
         try:
             size = file.stat().st_size
@@ -148,6 +155,7 @@ class DecodedDataset:
 
     Attributes:
       invalid: index → reason, for the unusable records found so far.
+      is_remote: whether records are read from an object store.
 
     Args (constructor):
       source: the source.
@@ -164,6 +172,7 @@ class DecodedDataset:
     ):
         self.source, self.size, self.needs = source, size, needs
         self._fit = (fit, max_crop)
+        self.is_remote = storage.is_remote(getattr(getattr(source, "source", source), "root", ""))
         self.invalid: dict[int, str] = {}
         self._cache: dict[int, Decoded] | None = {} if len(source) * size * size * 3 <= CACHE_BYTES else None
         self._lock = threading.Lock()

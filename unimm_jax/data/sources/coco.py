@@ -6,6 +6,7 @@ import logging
 import pathlib
 from typing import Any
 
+from unimm_jax import storage
 from unimm_jax.data.sources.files import RowSource, as_text, show
 from unimm_jax.errors import DataError, InvalidRecordError
 
@@ -22,7 +23,7 @@ class CocoRows:
 
     def __init__(self, file: pathlib.Path):
         try:
-            data = json.loads(file.read_bytes())
+            data = json.loads(storage.read(file))
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:

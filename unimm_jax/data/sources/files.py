@@ -1,18 +1,23 @@
 """What sources of rows and image files share: safe paths, JSON rows by index, and messages that name the row."""
 
+import io
 import json
+import logging
 import pathlib
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, Self
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.sources.base import HASHED_BYTES, HASHED_FILES, fingerprint_files
-from unimm_jax.errors import DataError, InvalidRecordError
+from unimm_jax.errors import DataError, InvalidRecordError, StorageError
 
 CHUNK = 2**24  # bytes read at a time while indexing lines
+COPIED_BYTES = 2**30  # of files of rows on an object store, larger ones are not copied but read row by row
 MAX_IMAGE_BYTES = 200_000_000
 MAX_PATH = 4096  # characters
 PLACEHOLDER = "<image>"  # of an image in a text
@@ -77,6 +82,11 @@ def read_image(root: pathlib.Path, name: Any) -> bytes:
     """
     file = image_path(root, name)
     try:
+        if storage.is_remote(file):  # one request
+            data = storage.read(file, 0, MAX_IMAGE_BYTES + 1)
+            if len(data) > MAX_IMAGE_BYTES:
+                raise InvalidRecordError(f"its image {name} has more than {MAX_IMAGE_BYTES} bytes")
+            return data
         if not file.is_file() and file.exists():
             raise InvalidRecordError(f"its image {name} is not a file")
         if file.stat().st_size > MAX_IMAGE_BYTES:
@@ -91,7 +101,8 @@ def read_image(root: pathlib.Path, name: Any) -> bytes:
 class JsonRows:
     """The objects of a JSON Lines file, or of a JSON file with one list, by index.
 
-    Only the offsets of lines are in memory; a JSON list is read whole.
+    Only the offsets of lines are in memory; a JSON list is read whole. A file on an object store is read from a local
+    copy; one above `COPIED_BYTES` by a request for each row, and its offsets are kept in the cache.
 
     Raises (constructor):
       DataError: the file is missing, is not UTF-8 JSON, or has no rows.
@@ -101,12 +112,13 @@ class JsonRows:
         self.file = file
         self._list: list[Any] | None = None
         try:
-            with file.open("rb") as stream:
-                first = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            is_large = storage.is_remote(file) and storage.version(file)[0] > COPIED_BYTES
+            self._copy = file if is_large else storage.local_file(file)
+            first = self._read(0, 64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             if first == b"[":
-                self._list = json.loads(file.read_bytes())
+                self._list = json.loads(self._read())
             else:
-                self._starts = _line_starts(file)
+                self._starts = _kept_line_starts(file) if is_large else _line_starts(self._copy)
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
@@ -128,9 +140,7 @@ class JsonRows:
         else:
             start, end = int(self._starts[index]), int(self._starts[index + 1])
             try:
-                with self.file.open("rb") as stream:
-                    stream.seek(start)
-                    row = json.loads(stream.read(end - start).decode("utf-8-sig"))
+                row = json.loads(self._read(start, end - start).decode("utf-8-sig"))
             except UnicodeDecodeError as error:
                 raise InvalidRecordError(f"row {index + 1} is not UTF-8 text ({error.reason})") from None
             except (ValueError, RecursionError) as error:
@@ -153,24 +163,66 @@ class JsonRows:
         else:
             return len(self) == 1 and not set(fields) & set(row)
         try:
-            return isinstance(json.loads(self.file.read_bytes()), dict)
+            return isinstance(json.loads(self._read()), dict)
         except (OSError, ValueError, RecursionError):
             return False
+
+    def _read(self, start: int = 0, size: int | None = None) -> bytes:
+        try:
+            return storage.read(self._copy, start, size)
+        except FileNotFoundError:
+            if self._copy == self.file:
+                raise
+            self._copy = storage.local_file(self.file)  # the bound of the cache has removed it
+            return storage.read(self._copy, start, size)
+
+
+def _kept_line_starts(file: pathlib.Path) -> np.ndarray:
+    """`_line_starts`, computed once for each version of a file."""
+    kept = storage.cache_place(file, storage.version(file), ".lines.npz")
+    found = load_arrays(kept)
+    if found is not None and "starts" in found:
+        return found["starts"]
+    starts = _line_starts(file)
+    save_arrays(kept, starts=starts)
+    return starts
+
+
+def load_arrays(file: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a .npz file, or None if it is missing or damaged."""
+    try:
+        with np.load(io.BytesIO(storage.read(file)), allow_pickle=False) as data:
+            return dict(data)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError):
+        return None
+
+
+def save_arrays(file: pathlib.Path, **arrays: Any) -> bool:
+    """Writes a .npz file, if possible; other processes see all of it or nothing. Whether it was possible."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    try:
+        if not storage.is_remote(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_whole(file, buffer.getvalue())
+    except (OSError, StorageError) as error:
+        logging.debug("%s is not written (%s)", file, error)
+        return False
+    return True
 
 
 def _line_starts(file: pathlib.Path) -> np.ndarray:
     """Offsets of the lines that are not blank, int64, and the end of the file."""
     starts, at, open_at, is_blank = [], 0, 0, True
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            begin = 0
-            while (end := chunk.find(b"\n", begin)) >= 0:
-                is_blank = is_blank and not chunk[begin:end].strip()
-                if not is_blank:
-                    starts.append(open_at)
-                open_at, begin, is_blank = at + end + 1, end + 1, True
-            is_blank = is_blank and not chunk[begin:].strip()
-            at += len(chunk)
+    while chunk := storage.read(file, at, CHUNK):
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            is_blank = is_blank and not chunk[begin:end].strip()
+            if not is_blank:
+                starts.append(open_at)
+            open_at, begin, is_blank = at + end + 1, end + 1, True
+        is_blank = is_blank and not chunk[begin:].strip()
+        at += len(chunk)
     if not is_blank:
         starts.append(open_at)
     return np.array([*starts, at], np.int64)
@@ -265,9 +317,9 @@ class RowSource:
     fields: tuple[str, ...] = ()
 
     def __init__(self, path: str, images: str | None = None):
-        self.name, self.file = path, pathlib.Path(path).expanduser()
-        self.root = self.file.parent if images is None else pathlib.Path(images).expanduser()
-        if images is not None and not self.root.is_dir():
+        self.name, self.file = path, storage.path(path)
+        self.root = self.file.parent if images is None else storage.path(images)
+        if images is not None and storage.kind(self.root) != "directory":
             raise DataError(f"the directory of images {images} of data source {path} is not a directory")
         self.rows = self.read()
 

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.sources.base import fingerprint_files
 from unimm_jax.errors import DataError, InvalidRecordError
@@ -20,8 +21,8 @@ class FolderSource:
     evaluator = "captions"
 
     def __init__(self, path: str):
-        self.name, self.root = path, pathlib.Path(path).expanduser()
-        self.files = sorted(f for f in self.root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir())
+        self.name, self.root = path, storage.path(path)
+        self.files = storage.find_files(self.root, _is_image)
         if not self.files:
             raise DataError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
 
@@ -33,7 +34,7 @@ class FolderSource:
           DataError: `path` is not a directory, or it contains no images.
         """
         del split
-        if not pathlib.Path(path).expanduser().is_dir():
+        if storage.kind(storage.path(path)) != "directory":
             raise DataError(f"data source folder:{path} is not a directory")
         return cls(path)
 
@@ -44,7 +45,7 @@ class FolderSource:
         file = self.files[index]
         text = file.with_suffix(".txt")
         try:
-            lines = text.read_bytes().decode("utf-8").splitlines()
+            lines = storage.read(text).decode("utf-8").splitlines()
         except FileNotFoundError:
             raise InvalidRecordError(f"no caption file {text.name} beside it") from None
         except UnicodeDecodeError as error:
@@ -55,9 +56,10 @@ class FolderSource:
         if not captions:
             raise InvalidRecordError("its caption is empty")
         try:
-            data = file.read_bytes()
+            data = storage.read(file)
         except FileNotFoundError:
-            what = "it is a symbolic link to a missing file" if file.is_symlink() else "it has disappeared"
+            is_link = not storage.is_remote(file) and file.is_symlink()
+            what = "it is a symbolic link to a missing file" if is_link else "it has disappeared"
             raise InvalidRecordError(what) from None
         except OSError as error:
             raise InvalidRecordError(f"it cannot be read ({error.strerror})") from error
@@ -71,3 +73,7 @@ class FolderSource:
         """See `Source.fingerprint`."""
         both = (path for file in self.files for path in (file, file.with_suffix(".txt")))
         return fingerprint_files(self.root, both)
+
+
+def _is_image(name: str) -> bool:
+    return pathlib.PurePath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -1,8 +1,8 @@
 """Images before and after an edit, with the instruction, in a directory (InstructPix2Pix)."""
 
-import os
 from typing import Any, Self
 
+from unimm_jax import storage
 from unimm_jax.data.sources.files import RowSource, split_options, text_of
 from unimm_jax.errors import InvalidRecordError
 
@@ -24,7 +24,8 @@ class EditSource(RowSource):
         """
         del split
         path, options = split_options(rest, cls.options)
-        return cls(os.path.join(path, ROWS) if os.path.isdir(os.path.expanduser(path)) else path, **options)
+        is_directory = storage.kind(storage.path(path)) == "directory"
+        return cls(f"{path.rstrip('/')}/{ROWS}" if is_directory else path, **options)
 
     def parse(self, row: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """See `RowSource.parse`."""

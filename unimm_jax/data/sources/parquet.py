@@ -1,23 +1,21 @@
 """Parquet files with encoded images and texts, read by row group."""
 
-import collections
-import concurrent.futures
 import itertools
 import logging
-import os
 import pathlib
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Record
+from unimm_jax.data.recent import Recent
 from unimm_jax.data.sources.base import SPLITS, fingerprint_files
 from unimm_jax.data.sources.files import text_of
 from unimm_jax.data.sources.shards import captions_of, decode_text, find_shards, locate, map_files
-from unimm_jax.errors import DataError, InvalidRecordError
+from unimm_jax.errors import DataError, InvalidRecordError, StorageError
 
 # names of columns; the first that a file has counts
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
@@ -50,58 +48,16 @@ class Layout(NamedTuple):
 
 
 class _File(NamedTuple):
-    """What the footer of a file says: layout, rows of each row group, and bytes read of the largest row group."""
+    """What the footer of a file says: layout, rows of each row group, and bytes read of the largest row group.
+
+    Attributes:
+      size: of the file in bytes.
+    """
 
     layout: Layout
     rows: list[int]
     largest: int
-
-
-class Recent:
-    """The values that were last used, up to `limit` bytes, or one that has more. Several threads may use it.
-
-    A value that several threads ask for at a time is loaded once.
-    """
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._lock = threading.Lock()
-        self._futures: collections.OrderedDict[Any, concurrent.futures.Future[Any]] = collections.OrderedDict()
-        self._sizes: dict[Any, int] = {}  # of those that are loaded
-        self._total = 0
-
-    def get(self, key: Any, load: Callable[[], tuple[Any, int]]) -> Any:
-        """The value of a key; `load` gives it with its size in bytes."""
-        with self._lock:
-            future = self._futures.get(key)
-            if is_first := future is None:
-                future = self._futures[key] = concurrent.futures.Future()
-            else:
-                self._futures.move_to_end(key)
-        if is_first:
-            try:
-                value, size = load()
-            except BaseException as error:
-                with self._lock:
-                    del self._futures[key]
-                future.set_exception(error)
-                raise
-            future.set_result(value)
-            with self._lock:
-                self._sizes[key] = size
-                self._total += size
-                for old in [k for k in self._futures if k in self._sizes and k != key]:
-                    if self._total <= self.limit:
-                        break
-                    self._total -= self._sizes.pop(old)
-                    del self._futures[old]
-        return future.result()
-
-    def __getstate__(self) -> int:
-        return self.limit
-
-    def __setstate__(self, limit: int) -> None:
-        Recent.__init__(self, limit)
+    size: int
 
 
 class ParquetSource:
@@ -125,10 +81,10 @@ class ParquetSource:
     def __init__(self, path: str, split: str = "train"):
         self.name = path
         self.root, self.files = find_shards(path, ".parquet")
-        if os.path.isdir(os.path.expanduser(path)) and (found_split := find_split(self.files, split)):
+        if storage.kind(storage.path(path)) == "directory" and (found_split := find_split(self.files, split)):
             self.splits, self.files = SPLITS, found_split
         found = map_files(_read_footer, self.files)
-        self.layouts = [file.layout for file in found]
+        self.layouts, self.sizes = [file.layout for file in found], [file.size for file in found]
         self.starts = np.cumsum([0, *(rows for file in found for rows in file.rows)], dtype=np.int64).tolist()
         if not len(self):
             raise DataError(f"{path} has no rows in {len(found)} Parquet files")
@@ -169,6 +125,8 @@ class ParquetSource:
             values = {name: table.column(name)[row].as_py() for name in (layout.text, *layout.images)}
         except UnicodeDecodeError as error:
             raise InvalidRecordError(f"its {layout.text} is not UTF-8 text ({error.reason})") from None
+        except StorageError:
+            raise
         except Exception as error:  # pyarrow raises many types for damaged pages
             raise InvalidRecordError(f"its row group cannot be read: {_first_line(error)}") from error
         text = values[layout.text]
@@ -190,11 +148,13 @@ class ParquetSource:
         file = self.files[number]
 
         def footer() -> tuple[Any, int]:
-            metadata = pyarrow.parquet.read_metadata(file)
+            metadata = pyarrow.parquet.read_metadata(_opened(file, self.sizes[number]))
             return metadata, metadata.serialized_size
 
         metadata = self._footers.get(number, footer)
-        with pyarrow.parquet.ParquetFile(file, metadata=metadata) as opened:
+        is_remote = storage.is_remote(file)  # then, pyarrow joins reads of columns that are close to each other
+        source = _opened(file, self.sizes[number])
+        with pyarrow.parquet.ParquetFile(source, metadata=metadata, pre_buffer=is_remote) as opened:
             table = opened.read_row_group(inside, columns=list(self.layouts[number].parts), use_threads=False)
         return table, table.nbytes
 
@@ -228,6 +188,11 @@ def find_split(files: Sequence[pathlib.Path], split: str) -> list[pathlib.Path]:
     return named["train"] if split == "train" else test
 
 
+def _opened(file: pathlib.Path, size: int) -> Any:
+    """What pyarrow reads."""
+    return storage.RangeFile(file, size) if storage.is_remote(file) else file
+
+
 def _read_footer(file: pathlib.Path) -> _File:
     """Reads what is needed of the footer of a file.
 
@@ -237,7 +202,8 @@ def _read_footer(file: pathlib.Path) -> _File:
     import pyarrow.parquet
 
     try:
-        metadata = pyarrow.parquet.read_metadata(file)
+        size = storage.version(file)[0]
+        metadata = pyarrow.parquet.read_metadata(_opened(file, size))
         schema = metadata.schema.to_arrow_schema()
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or _first_line(error)})") from None
@@ -251,7 +217,7 @@ def _read_footer(file: pathlib.Path) -> _File:
         used = [c for c in columns if any(f"{c.path_in_schema}.".startswith(f"{part}.") for part in layout.parts)]
         largest = max(largest, sum(c.total_compressed_size for c in used))
         rows.append(group.num_rows)
-    return _File(layout, rows, largest)
+    return _File(layout, rows, largest, size)
 
 
 def find_layout(schema: Any, file: pathlib.Path) -> Layout:

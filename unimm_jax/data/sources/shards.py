@@ -5,10 +5,12 @@ import concurrent.futures
 import glob
 import os
 import pathlib
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from unimm_jax import storage
 from unimm_jax.data.sources.files import as_text
 from unimm_jax.errors import DataError, InvalidRecordError
 
@@ -52,24 +54,50 @@ def find_shards(pattern: str, suffix: str) -> tuple[pathlib.Path, list[pathlib.P
     path = os.path.expanduser(pattern)
     if not path:
         raise DataError(f"a data source names no {suffix} file (FORMAT:PATH)")
-    if os.path.isdir(path):
-        root = pathlib.Path(path)
-        files = sorted(file for file in root.rglob(f"*{suffix}") if not file.is_dir())
+    root = storage.path(path)
+    kind = storage.kind(root)
+    if kind == "directory":
+        files = storage.find_files(root, lambda name: name.endswith(suffix))
         if not files:
             raise DataError(f"{pattern} holds no {suffix} files")
         return root, files
-    names: dict[str, None] = {}
-    for name in [path] if os.path.isfile(path) else expand_braces(path):
-        is_pattern = glob.has_magic(name) and not os.path.exists(name)
-        found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
-        names |= dict.fromkeys(map(os.path.abspath, found))
+    list_names = _list_remote if storage.is_remote(path) else _list_local
+    names: dict[str, bool] = {}
+    for name in [path] if kind == "file" else expand_braces(path):
+        names |= list_names(name)
         if len(names) > MAX_SHARDS:
             raise DataError(f"{pattern} names more than {MAX_SHARDS} files")
+    if storage.is_remote(path):
+        names = _look_up(names)
     if not names:
         raise DataError(f"{pattern} matches no file")
-    if missing := [name for name in names if not os.path.isfile(name)]:
+    if missing := [name for name, is_there in names.items() if not is_there]:
         raise DataError(f"{pattern} names {len(missing)} files that do not exist; the first is {missing[0]}")
-    return pathlib.Path(os.path.commonpath([os.path.dirname(name) for name in names])), list(map(pathlib.Path, names))
+    return storage.path(posixpath.commonpath([posixpath.dirname(name) for name in names])), list(
+        map(storage.path, names)
+    )
+
+
+def _list_local(name: str) -> dict[str, bool]:
+    """The absolute paths that a name without braces means, and whether each is a file."""
+    is_pattern = glob.has_magic(name) and not os.path.exists(name)
+    found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+    return {os.path.abspath(file): os.path.isfile(file) for file in found}
+
+
+def _list_remote(name: str) -> dict[str, bool]:
+    """As `_list_local`, on an object store; a name without wildcards is not looked up."""
+    if glob.has_magic(name):
+        return dict.fromkeys(storage.glob(name), True)
+    return {str(storage.path(name)): False}
+
+
+def _look_up(names: dict[str, bool]) -> dict[str, bool]:
+    """Looks up names on an object store, by listings of their directories."""
+    folders = {posixpath.dirname(name) for name, is_there in names.items() if not is_there}
+    listed = {folder: storage.children(storage.path(folder)) for folder in folders}
+    present = {f"{folder}/{name}" for folder, found in listed.items() for name in found if not found[name]}
+    return {name: is_there or name in present for name, is_there in names.items()}
 
 
 def map_files(function: Callable[[pathlib.Path], T], files: Sequence[pathlib.Path]) -> list[T]:

@@ -1,11 +1,12 @@
 """A prepared TFDS data set in ArrayRecord format, read without TensorFlow."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Record
+from unimm_jax.data.remote_blocks import RemoteBlocks
 from unimm_jax.data.sources.base import fingerprint_files
 from unimm_jax.errors import DataError, InvalidRecordError
 
@@ -14,6 +15,8 @@ TEXT_FEATURES = ("captions", "caption", "text")
 
 class TfdsSource:
     """One split of a TFDS data set with the features "image" and one of "captions", "caption" and "text".
+
+    On an object store, the files of the data set are copied to the cache as they are read.
 
     Raises (constructor):
       DataError: not a prepared data set, not in ArrayRecord format, no split "train", or other features.
@@ -24,7 +27,9 @@ class TfdsSource:
     def __init__(self, path: str, split: str = "train"):
         import tensorflow_datasets as tfds
 
-        self.name, self.root = path, pathlib.Path(path).expanduser()
+        self.name, self.root = path, storage.path(path)
+        if not storage.kind(self.root / "dataset_info.json"):
+            raise DataError(f"{path} is not a prepared TFDS data set: it has no dataset_info.json")
         try:
             builder = tfds.builder_from_directory(str(self.root))
         except Exception as error:  # damaged metadata raise many types
@@ -34,13 +39,16 @@ class TfdsSource:
         if "train" not in has:
             raise DataError(f"{path} has no split 'train'; it has {sorted(has)}")
         used = split if split in has else "train"
-        try:
-            skip = {"image": tfds.decode.SkipDecoding()}
-            self.data: Any = builder.as_data_source(split=used, decoders=skip)
-        except NotImplementedError as error:
-            raise DataError(
-                f"{path} is not in ArrayRecord format; prepare it with file_format='array_record'"
-            ) from error
+        if builder.info.file_format.value != "array_record":
+            raise DataError(f"{path} is not in ArrayRecord format; prepare it with file_format='array_record'")
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self.data: Any
+        if storage.is_remote(self.root):
+            info = builder.info.splits[used]
+            blocks = RemoteBlocks([storage.path(file) for file in info.filepaths], info.shard_lengths)
+            self.data = _Examples(blocks, builder.info.features, skip)
+        else:
+            self.data = builder.as_data_source(split=used, decoders=skip)
         fields = set(builder.info.features)
         self.text = next((f for f in TEXT_FEATURES if f in fields), None)
         if "image" not in fields or self.text is None:
@@ -77,4 +85,18 @@ class TfdsSource:
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
-        return fingerprint_files(self.root, sorted(f for f in self.root.iterdir() if f.is_file()))
+        names = storage.children(self.root)
+        return fingerprint_files(self.root, [self.root / name for name in sorted(names) if not names[name]])
+
+
+class _Examples:
+    """The examples in blocks on an object store."""
+
+    def __init__(self, blocks: RemoteBlocks, features: Any, decoders: dict[str, Any]):
+        self.blocks, self.features, self.decoders = blocks, features, decoders
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.features.deserialize_example_np(self.blocks[index], decoders=self.decoders)

@@ -5,16 +5,16 @@ import json
 import logging
 import os
 import pathlib
-import uuid
-import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from unimm_jax import storage
 from unimm_jax.data.outlines import Record
 from unimm_jax.data.sources.base import fingerprint_files
-from unimm_jax.data.sources.files import MAX_IMAGE_BYTES
+from unimm_jax.data.sources.files import MAX_IMAGE_BYTES, load_arrays, save_arrays
 from unimm_jax.data.sources.shards import captions_of, decode_text, find_shards, locate, map_files
 from unimm_jax.errors import DataError, InvalidRecordError
 
@@ -26,6 +26,8 @@ IMAGE, TXT, JSON = range(3)  # what a sample has
 ABSENT, SEVERAL = -1, -2  # offsets of a member that a sample does not have, or has with several extensions
 
 BLOCK = 512
+WINDOW = 2**23  # bytes of a tar on an object store that are read at a time for its index
+GAP = 2**16  # bytes between two members up to which one read gives both
 MAX_EXTENDED = 2**20  # bytes of a long name or of PAX records
 MAX_SIZE = 2**62  # that a span can store; no member has so many bytes
 _REGULAR = (b"0", b"\0", b"7")
@@ -67,8 +69,8 @@ class WebdatasetSource:
 
     A sample has an image (`IMAGE_EXTENSIONS`) and a caption: the whole `.txt`, or else one of `CAPTION_FIELDS` of the
     `.json`, a text or a list of texts. Other members are ignored. The headers of each tar are read once; where its
-    members are is stored in a file beside it, if the directory is writable. Samples before the damage of a tar are
-    used.
+    members are is stored in a file beside it, or in the cache if the directory is not writable. Samples before the
+    damage of a tar are used. A record is read by one request on an object store.
 
     Args (constructor):
       path: a tar, a directory with tars, or a pattern (see `find_shards`).
@@ -117,18 +119,12 @@ class WebdatasetSource:
             raise InvalidRecordError(f"it has no image ({', '.join(IMAGE_EXTENSIONS)})")
         if txt[0] == ABSENT and info[0] == ABSENT:
             raise InvalidRecordError("it has no caption (.txt or .json)")
-        try:
-            descriptor = os.open(self.files[tar], os.O_RDONLY)
-        except OSError as error:
-            raise InvalidRecordError(f"its tar cannot be read ({error.strerror})") from error
-        try:
-            if txt[0] != ABSENT:
-                captions = captions_of(read_member(descriptor, txt, ".txt"), "caption")
-            else:
-                captions = _json_captions(read_member(descriptor, info, ".json"))
-            data = read_member(descriptor, image, "image")
-        finally:
-            os.close(descriptor)
+        if txt[0] != ABSENT:
+            text, data = read_members(self.files[tar], {".txt": txt, "image": image})
+            captions = captions_of(text, "caption")
+        else:
+            text, data = read_members(self.files[tar], {".json": info, "image": image})
+            captions = _json_captions(text)
         return Record(self.key(index), (data,), captions=captions)
 
     def key(self, index: int) -> str:
@@ -141,30 +137,58 @@ class WebdatasetSource:
         return fingerprint_files(self.root, self.files)
 
 
-def read_member(descriptor: int, span: Sequence[int], name: str) -> bytes:
-    """Reads a member of an open tar, by offset and size.
+def read_members(file: pathlib.Path, spans: dict[str, Sequence[int]]) -> list[bytes]:
+    """Reads members of a tar, by offset and size; those that are close to each other by one read.
+
+    Args:
+      spans: name of a member for messages → offset and size.
 
     Raises:
-      InvalidRecordError: it is empty, very large, cut off or unreadable; the message contains `name`.
+      InvalidRecordError: one is empty, very large, cut off or unreadable; the message contains its name.
     """
-    offset, size = span
-    if not 0 < size <= MAX_IMAGE_BYTES:
-        raise InvalidRecordError(f"its {name} {'is empty' if not size else f'has more than {MAX_IMAGE_BYTES} bytes'}")
+    for name, (_, size) in spans.items():
+        if not 0 < size <= MAX_IMAGE_BYTES:
+            reason = "is empty" if not size else f"has more than {MAX_IMAGE_BYTES} bytes"
+            raise InvalidRecordError(f"its {name} {reason}")
+    first, end = min(at for at, _ in spans.values()), max(at + size for at, size in spans.values())
+    is_close = end - first <= sum(size for _, size in spans.values()) + GAP
+    found = []
     try:
-        data = _read(descriptor, offset, size)
+        whole = storage.read(file, first, end - first) if is_close else b""
+        for name, (at, size) in spans.items():
+            data = whole[at - first : at - first + size] if is_close else storage.read(file, at, size)
+            if len(data) < size:
+                raise InvalidRecordError(f"its {name} is cut off, since the tar is truncated")
+            found.append(data)
     except OSError as error:
-        raise InvalidRecordError(f"its {name} cannot be read ({error.strerror})") from error
-    if len(data) < size:
-        raise InvalidRecordError(f"its {name} is cut off, since the tar is truncated")
-    return data
+        raise InvalidRecordError(f"its tar cannot be read ({error.strerror})") from error
+    return found
 
 
-def _read(descriptor: int, offset: int, size: int) -> bytes:
-    """Reads at an offset: `size` bytes, or less at the end of the file."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    return data
+class Tar:
+    """The bytes of an open tar at any place. On an object store, they are read in windows."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+        self.stream = None if storage.is_remote(file) else file.open("rb", buffering=0)
+        self._start, self._data = 0, b""
+
+    def __enter__(self) -> "Tar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.stream:
+            self.stream.close()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Reads `size` bytes, or less at the end of the file."""
+        if self.stream:
+            self.stream.seek(offset)
+            return storage.read_whole(self.stream, size)
+        at = offset - self._start
+        if not 0 <= at <= at + size <= len(self._data):
+            self._start, self._data, at = offset, storage.read(self.file, offset, max(size, WINDOW)), 0
+        return self._data[at : at + size]
 
 
 def _json_captions(data: bytes) -> list[str]:
@@ -184,63 +208,42 @@ def _json_captions(data: bytes) -> list[str]:
 
 
 def open_index(file: pathlib.Path) -> TarIndex:
-    """The index of a tar, from the file beside it if that belongs to this size and modification time.
+    """The index of a tar, from the file beside it or in the cache if that belongs to this version of the tar.
 
     Raises:
       DataError: the tar cannot be read, or is compressed.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            status = os.fstat(descriptor)
-            stamp = np.array([VERSION, status.st_size, status.st_mtime_ns], np.int64)
-            index = _load_index(file, stamp)
-            if index is None:
-                index = _build_index(descriptor, status.st_size, file)
-                _save_index(file, stamp, index)
-        finally:
-            os.close(descriptor)
+        size, text = version = storage.version(file)
+        number = zlib.crc32(text.encode()) if storage.is_remote(file) else int(text)
+        stamp = np.array([VERSION, size, number], np.int64)
+        places = (file.with_name(file.name + INDEX_SUFFIX), storage.cache_place(file, version, INDEX_SUFFIX))
+        for place in places:
+            if (index := _load_index(place, stamp)) is not None:
+                return index
+        with Tar(file) as tar:
+            index = _build_index(tar, size, file)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from error
+    if not save_arrays(places[0], stamp=stamp, **index._asdict()):
+        save_arrays(places[1], stamp=stamp, **index._asdict())
     return index
 
 
-def _index_file(file: pathlib.Path) -> pathlib.Path:
-    return file.with_name(file.name + INDEX_SUFFIX)
-
-
 def _load_index(file: pathlib.Path, stamp: np.ndarray) -> TarIndex | None:
-    """The stored index of a tar, or None if there is none that is usable."""
-    try:
-        with np.load(_index_file(file), allow_pickle=False) as data:
-            if not np.array_equal(data["stamp"], stamp):
-                return None
-            index = TarIndex(data["spans"], data["names"], data["ends"], str(data["damage"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError):
+    """A stored index, or None if there is none that is usable."""
+    data = load_arrays(file) or {}
+    if not {"stamp", "spans", "names", "ends", "damage"} <= set(data) or not np.array_equal(data["stamp"], stamp):
         return None
-    n = len(index.ends)
-    is_sound = index.spans.shape == (n, 3, 2) and index.ends.shape == (n,) and index.names.ndim == 1
+    index = TarIndex(data["spans"], data["names"], data["ends"], str(data["damage"]))
+    n = len(index.ends) if index.ends.ndim == 1 else -1
+    is_sound = index.spans.shape == (n, 3, 2) and index.names.ndim == 1
     return index if is_sound and len(index.names) == (index.ends[-1] if n else 0) else None
 
 
-def _save_index(file: pathlib.Path, stamp: np.ndarray, index: TarIndex) -> None:
-    """Stores an index beside the tar, if possible; other processes see all of it or nothing."""
-    target = _index_file(file)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        try:
-            with temporary.open("xb") as stream:
-                np.savez(stream, stamp=stamp, **index._asdict())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        logging.debug("the index of %s is not stored (%s)", file, error)
-
-
-def _build_index(descriptor: int, total: int, file: pathlib.Path) -> TarIndex:
+def _build_index(tar: Tar, total: int, file: pathlib.Path) -> TarIndex:
     """Reads the headers of a tar of `total` bytes."""
-    start = _read(descriptor, 0, BLOCK)
+    start = tar.read(0, BLOCK)
     for magic, (method, command) in _COMPRESSED.items():
         if start.startswith(magic):
             raise DataError(
@@ -250,7 +253,7 @@ def _build_index(descriptor: int, total: int, file: pathlib.Path) -> TarIndex:
     extensions: dict[bytes, str] = {}  # of the image of a sample
     damage = ""
     try:
-        for name, offset, size in members(descriptor, total):
+        for name, offset, size in members(tar, total):
             directory, slash, base = name.removeprefix(b"./").rpartition(b"/")
             base, _, ending = base.partition(b".")
             extension, stem = ending.decode("latin-1").lower(), directory + slash + base
@@ -273,7 +276,7 @@ def _build_index(descriptor: int, total: int, file: pathlib.Path) -> TarIndex:
     )
 
 
-def members(descriptor: int, total: int) -> Iterator[tuple[bytes, int, int]]:
+def members(tar: Tar, total: int) -> Iterator[tuple[bytes, int, int]]:
     """Name, offset and size of each regular file in a tar of `total` bytes; reads only headers.
 
     Understands ustar, GNU long names and sizes, and PAX paths and sizes. Yields a file whose data are cut off.
@@ -284,7 +287,7 @@ def members(descriptor: int, total: int) -> Iterator[tuple[bytes, int, int]]:
     at = 0
     extended: dict[bytes, bytes] = {}  # path and size of the next member
     while True:
-        header = _read(descriptor, at, BLOCK)
+        header = tar.read(at, BLOCK)
         if len(header) < BLOCK:
             where = "inside of a header" if header else "without an end mark"
             raise _DamagedError(f"byte {at} (the file ends {where})")
@@ -295,7 +298,7 @@ def members(descriptor: int, total: int) -> Iterator[tuple[bytes, int, int]]:
             if kind in (b"L", b"x"):
                 if size > MAX_EXTENDED or at + BLOCK + size > total:
                     raise ValueError("a header of a long name is cut off or too large")
-                data = _read(descriptor, at + BLOCK, size)
+                data = tar.read(at + BLOCK, size)
                 extended |= {b"path": data.partition(b"\0")[0]} if kind == b"L" else _pax_records(data)
             elif kind != b"K" and kind != b"g":
                 name, size = extended.get(b"path", name), int(extended.get(b"size", size))
