@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +107,16 @@ def check_shared(workdir: pathlib.Path) -> None:
             f"process {blind} of {len(seen)} does not see the workdir {workdir} of process 0: it is a directory of its "
             "own there. Give --workdir on a disk that all hosts share, or on an object store (gs://…)"
         )
+
+
+def of_first_process(answers: Sequence[bool]) -> list[bool]:
+    """The answers of process 0 to yes-or-no questions, in every process. Each process asks as many questions."""
+    if jax.process_count() == 1:
+        return list(answers)
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.broadcast_one_to_all(np.array(answers, np.int32))
+    return [bool(x) for x in np.asarray(found)]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -254,17 +255,23 @@ class Clock:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Removes lines that an interrupted run wrote after the step from which the run resumes."""
+    """Cuts off the lines that an interrupted run wrote after the step from which the run resumes.
+
+    A line that a kill cut off ends the file, too. The file is shortened in place, so that a kill or a full disk at this
+    moment loses no line.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # a line cut off by a kill
-            continue
-    file.write_text("".join(line + "\n" for line in kept))
+    kept = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept += len(line)
+    os.truncate(file, kept)
 
 
 def read(workdir: str | pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -181,8 +181,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
         profiler = Profiler(writer.folder / "profile", start, config.train.profile_start, traced)
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
-        recorded = {(row["step"], row["eval"]) for row in read(workdir, "evals.jsonl")}
-        catches_up = start > 0 and jax.process_count() == 1
+        there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
+        missing = distributed.of_first_process([name not in there for name in evaluators])
+        recorded = {(start, name) for name, is_missing in zip(evaluators, missing, strict=True) if not is_missing}
 
         def evaluate(step: int) -> None:
             due = [n for n, (entry, _) in evaluators.items() if _is_due(entry["every"], step, config.train.steps)]
@@ -233,7 +234,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
         ):
             step, stopped = start, False
             while step < config.train.steps and not stopped:
-                if step > start or catches_up:
+                if step > 0:
                     evaluate(step)
                 if step > start:
                     if step % config.train.checkpoint_every == 0:

@@ -1,6 +1,7 @@
 """Several processes on loopback, as hosts of a pod would be: same losses, same data, one end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -108,6 +109,19 @@ def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
     assert [p.returncode for p in processes] == [143, 143], said
     steps = {text.split("saved step ")[1].split(";")[0] for text in said}
     assert len(steps) == 1 and read_meta(root / "x")["step"] == int(steps.pop()) > 0
+
+
+@pytest.mark.slow
+def test_processes_make_up_an_evaluation_that_a_stop_skipped(run, tmp_path):
+    """As if two processes were stopped right after step 20, which is evaluated."""
+    root, changes = place(run, tmp_path / "root"), dict(evals__held_out__every=10, train__steps=30)
+    finish(launch("stage3", root / "x", 2, **changes))
+    rows = metrics.read(root / "x", "evals.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    shutil.rmtree(root / "x" / "checkpoints" / "30")
+    (root / "x" / "evals.jsonl").write_text("")
+    finish(launch("stage3", root / "x", 2, **changes))
+    assert metrics.read(root / "x", "evals.jsonl") == rows[1:]
 
 
 def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_path):

@@ -221,6 +221,20 @@ def test_clocks_count_what_they_say(tmp_path):
     writer.close()
 
 
+def test_lines_after_the_checkpoint_are_cut_off_without_writing(tmp_path, monkeypatch):
+    """On a full disk, or if the process is killed at this moment, no earlier line is lost."""
+    file = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(1, 6))
+    file.write_text(lines + '{"step": 6, "lo')
+    monkeypatch.setattr(type(file), "write_text", None)
+    for step, kept in ((9, 5), (3, 3), (3, 3)):
+        metrics.Writer(tmp_path, "x", 10, step).close()
+        assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, kept + 1))
+    file.write_bytes(lines[:-1].encode())  # the last line lacks its end
+    metrics.Writer(tmp_path, "x", 10, 9).close()
+    assert file.read_text() == "".join(lines.splitlines(keepends=True)[:4])
+
+
 def test_own_data_that_changed_under_the_same_names_is_refused(tmp_path):
     from PIL import Image
 
