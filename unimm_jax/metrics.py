@@ -43,15 +43,13 @@ class Writer:
         self._last = (start, time.perf_counter())
         self.folder = storage.path(workdir)
         if active:
-            import tensorboardX
-
             files = ("metrics.jsonl", "evals.jsonl")
             self._spool = storage.Spool(self.folder, files)
             self.folder = self._spool.folder
             for file in files:
                 _drop_after(self.folder / file, start)
             self._lines = open(self.folder / "metrics.jsonl", "a", buffering=1)
-            self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = _Board(self.folder / "tensorboard")
 
     def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
         """Logs one step: adds step time and speeds, prints the console line; returns all values.
@@ -70,8 +68,7 @@ class Writer:
             row[name if name == "mfu" else f"{name}_per_second"] = amount / max(seconds, 1e-9)
         if self.active:
             self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
-            for key, value in row.items():
-                self._board.add_scalar(key, value, step)
+            self._board.scalars(step, row)
             left = (self.steps - step) * seconds
             shown = {k: v for k, v in row.items() if k not in _NOT_ON_CONSOLE and not k.endswith("_per_second")}
             rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
@@ -89,8 +86,7 @@ class Writer:
             return
         with open(self.folder / "evals.jsonl", "a") as lines:
             lines.write(json.dumps({"step": step, "eval": name} | {k: round(v, 6) for k, v in found.items()}) + "\n")
-        for key, value in found.items():
-            self._board.add_scalar(f"{name}/{key}", value, step)
+        self._board.scalars(step, {f"{name}/{key}": value for key, value in found.items()})
         for key, image in result.images.items():
             self.image(step, f"{name}_{key}", image)
         named = {k.removesuffix("/overall"): v for k, v in found.items() if "/" not in k or k.endswith("/overall")}
@@ -114,7 +110,7 @@ class Writer:
             return
         from PIL import Image
 
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.image(step, name, image)
         folder = self.folder / "images"
         folder.mkdir(exist_ok=True)
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -130,6 +126,43 @@ class Writer:
             self._lines.close()
             self._board.close()
             self._spool.close()
+
+
+class _Board:
+    """TensorBoard events, written by the thread that logs them.
+
+    The thread of `tensorboardX.SummaryWriter` ends when the disk is full; the training loop would then wait for it.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes values by name."""
+        from tensorboardX import summary
+
+        for name, value in values.items():
+            self._write(step, summary.scalar(name, value))
+        self._events.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [H, W, 3]."""
+        from tensorboardX import summary
+
+        self._write(step, summary.image(name, image, dataformats="HWC"))
+        self._events.flush()
+
+    def _write(self, step: int, content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
 
 
 @dataclasses.dataclass(frozen=True)

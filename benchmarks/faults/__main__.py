@@ -24,6 +24,8 @@ OUTPUT/runs/ the logs of all runs. Eight points take about 4 minutes on two idle
 import argparse
 import logging
 import pathlib
+import signal
+import sys
 
 from benchmarks.claims import experiment
 from benchmarks.faults.plan import PROCESSES
@@ -41,6 +43,7 @@ def main() -> None:
     from unimm_jax import process
 
     process.prepare()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that runs are ended, too
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about each state that is read without its step
     output = experiment.prepare(flags.output, "faults", False, seed=flags.seed, processes=flags.processes)
     good = Campaign(output, flags.seed, flags.points, flags.processes).run()

@@ -1,3 +1,4 @@
+import errno
 import json
 import random
 import signal
@@ -233,6 +234,40 @@ def test_lines_after_the_checkpoint_are_cut_off_without_writing(tmp_path, monkey
     file.write_bytes(lines[:-1].encode())  # the last line lacks its end
     metrics.Writer(tmp_path, "x", 10, 9).close()
     assert file.read_text() == "".join(lines.splitlines(keepends=True)[:4])
+
+
+def test_events_are_written_and_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    from tensorboardX import record_writer
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = metrics.Writer(tmp_path, "x", 10, 0)
+    writer.scalars(3, {"loss": 1.5}, {"examples": 2.0})
+    writer.image(3, "drawn", np.zeros((4, 4, 3), np.uint8))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []  # written at once, without close
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    values = {value.tag: value for event in events for value in event.summary.value if event.step == 3}
+    assert values["loss"].simple_value == 1.5 and values["drawn"].image.width == 4
+    writer.close()
+
+    class Full:
+        """A file on a full disk."""
+
+        def write(self, data):
+            pass
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: Full())
+    (tmp_path / "full").mkdir()
+    writer = metrics.Writer(tmp_path / "full", "x", 10, 0)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(20):
+            writer.scalars(step, {"loss": 1.5}, {"examples": 2.0})
 
 
 def test_own_data_that_changed_under_the_same_names_is_refused(tmp_path):
