@@ -108,15 +108,20 @@ def run(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
     except Exception as error:
-        if (reason := _disk_failure(error)) is not None:
-            sys.exit(f"error: {reason}")
-        if (reason := _store_failure(error)) is not None:
+        if (reason := explain(error)) is not None:
             sys.exit(f"error: {reason}")
         if (reason := _lost_process(error)) is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # a normal exit would wait for the other processes
         traceback.print_exc()
         sys.exit("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that a user can fix: a `UserError`, a disk, an object store; None for other errors."""
+    if isinstance(error, UserError):
+        return str(error)
+    return _disk_failure(error) or _store_failure(error)
 
 
 def _disk_failure(error: BaseException) -> str | None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from unimm_jax import distributed, evals, legacy, objectives, optim, resolve, sharding, storage
+from unimm_jax import distributed, evals, legacy, objectives, optim, process, resolve, sharding, storage
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
@@ -196,8 +196,10 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     )
                     try:
                         writer.evaluation(step, name, evaluators[name][1].run(context))
-                    except Exception:  # training does not stop for an evaluation
-                        if jax.process_count() > 1:  # the other processes would wait for this one
+                    except Exception as error:  # training does not stop for a bug in an evaluation
+                        if jax.process_count() > 1:  # the others may have evaluated: they neither wait nor save
+                            raise
+                        if process.explain(error) is not None:  # a missing file: it is evaluated after the restart
                             save(step)
                             raise
                         logging.exception("%s: the evaluation %s failed; training continues", config.name, name)

@@ -13,7 +13,7 @@ from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, w
 from unimm_jax import checkpoint, metrics
 from unimm_jax.compile import hardware
 from unimm_jax.data.plan import Plan
-from unimm_jax.errors import CheckpointError, NonFiniteLossError
+from unimm_jax.errors import CheckpointError, DataError, NonFiniteLossError
 from unimm_jax.train import train
 
 
@@ -304,6 +304,29 @@ def test_an_evaluation_that_fails_does_not_end_the_run(run, tmp_path, monkeypatc
     train(tiny("selector"), tmp_path / "selector")
     assert "the evaluation held_out failed; training continues" in caplog.text and "out of memory" in caplog.text
     assert json.loads((tmp_path / "selector" / "done.json").read_text())["steps"] == STEPS
+
+
+@pytest.mark.parametrize("error", [DataError("a block is missing"), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(run, tmp_path, monkeypatch, error):
+    from unimm_jax.evals.heldout_loss import HeldOutLoss
+
+    whole, calls = HeldOutLoss.run, []
+
+    def fail_once(self, context):
+        calls.append(context.step)
+        if len(calls) == 2:
+            raise error
+        return whole(self, context)
+
+    link(run, tmp_path, "encoder")
+    monkeypatch.setattr(HeldOutLoss, "run", fail_once)
+    config = tiny("selector", train__steps=16, evals__held_out__every=4)
+    with pytest.raises(type(error)):
+        train(config, tmp_path / "selector")
+    assert checkpoint.find(tmp_path / "selector").name == "8"
+    train(config, tmp_path / "selector")
+    assert calls == [4, 8, 8, 12, 16]
+    assert [row["step"] for row in metrics.read(tmp_path / "selector", "evals.jsonl")] == [4, 8, 12, 16]
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):

@@ -224,7 +224,9 @@ class Records:
         if (self.path / "index.npz").exists():
             return legacy.record_index(dict(np.load(storage.local_file(self.path / "index.npz"))))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
-        names = [name for name in names if (self.path / "index" / f"{name}.npy").exists() or "sizes" not in name]
+        later = ("sizes", "sizes_ends")  # not in records of an earlier version
+        if not any((self.path / "index" / f"{name}.npy").exists() for name in later):
+            names = [name for name in names if name not in later]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
         files = {name: storage.local_file(self.path / "index" / f"{name}.npy") for name in names}
         return {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
@@ -263,6 +265,11 @@ class Records:
                 if self._reader is None:
                     self._reader = self._open_blocks()
                 item = legacy.record(msgpack.unpackb(self._reader[index]))
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"a block of the records in {self.path} is missing ({error}); restore it, or remove that directory "
+                    "and write it again with python -m unimm_jax.pretokenize"
+                ) from None
             except (RuntimeError, ValueError) as error:
                 raise DataError(
                     f"the blocks of the records in {self.path} are damaged ({str(error).strip().splitlines()[0]}); "
