@@ -116,13 +116,13 @@ def test_the_store_continues_with_confirmed_changes(tmp_path):
 
 
 def test_growth_is_told_from_noise():
-    hours, rng = np.linspace(0, 2, 400), np.random.default_rng(0)
-    flat = 500 + rng.normal(0, 3, 400)
-    assert not soak.growth(hours, flat).exceeds(16)
-    warm_up = flat + 200 * (1 - np.exp(-10 * hours))
-    assert not soak.growth(hours, warm_up).exceeds(16)
-    leak = soak.growth(hours, flat + 40 * hours)
-    assert leak.exceeds(16) and abs(leak.per_hour - 40) < 4 * leak.error < 10
+    hours, rng = np.linspace(0, 2, 1000), np.random.default_rng(0)
+    flat = 500 + rng.normal(0, 3, 1000)
+    warm_up = 200 * (1 - np.exp(-10 * hours))
+    assert soak.growth(hours, flat + warm_up).verdict(16) == "no growth"
+    leak = soak.growth(hours, flat + warm_up + 40 * hours)
+    assert leak.verdict(16) == soak.GROWS and abs(leak.per_hour - 40) < 4 * leak.error < 10
+    assert soak.growth(hours / 100, flat + 40 * hours / 100).verdict(16).startswith("not decided")
 
 
 def test_a_sample_counts_this_process(tmp_path):
