@@ -53,6 +53,9 @@ def environment(processes: int, index: int, port: int, folder: pathlib.Path) -> 
         "TMPDIR": str(temporary),
     }
     if processes > 1:
+        # Only the first process finds its programs in the cache. On a busy machine, the others would compile for longer
+        # than the 30 s that the CPU backend waits for them.
+        found["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         found["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
         found |= {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
     return found
