@@ -13,6 +13,7 @@ from benchmarks.faults.stage import Launch, command
 from unimm_jax import storage
 
 STARTS = 4  # without a fault in between; a run that has not finished then does not finish
+PATIENCE = 600  # seconds, beside some times of an undisturbed run, after which a process hangs; machines may be busy
 Row = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ class Run:
         self.places, self.place, self.processes, self.folder = places, place, processes, folder
         self.workdir = places.workdir(place, folder.name)
         self.line = command(str(self.workdir), str(places.records[place]))
-        self.seconds, self.bound = seconds, 120 + 4 * seconds.get("exit", 60.0)
+        self.seconds, self.bound = seconds, PATIENCE + 4 * seconds.get("exit", 60.0)
         self.launch: Launch | None = None
         self.starts = 0
         self.rows: list[Row] = [{"said": [], "problems": []}]  # the first is for what happens before any fault
