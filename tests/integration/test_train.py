@@ -8,12 +8,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records
+from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records, write_random_records
 
 from unimm_jax import checkpoint, metrics
 from unimm_jax.compile import hardware
 from unimm_jax.data.plan import Plan
-from unimm_jax.errors import CheckpointError, DataError, NonFiniteLossError
+from unimm_jax.errors import CheckpointError, DamagedRecordsError, DataError, NonFiniteLossError
 from unimm_jax.train import train
 
 
@@ -327,6 +327,24 @@ def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(r
     train(config, tmp_path / "selector")
     assert calls == [4, 8, 8, 12, 16]
     assert [row["step"] for row in metrics.read(tmp_path / "selector", "evals.jsonl")] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("name", ["header.json", "index/sizes_ends.npy", "blocks/000000.array_record"])
+def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capsys, name):
+    records = tmp_path / "records"
+    write_random_records(records, 48)
+    write_random_records(records / "test", 16)
+    changes = dict(data__records=str(records), train__steps=2, init_from=())
+    file, away = records / "test" / name, tmp_path / "away"
+    file.rename(away)
+    with pytest.raises(DamagedRecordsError, match=file.name):
+        train(tiny("text", **changes), tmp_path / "text")
+    away.rename(file)
+    train(tiny("text", **changes), tmp_path / "text")
+    assert [row["step"] for row in metrics.read(tmp_path / "text", "evals.jsonl")] == [2]
+    (records / "test").rename(away)
+    train(tiny("text", **changes), tmp_path / "without")
+    assert "no held-out loss" in capsys.readouterr().out and (tmp_path / "without" / "done.json").exists()
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):
