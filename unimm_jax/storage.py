@@ -100,8 +100,11 @@ def write_whole(file: pathlib.Path, data: bytes) -> None:
         file.write_bytes(data)
         return
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(data)
-    partial.rename(file)
+    try:
+        partial.write_bytes(data)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def files_under(folder: pathlib.Path) -> list[str]:

@@ -182,7 +182,9 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
         there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
-        missing = distributed.of_first_process([name not in there for name in evaluators])
+        done = workdir / "done.json"
+        is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
+        missing = distributed.of_first_process([name not in there and not is_done for name in evaluators])
         recorded = {(start, name) for name, is_missing in zip(evaluators, missing, strict=True) if not is_missing}
 
         def evaluate(step: int) -> None:
@@ -279,14 +281,14 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, float] | Non
                     with clock.on("images"), writer.paused():
                         for name, image in objective.visualize(state["params"], host_batch).items():
                             writer.image(step, name, image)
+            if step == config.train.steps:
+                evaluate(step)
             if step > start:
-                if step == config.train.steps:
-                    evaluate(step)
                 save(step)
             checkpoints.wait()
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
-                (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
+                storage.write_whole(done, json.dumps({"steps": step, "seconds": seconds}).encode())
     if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to resume", flush=True)
         return None

@@ -72,7 +72,8 @@ def left(workdir: pathlib.Path) -> dict[str, Any]:
         "evals": [untimed(row) for row in metrics.read(workdir, "evals.jsonl")],
         "done": json.loads((workdir / "done.json").read_text())["steps"],
         "files": sorted(file.name for file in workdir.iterdir()),
-        "checkpoints": sorted(file.name for file in (workdir / "checkpoints").iterdir()),
+        "newest": step.name,  # others may differ: SIGTERM saves at once, and older ones are removed
+        "unfinished": [file.name for file in (workdir / "checkpoints").iterdir() if not file.name.isdigit()],
     }
 
 
@@ -97,7 +98,7 @@ def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
             names = [key for key in sorted({*whole, *other}) if whole.get(key) != other.get(key)]
             sentences.append(f"{part}: {len(names)} entries differ, among them {', '.join(names[:3])}")
         elif isinstance(whole, list):
-            missing, extra = ([x for x in a if x not in b][:3] for a, b in ((whole, other), (other, whole)))
+            missing, extra = ([x for x in a if x not in b][:1] for a, b in ((whole, other), (other, whole)))
             sentences.append(f"{part}: {len(other)} instead of {len(whole)}; missing {missing}; not expected {extra}")
         else:
             sentences.append(f"{part}: {other} instead of {whole}")

@@ -330,7 +330,7 @@ def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(r
 
 
 @pytest.mark.parametrize("name", ["header.json", "index/sizes_ends.npy", "blocks/000000.array_record"])
-def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capsys, name):
+def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capfd, name):
     records = tmp_path / "records"
     write_random_records(records, 48)
     write_random_records(records / "test", 16)
@@ -344,7 +344,7 @@ def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_
     assert [row["step"] for row in metrics.read(tmp_path / "text", "evals.jsonl")] == [2]
     (records / "test").rename(away)
     train(tiny("text", **changes), tmp_path / "without")
-    assert "no held-out loss" in capsys.readouterr().out and (tmp_path / "without" / "done.json").exists()
+    assert "no held-out loss" in capfd.readouterr().out and (tmp_path / "without" / "done.json").exists()
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):
