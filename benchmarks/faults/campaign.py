@@ -31,6 +31,7 @@ class Campaign:
         self.results: dict[int, Row] = {row["number"]: row for row in map(json.loads, lines)}
         self.whole: dict[int, dict[str, Any]] = {}
         self.runs = len(list((output / "runs").glob("run*")))
+        self._newest: Run | None = None
         self._began, self._before = time.monotonic(), len(self.results)
 
     def run(self) -> bool:
@@ -48,8 +49,8 @@ class Campaign:
                         run = self._meet(point, run)
                 run = self._finish(run)
         finally:
-            if run is not None and run.launch is not None:
-                run.launch.end()
+            if self._newest is not None and self._newest.launch is not None:
+                self._newest.launch.end()
             self.places.close()
         self.write_report()
         return not any(row["result"] == "failure" for row in self.results.values())
@@ -57,7 +58,9 @@ class Campaign:
     def _new_run(self, place: str, processes: int) -> Run:
         self.runs += 1
         folder = self.output / "runs" / f"run{self.runs:03d}"
-        return Run(self.places, place, processes, folder, self.whole.get(processes, {}).get("seconds", {}))
+        seconds = self.whole.get(processes, {}).get("seconds", {})
+        self._newest = Run(self.places, place, processes, folder, seconds)
+        return self._newest
 
     def _measure(self, processes: int) -> None:
         """Trains once without faults, unless an earlier campaign has.
