@@ -166,22 +166,9 @@ def free_port() -> int:
 
 def write_random_records(path: pathlib.Path, count: int = 96) -> None:
     """Records of scenes with random keep masks and codes: nothing in them depends on a trained model."""
-    from unimm_jax import text_tokenizer
-    from unimm_jax.data.outlines import flatten
-    from unimm_jax.data.records import RecordWriter
-    from unimm_jax.data.sources import open_source
+    from benchmarks.faults.records import write_records
 
-    sources = f"scenes:count={count}"
-    source, rng = open_source(sources, "train"), np.random.default_rng(0)
-    records = [source[i] for i in range(count)]
-    words = text_tokenizer.train(sorted({text for record in records for text in flatten(record)[0]}), TEXT_VOCAB)
-    keep = rng.random((count, 1, 16)) < 0.3
-    keep[..., 0] = True
-    codes = rng.integers(0, TINY["model.image_tokenizer.codes"], keep.shape)
-    writer = RecordWriter(path, words, dict(fingerprint="random", sources=sources, places=count))
-    writer.write(0, [(0, *item) for item in zip(records, keep, codes, strict=True)])
-    shapes = dict(num_patches=16, codes=TINY["model.image_tokenizer.codes"], image_size=64)
-    writer.close(1, shapes | dict(positions="grid", selection="argmax"))
+    write_records(path, count, words=TEXT_VOCAB)
 
 
 def with_records(stage: str, run: pathlib.Path, **changes: Any) -> Config:

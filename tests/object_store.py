@@ -1,7 +1,8 @@
 """An object store for tests: the parts of Google Cloud Storage's JSON API that gcsfs and TensorStore use, in memory.
 
-python tests/object_store.py PORT
+python tests/object_store.py PORT [FILE]
 
+With FILE, every change is appended to it before it is confirmed, and a new server continues with what is in it.
 With POST /faults and {"share": 0.05, "seed": 0}, so large a share of the requests fails: 429, 503, or a cut body.
 "seconds" delays every request; "forbid" answers requests with 403 whose URL contains this text. The answer has the
 numbers of requests so far, and of those that failed.
@@ -13,6 +14,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import pickle
 import random
 import re
 import sys
@@ -27,15 +29,38 @@ class Store:
     def __init__(self):
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
         self.generations, self.numbers = itertools.count(1), itertools.count(1)
-        self.faults, self.failed = (0.0, random.Random(0)), 0
+        self.faults, self.failed, self.journal = (0.0, random.Random(0)), 0, None
         self.requests, self.seconds, self.forbid = 0, 0.0, ""
+
+    def open_journal(self, path):
+        """Reads the changes of an earlier server, and appends those of this one."""
+        self.journal = open(path, "a+b")
+        self.journal.seek(0)
+        end = 0
+        try:
+            while True:
+                table, key, value = pickle.load(self.journal)
+                vars(self)[table].pop(key, None) if value is None else vars(self)[table].update({key: value})
+                end = self.journal.tell()
+        except (EOFError, pickle.UnpicklingError):  # the end, or a change that a kill cut off
+            self.journal.truncate(end)
+        self.generations = itertools.count(1 + max((g for g, _ in self.objects.values()), default=0))
+        self.numbers = itertools.count(1 + max(map(int, self.uploads), default=0))
+
+    def change(self, table, key, value):
+        """Sets or, with None, removes an entry of `objects` or `uploads`."""
+        with self.lock:
+            if self.journal:
+                pickle.dump((table, key, value), self.journal)
+                self.journal.flush()
+            vars(self)[table].pop(key, None) if value is None else vars(self)[table].update({key: value})
 
     def put(self, bucket, name, content, wanted):
         with self.lock:
             now = self.objects.get((bucket, name), (0, b""))[0]
             if wanted is not None and int(wanted) != now:
                 return None
-            self.objects[bucket, name] = (next(self.generations), content)
+            self.change("objects", (bucket, name), (next(self.generations), content))
             return self.about(bucket, name)
 
     def about(self, bucket, name):
@@ -155,7 +180,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return 404, {"error": {"code": 404, "message": f"No such object: {bucket}/{name}"}}
             if wanted is not None and int(wanted) != found[0]:
                 return 412, {"error": {"code": 412, "message": "generation differs"}}
-            del STORE.objects[bucket, name]
+            STORE.change("objects", (bucket, name), None)
         return 204, None
 
     def list(self, bucket):
@@ -187,7 +212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.upload_part(bucket, key)
         if kind == "resumable":
             key, about = str(next(STORE.numbers)), json.loads(self.body or b"{}")
-            STORE.uploads[key] = [about.get("name") or self.query["name"], b"", wanted]
+            STORE.change("uploads", key, (about.get("name") or self.query["name"], b"", wanted))
             place = f"http://{self.headers['Host']}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={key}"
             return self.reply(200, {}, [("Location", place)])
         if kind == "multipart":
@@ -218,7 +243,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = content[: int(asked[1])] + self.body
         elif not asked:
             content = self.body
-        STORE.uploads[key][1] = content
+        STORE.change("uploads", key, (name, content, wanted))
         if asked and (asked[3] == "*" or len(content) < int(asked[3])):
             held = [("Range", f"bytes=0-{len(content) - 1}")] if content else []
             return self.reply(308, {}, held)
@@ -253,4 +278,6 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        STORE.open_journal(sys.argv[2])
     Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

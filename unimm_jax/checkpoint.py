@@ -14,6 +14,7 @@ import logging
 import math
 import pathlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -102,6 +103,9 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True, in_flight_gib: int = 0):
         self.root = storage.absolute(storage.path(workdir)) / "checkpoints"
         self.use_previous = use_previous
+        if jax.process_index() == 0 and not storage.is_remote(self.root):
+            for folder in self.root.glob("*.orbax-checkpoint-tmp"):  # an interrupted save; it takes space
+                shutil.rmtree(folder)
         # One more than asked for: until its digests are written, a new step does not count.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep + 1, enable_async_checkpointing=True)
         handlers = None
@@ -209,10 +213,16 @@ class Checkpoints:
         return _rename_keys(found, renames.forward), meta
 
     def close(self) -> None:
-        """Waits for the last save and lets go."""
-        self.wait()
-        self._manager.close()
-        self._thread.shutdown()
+        """Waits for the last save and lets go, also if that save failed: threads that still write end before this does.
+
+        Raises:
+          Exception: the error of the save, if it failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            self._thread.shutdown()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,16 @@ def gather(data: bytes) -> list[bytes]:
     padded = np.frombuffer(data.ljust(int(sizes.max()), b" "), np.uint8)
     found = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:size].tobytes() for row, size in zip(found, sizes.tolist(), strict=True)]
+
+
+def of_first_process(answers: Sequence[bool]) -> list[bool]:
+    """The answers of process 0 to yes-or-no questions, in every process. Each process asks as many questions."""
+    if jax.process_count() == 1:
+        return list(answers)
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.broadcast_one_to_all(np.array(answers, np.int32))
+    return [bool(x) for x in np.asarray(found)]
 
 
 @contextlib.contextmanager

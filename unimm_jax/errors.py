@@ -20,6 +20,10 @@ class EmptySplitError(DataError):
     """A source has no records in the split that was asked for."""
 
 
+class DamagedRecordsError(DataError):
+    """Files of records are missing or damaged. Evaluations do not take it for records without a held-out split."""
+
+
 class InvalidRecordError(DataError):
     """One record of a source is unusable. Readers skip and count such records."""
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -52,15 +53,13 @@ class Writer:
         self._last = (start, time.perf_counter())
         self.folder = storage.path(workdir)
         if active:
-            import tensorboardX
-
             files = ("metrics.jsonl", "evals.jsonl")
             self._spool = storage.Spool(self.folder, files)
             self.folder = self._spool.folder
             for file in files:
                 _drop_after(self.folder / file, start)
             self._lines = open(self.folder / "metrics.jsonl", "a", buffering=1)
-            self._board = tensorboardX.SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = _Board(self.folder / "tensorboard")
             self._wandb = open_wandb(self.folder) if open_wandb else None
 
     def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
@@ -80,8 +79,7 @@ class Writer:
             row[name if name == "mfu" else f"{name}_per_second"] = amount / max(seconds, 1e-9)
         if self.active:
             self._lines.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in row.items()}) + "\n")
-            for key, value in row.items():
-                self._board.add_scalar(key, value, step)
+            self._board.scalars(step, row)
             if self._wandb:
                 self._wandb.scalars(step, row)
             left = (self.steps - step) * seconds
@@ -101,10 +99,10 @@ class Writer:
             return
         with open(self.folder / "evals.jsonl", "a") as lines:
             lines.write(json.dumps({"step": step, "eval": name} | {k: round(v, 6) for k, v in found.items()}) + "\n")
-        for key, value in found.items():
-            self._board.add_scalar(f"{name}/{key}", value, step)
+        named = {f"{name}/{key}": value for key, value in found.items()}
+        self._board.scalars(step, named)
         if self._wandb:
-            self._wandb.scalars(step, {f"{name}/{key}": value for key, value in found.items()})
+            self._wandb.scalars(step, named)
         for key, image in result.images.items():
             self.image(step, f"{name}_{key}", image)
         named = {k.removesuffix("/overall"): v for k, v in found.items() if "/" not in k or k.endswith("/overall")}
@@ -128,7 +126,7 @@ class Writer:
             return
         from PIL import Image
 
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.image(step, name, image)
         if self._wandb:
             self._wandb.image(step, name, image)
         folder = self.folder / "images"
@@ -148,6 +146,43 @@ class Writer:
             if self._wandb:
                 self._wandb.close()
             self._spool.close()
+
+
+class _Board:
+    """TensorBoard events, written by the thread that logs them.
+
+    The thread of `tensorboardX.SummaryWriter` ends when the disk is full; the training loop would then wait for it.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes values by name."""
+        from tensorboardX import summary
+
+        for name, value in values.items():
+            self._write(step, summary.scalar(name, value))
+        self._events.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [H, W, 3]."""
+        from tensorboardX import summary
+
+        self._write(step, summary.image(name, image, dataformats="HWC"))
+        self._events.flush()
+
+    def _write(self, step: int, content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,17 +308,23 @@ class Clock:
 
 
 def _drop_after(file: pathlib.Path, step: int) -> None:
-    """Removes lines that an interrupted run wrote after the step from which the run resumes."""
+    """Cuts off the lines that an interrupted run wrote after the step from which the run resumes.
+
+    A line that a kill cut off ends the file, too. The file is shortened in place, so that a kill or a full disk at this
+    moment loses no line.
+    """
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # a line cut off by a kill
-            continue
-    file.write_text("".join(line + "\n" for line in kept))
+    kept = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            kept += len(line)
+    os.truncate(file, kept)
 
 
 def read(workdir: str | pathlib.Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 `prepare()` runs before the first import of JAX. `run()` wraps what a command does.
 """
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -10,8 +11,10 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from unimm_jax import __version__, storage
 from unimm_jax.errors import StorageError, UserError
@@ -31,6 +34,7 @@ _DISK_ERRORS = {
     errno.ELOOP: "a symbolic link points to itself",
 }
 _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
+LEAVE_SECONDS = 10  # how long a process that stops waits for the others to do so
 
 
 def prepare(keep_memory: bool = True) -> None:
@@ -102,19 +106,46 @@ def run(command: Callable[[], None]) -> None:
     except UserError as error:
         if os.environ.get("UNIMM_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        _stop(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
     except Exception as error:
-        if (reason := _disk_failure(error)) is not None:
-            sys.exit(f"error: {reason}")
-        if (reason := _store_failure(error)) is not None:
-            sys.exit(f"error: {reason}")
+        if (reason := explain(error)) is not None:
+            _stop(f"error: {reason}")
         if (reason := _lost_process(error)) is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # a normal exit would wait for the other processes
         traceback.print_exc()
-        sys.exit("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
+        _stop("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
+
+
+def _stop(message: str) -> NoReturn:
+    """Prints a message and exits with status 1.
+
+    One of several processes waits until the others stop, too, but not for long. A normal exit would wait for a minute
+    and be aborted by JAX, and the others, which wait for this process, would not hear of it until then.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+
+    def leave() -> None:
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(LEAVE_SECONDS)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that a user can fix: a `UserError`, a disk, an object store; None for other errors."""
+    if isinstance(error, UserError):
+        return str(error)
+    return _disk_failure(error) or _store_failure(error)
 
 
 def _disk_failure(error: BaseException) -> str | None:

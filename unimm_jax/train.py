@@ -18,7 +18,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unimm_jax import distributed, evals, legacy, memory, objectives, optim, resolve, sharding, storage, wandb_run
+from unimm_jax import (
+    distributed,
+    evals,
+    legacy,
+    memory,
+    objectives,
+    optim,
+    process,
+    resolve,
+    sharding,
+    storage,
+    wandb_run,
+)
 from unimm_jax.checkpoint import Checkpoints, init_from, read_meta, refuse_s3
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
@@ -185,8 +197,11 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
         profiler = Profiler(writer.folder / "profile", start, config.train.profile_start, traced)
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
-        recorded = {(row["step"], row["eval"]) for row in read(workdir, "evals.jsonl")}
-        catches_up = start > 0 and jax.process_count() == 1
+        there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
+        done = workdir / "done.json"
+        is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
+        missing = distributed.of_first_process([name not in there and not is_done for name in evaluators])
+        recorded = {(start, name) for name, is_missing in zip(evaluators, missing, strict=True) if not is_missing}
 
         def evaluate(step: int) -> None:
             due = [n for n, (entry, _) in evaluators.items() if _is_due(entry["every"], step, config.train.steps)]
@@ -201,8 +216,10 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                         result = evaluators[name][1].run(context)
                         writer.evaluation(step, name, result)
                         card.evaluated(name, evaluators[name][0], result.settings)
-                    except Exception:  # training does not stop for an evaluation
-                        if jax.process_count() > 1:  # the other processes would wait for this one
+                    except Exception as error:  # training does not stop for a bug in an evaluation
+                        if jax.process_count() > 1:  # the others may have evaluated: they neither wait nor save
+                            raise
+                        if process.explain(error) is not None:  # a missing file: it is evaluated after the restart
                             save(step)
                             raise
                         logging.exception("%s: the evaluation %s failed; training continues", config.name, name)
@@ -241,7 +258,7 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             step, stopped = start, False
             end = config.train.steps if first_steps is None else min(first_steps, config.train.steps)
             while step < end and not stopped:
-                if step > start or catches_up:
+                if step > 0:
                     evaluate(step)
                 if step > start:
                     if step % config.train.checkpoint_every == 0:
@@ -290,15 +307,15 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             if first_steps is not None:
                 card.write()
                 return last
+            if step == config.train.steps:
+                evaluate(step)
             if step > start:
-                if step == config.train.steps:
-                    evaluate(step)
                 save(step)
             checkpoints.wait()
             card.finish(read(writer.folder))
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
-                (workdir / "done.json").write_text(json.dumps({"steps": step, "seconds": seconds}))
+                storage.write_whole(done, json.dumps({"steps": step, "seconds": seconds}).encode())
     if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to resume", flush=True)
         return None

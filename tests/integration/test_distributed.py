@@ -1,6 +1,7 @@
 """Several processes on loopback, as hosts of a pod would be: same losses, same data, one end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def start(command, processes, env=None):
     address = f"127.0.0.1:{free_port()}"
     found = []
     for index in range(processes):
-        mine = os.environ | {
+        mine = {name: value for name, value in os.environ.items() if name != "UNIMM_TRACEBACK"} | {
             "XLA_FLAGS": xla_flags(DEVICES // processes),
             "JAX_PLATFORMS": "cpu",
             "JAX_COORDINATOR_ADDRESS": address,
@@ -123,6 +124,19 @@ def test_sigterm_on_one_process_stops_all_at_one_step(run, tmp_path):
         assert {name: step[name] for name in whole} == whole
 
 
+@pytest.mark.slow
+def test_processes_make_up_an_evaluation_that_a_stop_skipped(run, tmp_path):
+    """As if two processes were stopped right after step 20, which is evaluated."""
+    root, changes = place(run, tmp_path / "root"), dict(evals__held_out__every=10, train__steps=30)
+    finish(launch("stage3", root / "x", 2, **changes))
+    rows = metrics.read(root / "x", "evals.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    shutil.rmtree(root / "x" / "checkpoints" / "30")
+    (root / "x" / "evals.jsonl").write_text("")
+    finish(launch("stage3", root / "x", 2, **changes))
+    assert metrics.read(root / "x", "evals.jsonl") == rows[1:]
+
+
 def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_path):
     """As on hosts whose disks are not shared: each has its own copies of the earlier stages, too."""
     address, processes = f"127.0.0.1:{free_port()}", []
@@ -163,6 +177,19 @@ def test_a_process_that_is_killed_ends_the_others_with_a_message(run, tmp_path):
     assert time.monotonic() - began < 60
     assert processes[0].returncode == 1 and "error: another process of this run has ended" in said, said[-2000:]
     processes[1].wait()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_cannot_be_written_ends_all_with_a_message(run, tmp_path):
+    """Only the first process writes; the other one does not take part in a save."""
+    root = place(run, tmp_path / "root")
+    processes = launch("stage3", root / "x", 2, train__steps=100_000, evals__held_out__every=300, **LM)
+    next(line for line in processes[0].stdout if "/100000" in line)
+    (root / "x" / "evals.jsonl").mkdir()
+    said = [process.communicate(timeout=240)[0] for process in processes]
+    assert processes[0].returncode == 1 and processes[1].returncode in (1, -signal.SIGABRT), said
+    assert "error: " in said[0] and "there is a directory where a file is needed" in said[0]
+    assert "Traceback (most recent call last)" not in said[0] + said[1]
 
 
 def test_a_start_without_the_others_explains_itself(tmp_path):

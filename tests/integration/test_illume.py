@@ -216,7 +216,8 @@ def test_settings_that_do_not_fit_slices_are_refused(sliced, tmp_path):
     with pytest.raises(ConfigError, match="patch_merge 3 does not divide 4 patches"):
         tiny("stage3", VARIANT, model__unified__patch_merge=3, model__unified__max_image_tokens=1)
     shutil.copytree(sliced / "records", tmp_path / "records")
-    (tmp_path / "records/index/sizes.npy").unlink()
+    for name in ("sizes", "sizes_ends"):
+        (tmp_path / f"records/index/{name}.npy").unlink()
     config = tiny("stage3", VARIANT, data__records=str(tmp_path / "records"), **SLICED)
     with pytest.raises(DataError, match="do not say how large their images are"):
         opened(config)

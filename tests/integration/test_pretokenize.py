@@ -216,6 +216,14 @@ def test_damaged_records_are_one_sentence(run, tmp_path):
             Records(tmp_path / "records")
 
 
+@pytest.mark.parametrize("name", ["index/sizes_ends.npy", "index/kept.npy", "blocks/000000.array_record"])
+def test_a_missing_file_of_records_is_named(run, tmp_path, name):
+    shutil.copytree(run / "records", tmp_path / "records")
+    (tmp_path / "records" / name).unlink()
+    with pytest.raises(DataError, match=name.split("/")[-1]):
+        Records(tmp_path / "records")[0]
+
+
 def test_finished_records_of_images_that_changed_are_refused(run, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

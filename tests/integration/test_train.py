@@ -1,3 +1,4 @@
+import errno
 import json
 import random
 import signal
@@ -7,12 +8,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records
+from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records, write_random_records
 
 from unimm_jax import checkpoint, metrics
 from unimm_jax.compile import hardware
 from unimm_jax.data.plan import Plan
-from unimm_jax.errors import CheckpointError, NonFiniteLossError
+from unimm_jax.errors import CheckpointError, DamagedRecordsError, DataError, NonFiniteLossError
 from unimm_jax.train import train
 
 
@@ -221,6 +222,54 @@ def test_clocks_count_what_they_say(tmp_path):
     writer.close()
 
 
+def test_lines_after_the_checkpoint_are_cut_off_without_writing(tmp_path, monkeypatch):
+    """On a full disk, or if the process is killed at this moment, no earlier line is lost."""
+    file = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(1, 6))
+    file.write_text(lines + '{"step": 6, "lo')
+    monkeypatch.setattr(type(file), "write_text", None)
+    for step, kept in ((9, 5), (3, 3), (3, 3)):
+        metrics.Writer(tmp_path, "x", 10, step).close()
+        assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, kept + 1))
+    file.write_bytes(lines[:-1].encode())  # the last line lacks its end
+    metrics.Writer(tmp_path, "x", 10, 9).close()
+    assert file.read_text() == "".join(lines.splitlines(keepends=True)[:4])
+
+
+def test_events_are_written_and_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    from tensorboardX import record_writer
+    from tensorboardX.proto.event_pb2 import Event
+
+    writer = metrics.Writer(tmp_path, "x", 10, 0)
+    writer.scalars(3, {"loss": 1.5}, {"examples": 2.0})
+    writer.image(3, "drawn", np.zeros((4, 4, 3), np.uint8))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []  # written at once, without close
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    values = {value.tag: value for event in events for value in event.summary.value if event.step == 3}
+    assert values["loss"].simple_value == 1.5 and values["drawn"].image.width == 4
+    writer.close()
+
+    class Full:
+        """A file on a full disk."""
+
+        def write(self, data):
+            pass
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: Full())
+    (tmp_path / "full").mkdir()
+    writer = metrics.Writer(tmp_path / "full", "x", 10, 0)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(20):
+            writer.scalars(step, {"loss": 1.5}, {"examples": 2.0})
+
+
 def test_own_data_that_changed_under_the_same_names_is_refused(tmp_path):
     from PIL import Image
 
@@ -255,6 +304,47 @@ def test_an_evaluation_that_fails_does_not_end_the_run(run, tmp_path, monkeypatc
     train(tiny("selector"), tmp_path / "selector")
     assert "the evaluation held_out failed; training continues" in caplog.text and "out of memory" in caplog.text
     assert json.loads((tmp_path / "selector" / "done.json").read_text())["steps"] == STEPS
+
+
+@pytest.mark.parametrize("error", [DataError("a block is missing"), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(run, tmp_path, monkeypatch, error):
+    from unimm_jax.evals.heldout_loss import HeldOutLoss
+
+    whole, calls = HeldOutLoss.run, []
+
+    def fail_once(self, context):
+        calls.append(context.step)
+        if len(calls) == 2:
+            raise error
+        return whole(self, context)
+
+    link(run, tmp_path, "encoder")
+    monkeypatch.setattr(HeldOutLoss, "run", fail_once)
+    config = tiny("selector", train__steps=16, evals__held_out__every=4)
+    with pytest.raises(type(error)):
+        train(config, tmp_path / "selector")
+    assert checkpoint.find(tmp_path / "selector").name == "8"
+    train(config, tmp_path / "selector")
+    assert calls == [4, 8, 8, 12, 16]
+    assert [row["step"] for row in metrics.read(tmp_path / "selector", "evals.jsonl")] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("name", ["header.json", "index/sizes_ends.npy", "blocks/000000.array_record"])
+def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capfd, name):
+    records = tmp_path / "records"
+    write_random_records(records, 48)
+    write_random_records(records / "test", 16)
+    changes = dict(data__records=str(records), train__steps=2, init_from=())
+    file, away = records / "test" / name, tmp_path / "away"
+    file.rename(away)
+    with pytest.raises(DamagedRecordsError, match=file.name):
+        train(tiny("text", **changes), tmp_path / "text")
+    away.rename(file)
+    train(tiny("text", **changes), tmp_path / "text")
+    assert [row["step"] for row in metrics.read(tmp_path / "text", "evals.jsonl")] == [2]
+    (records / "test").rename(away)
+    train(tiny("text", **changes), tmp_path / "without")
+    assert "no held-out loss" in capfd.readouterr().out and (tmp_path / "without" / "done.json").exists()
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,26 @@ def saved(tmp_path):
         checkpoints.save(step, _state(step), META | {"step": step})
     checkpoints.close()
     return tmp_path
+
+
+def test_what_an_interrupted_save_left_is_removed(saved):
+    left = saved / "checkpoints" / "2.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)
+    (left / "part").write_bytes(bytes(100))
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.newest() == 3
+    checkpoints.close()
+    assert all(folder.name.isdigit() for folder in (saved / "checkpoints").iterdir())
+
+
+def test_a_save_that_failed_is_an_error_once_and_leaves_no_thread(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "write_digests", lambda step: (_ for _ in ()).throw(OSError("full")))
+    checkpoints.save(1, _state(), META | {"step": 1})
+    with pytest.raises(OSError, match="full"):
+        checkpoints.close()
+    assert not [thread for thread in threading.enumerate() if "save" in thread.name]
+    assert checkpoints._thread._shutdown
 
 
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path):

@@ -1,8 +1,12 @@
 """Settings of a process and how errors are reported."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
 
 import pytest
 from helpers import ROOT
@@ -74,3 +78,25 @@ def test_the_version_is_printed(capsys):
     from unimm_jax import __version__
 
     assert capsys.readouterr().out == f"unimm_jax {__version__}\n"
+
+
+def test_one_of_several_processes_does_not_wait_long_for_the_others(monkeypatch, capsys):
+    """JAX would wait for a minute and then abort the process."""
+
+    def never(*args):
+        threading.Event().wait()
+
+    distributed = types.SimpleNamespace(is_initialized=lambda: True, shutdown=never)
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(distributed=distributed))
+    monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
+    monkeypatch.setattr(process, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(f"status {status}")))
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/metrics.jsonl")
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="status 1"):
+        process.run(full)
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().err == "error: /disk/metrics.jsonl: No space left on device; free some space\n"

@@ -23,7 +23,7 @@ from unimm_jax.data import slices, transforms
 from unimm_jax.data.outlines import Outline, Record, flatten, outline
 from unimm_jax.data.remote_blocks import RemoteBlocks
 from unimm_jax.data.sources.base import CACHE_BYTES
-from unimm_jax.errors import DataError
+from unimm_jax.errors import DamagedRecordsError, DataError, EmptySplitError
 from unimm_jax.text_tokenizer import TextTokenizer
 
 FORMAT = 2  # of the records
@@ -186,7 +186,8 @@ class Records:
         codes, width and height of each image. has_sizes: False for records of an earlier version, without `sizes`.
 
     Raises (constructor):
-      DataError: the directory holds no finished records, or their files are damaged or of another version.
+      DataError: the directory holds no finished records. DamagedRecordsError: files are missing, damaged or of another
+        version.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -198,7 +199,7 @@ class Records:
             self.text_tokenizer = TextTokenizer(self.header["text_tokenizer"])
             index = self._index()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
+            raise DamagedRecordsError(
                 f"the records in {path} are damaged ({error}); write them again with python -m unimm_jax.pretokenize"
             ) from None
         self.source: np.ndarray = index["source"]
@@ -224,7 +225,9 @@ class Records:
         if (self.path / "index.npz").exists():
             return legacy.record_index(dict(np.load(storage.local_file(self.path / "index.npz"))))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
-        names = [name for name in names if (self.path / "index" / f"{name}.npy").exists() or "sizes" not in name]
+        later = ("sizes", "sizes_ends")  # not in records of an earlier version
+        if not any((self.path / "index" / f"{name}.npy").exists() for name in later):
+            names = [name for name in names if name not in later]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
         files = {name: storage.local_file(self.path / "index" / f"{name}.npy") for name in names}
         return {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
@@ -234,9 +237,15 @@ class Records:
         """Opens the records of split "train" or "test"; the test split is in the subdirectory `test`.
 
         Raises:
-          DataError: see the class.
+          EmptySplitError: there are no records of split "test". DataError: see the class.
         """
-        return cls(storage.path(path) / "test" if split == "test" else path)
+        if split == "test":
+            path = storage.path(path) / "test"
+            if not path.exists():
+                raise EmptySplitError(f"there are no held-out records: {path} does not exist")
+            if not (path / "header.json").exists():
+                raise DamagedRecordsError(f"{path / 'header.json'} is missing; restore it, or write the records again")
+        return cls(path)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -266,8 +275,13 @@ class Records:
             with contextlib.nullcontext() if storage.is_remote(self.path) else self._lock:
                 data = self._reader[index]
             item = legacy.record(msgpack.unpackb(data))
+        except FileNotFoundError as error:
+            raise DamagedRecordsError(
+                f"a block of the records in {self.path} is missing ({error}); restore it, or remove that directory "
+                "and write it again with python -m unimm_jax.pretokenize"
+            ) from None
         except (RuntimeError, ValueError) as error:
-            raise DataError(
+            raise DamagedRecordsError(
                 f"the blocks of the records in {self.path} are damaged ({str(error).strip().splitlines()[0]}); "
                 "remove that directory and write it again with python -m unimm_jax.pretokenize"
             ) from None

@@ -9,7 +9,7 @@ import numpy as np
 
 from unimm_jax import sharding
 from unimm_jax.config import ranged
-from unimm_jax.errors import DataError
+from unimm_jax.errors import DamagedRecordsError, DataError
 from unimm_jax.evals.base import Context, Evaluator, Options, Result
 from unimm_jax.objectives.base import Aux, Tree
 
@@ -62,6 +62,8 @@ class HeldOutLoss(Evaluator):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changed))
         try:
             data = type(context.objective).open_input(config, context.text_tokenizer, "test")
+        except DamagedRecordsError:
+            raise
         except DataError as error:
             if jax.process_count() > 1:
                 raise  # the other processes would wait for this one
