@@ -1,5 +1,6 @@
 """Tiny stages for tests: the laptop configs, shrunk until a step takes milliseconds."""
 
+import io
 import json
 import os
 import pathlib
@@ -252,3 +253,28 @@ def write_drawings(folder: pathlib.Path, records: int = 12, **settings: Any) -> 
     identity = dict(records=stored.header["contents"], settings=dict(samples=wanted.samples, seed=wanted.seed))
     draw_blocks(FakePainter(), stored, chosen, folder, wanted, identity, SAMPLED)
     return Drawings(folder), stored
+
+
+def write_tfds(root, items):
+    """Writes a TFDS data set "made" of (encoded image, caption) under a directory; its builder."""
+    import tensorflow_datasets as tfds
+
+    items = list(items)
+
+    class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # several tests of a process write one
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, (image, caption) in enumerate(items):
+                yield i, {"image": io.BytesIO(image), "caption": caption}
+
+    builder = Made(data_dir=str(root), file_format="array_record")
+    builder.download_and_prepare()
+    return builder

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import faults, put
+from helpers import faults, put, write_tfds
 
 from unimm_jax import storage
 from unimm_jax.data import pipeline, sources
@@ -38,26 +38,6 @@ def write_parquet(file, numbers):
     file.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": PNG[i], "path": f"{i}.png"} for i in numbers]
     pq.write_table(pa.table({"image": images, "text": [CAPTIONS[i] for i in numbers]}), file, row_group_size=2)
-
-
-def write_tfds(root):
-    import tensorflow_datasets as tfds
-
-    class Made(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(COUNT):
-                yield i, {"image": io.BytesIO(PNG[i]), "caption": CAPTIONS[i]}
-
-    Made(data_dir=str(root), file_format="array_record").download_and_prepare()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +70,7 @@ def data(tmp_path_factory):
     annotations = [{"id": i, "image_id": i, "caption": c} for i, c in enumerate(CAPTIONS)]
     images = [{"id": i, "file_name": n} for i, n in enumerate(names)]
     (root / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    write_tfds(root / "tfds")
+    write_tfds(root / "tfds", zip(PNG, CAPTIONS, strict=True))
     return root
 
 

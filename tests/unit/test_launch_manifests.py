@@ -56,14 +56,14 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host():
     }
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4} and container["image"] == "i:1"
-    assert container["command"] == ["bash", "-c", f"export A='b c' && {shlex.join(COMMAND)}"]
+    assert container["command"] == ["bash", "-c", f"export A='b c' && exec {shlex.join(COMMAND)}"]
 
 
 def test_an_xpk_command_has_the_command_as_one_word():
     words = shlex.split(render("xpk", "--type=v6e-16", "--slices=3", "--cluster=c", "--image=i:1", "--zone=us-east5-a"))
     assert words[:3] == ["xpk", "workload", "create"]
     assert {"--cluster=c", "--tpu-type=v6e-16", "--num-slices=3", "--zone=us-east5-a", "--docker-image=i:1"} < {*words}
-    assert words[-1] == f"--command={shlex.join(COMMAND)}"
+    assert words[-1] == f"--command=exec {shlex.join(COMMAND)}"
 
 
 def test_a_skypilot_task_runs_the_command_in_its_environment():

@@ -3,6 +3,7 @@ import logging
 
 import numpy as np
 import pytest
+from helpers import write_tfds
 from PIL import Image
 
 from unimm_jax.data import scenes, sources, transforms
@@ -144,25 +145,8 @@ def test_sources_are_checked_when_opened(tmp_path):
 
 
 def test_a_tfds_directory_reads_like_the_folder_it_was_made_from(folder, tmp_path_factory):
-    tfds = pytest.importorskip("tensorflow_datasets")
     good = [FolderSource(str(folder))[i] for i in range(2, 6)]
-
-    class Made(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i, record in enumerate(good):
-                yield i, {"image": io.BytesIO(record.images[0]), "caption": record.captions[0]}
-
-    builder = Made(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
-    builder.download_and_prepare()
+    builder = write_tfds(tmp_path_factory.mktemp("tfds"), [(r.images[0], r.captions[0]) for r in good])
     source = sources.open_source(str(builder.data_path), held_out=0.0)
     images = sources.DecodedDataset(source, 16)
     found = {images[i].record.captions[0]: images[i].pixels[0] for i in range(4)}
