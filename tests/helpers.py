@@ -132,6 +132,21 @@ def main_command(stage: str, workdir: pathlib.Path, **changes: Any) -> list[str]
     return [*command, *arguments(stage, **changes)]
 
 
+PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(words: list[str]) -> int:
+    """Runs a command, with the compiler's own settings: the bytes that it had resident at most."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout) * 1024
+
+
 def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     """Runs a command as a user would, without the tracebacks that tests ask for."""
     plain = {k: v for k, v in os.environ.items() if k != "UNIMM_TRACEBACK"} | env

@@ -13,7 +13,7 @@ from unimm_jax.data.pipeline import Input
 from unimm_jax.errors import OutOfMemoryError
 
 GIB = 2**30
-PROCESS = 1.2 * GIB  # Python, libraries, the compiler and its programs, readers of data; measured at size laptop
+PROCESS = 1.3 * GIB  # Python, libraries, the compiler and its programs, readers of data; measured at size laptop
 
 
 @dataclasses.dataclass(frozen=True)

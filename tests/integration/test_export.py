@@ -164,19 +164,20 @@ open(found, "w").write(json.dumps(out))
 """
 
 
-def test_beams_are_those_of_transformers(run, tmp_path):
-    """50 answers, token by token, with the lengths and the penalty of both libraries."""
+@pytest.mark.parametrize("count", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_beams_are_those_of_transformers(count, run, tmp_path):
+    """Answers, token by token, with the lengths and the penalty of both libraries: pytest -m slow -k beams for 50."""
     folder = changed(run, tmp_path, varied) / "stage3"
     export(str(folder), str(tmp_path / "out"))
-    images = np.stack([scenes.render(scenes.draw_scene(6, "test", i), 64) for i in range(50)])
-    questions = [scenes.draw_prompt(scenes.TASKS[i % 6], 6, i).text for i in range(50)]
+    images = np.stack([scenes.render(scenes.draw_scene(6, "test", i), 64) for i in range(count)])
+    questions = [scenes.draw_prompt(scenes.TASKS[i % 6], 6, i).text for i in range(count)]
     np.savez(tmp_path / "given.npz", images=images, questions=np.array(questions))
     kinds = [(1, 1.0, 0), (1, 1.0, 3), (2, 1.0, 0), (5, 0.0, 0), (5, 2.0, 3)]
     settings = [dict(num_beams=b, length_penalty=p, min_new_tokens=m) for b, p, m in kinds]
     arguments = [str(tmp_path / "out"), str(tmp_path / "given.npz"), json.dumps(settings), str(tmp_path / "found.json")]
     done = subprocess.run([sys.executable, "-c", BEAM_SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    g = Generator(load_model(folder), batch=25, answer_length=16)
+    g = Generator(load_model(folder), batch=min(count, 25), answer_length=16)
     documents = [tasks.question_prompt(text, g.task_settings) for text in questions]
     prompts = [Prompt(document, image[None]) for document, image in zip(documents, images, strict=True)]
     eos, seen, lengths = g.text_tokenizer.eos, [], set()

@@ -1,5 +1,6 @@
 """Stages that start from published weights, and imports in processes of their own."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,9 +11,9 @@ import numpy as np
 import peers
 import pytest
 from flax import nnx
-from helpers import tiny, xla_flags
+from helpers import main_command, peak_memory, tiny, xla_flags
 
-from unimm_jax import text_tokenizer
+from unimm_jax import environment, memory, text_tokenizer
 from unimm_jax.checkpoint import read_params
 from unimm_jax.data.records import Records
 from unimm_jax.errors import WeightMismatchError, WeightsFileError
@@ -58,32 +59,36 @@ def measured(kind, source, output):
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.slow
-def test_a_billion_parameters_come_in_and_go_out_within_their_memory(tmp_path):
-    """pytest -m slow tests/integration/test_init_from.py; Linux. TinyLLaMA's shape, bfloat16, sharded."""
+def write_billion(folder, rows):
+    """Writes a LLaMA of TinyLLaMA's shape with random values, bfloat16, sharded: (name → shape, bytes)."""
     config = dict(
         model_type="llama",
-        vocab_size=32000,
+        vocab_size=rows,
         hidden_size=2048,
         intermediate_size=5632,
         num_hidden_layers=22,
         num_attention_heads=32,
         num_key_value_heads=4,
     )
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(config))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
     shape = LanguageConfig(**llama.language_config(config))
-    abstract = nnx.eval_shape(lambda: LanguageModel(shape, 32000, 128, rngs=Keys(params=0)))
+    abstract = nnx.eval_shape(lambda: LanguageModel(shape, rows, 128, rngs=Keys(params=0)))
     shapes = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))}
-    table = llama.language(shape, 32000, 0, ours="")
-    wanted = foreign_shapes(table, shapes)
+    wanted = foreign_shapes(llama.language(shape, rows, 0, ours=""), shapes)
     rng = np.random.default_rng(0)
-    random = lambda s: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16)
+    random = lambda s: rng.standard_normal(s, np.float32).astype(ml_dtypes.bfloat16) * 0.02
     old, files.SHARD_BYTES = files.SHARD_BYTES, 2**30
-    list(write_safetensors(source, "model", wanted, ml_dtypes.bfloat16, ((n, random(s)) for n, s in wanted.items())))
+    list(write_safetensors(folder, "model", wanted, ml_dtypes.bfloat16, ((n, random(s)) for n, s in wanted.items())))
     files.SHARD_BYTES = old
-    size = sum(int(np.prod(s)) for s in wanted.values()) * 2
+    return wanted, sum(int(np.prod(s)) for s in wanted.values()) * 2
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_come_in_and_go_out_within_their_memory(tmp_path):
+    """pytest -m slow tests/integration/test_init_from.py; Linux. TinyLLaMA's shape, bfloat16, sharded."""
+    source = tmp_path / "source"
+    wanted, size = write_billion(source, 32000)
     assert size > 2.1e9 and len(list(source.glob("*.safetensors"))) > 1
     for kind, a, b in (("import", "source", "in"), ("export", "in", "out")):
         peak = measured(kind, str(tmp_path / a), str(tmp_path / b))
@@ -133,10 +138,14 @@ def published(run, tmp_path_factory):
     return peer, folder, rows
 
 
+FROZEN = dict(
+    optimizer__rules=(("language/(?!(embed|head)_visual).*", None), ("(?!language/).*|language/.*visual", 1.0))
+)
+
+
 def starting_from(run, *entries, **changes):
     """The config of stage 1 on the run's records that starts from other weights."""
-    rules = (("language/(?!(embed|head)_visual).*", None), ("(?!language/).*|language/.*visual", 1.0))
-    more = dict(init_from=entries, optimizer__rules=rules, train__steps=2, data__records=str(run / "records"))
+    more = FROZEN | dict(init_from=entries, train__steps=2, data__records=str(run / "records"))
     return tiny("stage1", **more | changes)
 
 
@@ -153,6 +162,23 @@ def test_a_stage_starts_from_published_files(run, published, tmp_path):
     # the new rows start like the text rows
     spread = params["language/embed_visual"][: 2 + 32].std() / params["language/embed_text"].std()
     assert 0.8 < spread < 1.25
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_stage_that_starts_from_a_billion_parameters_is_predicted(run, tmp_path):
+    """pytest -m slow tests/integration/test_init_from.py -k predicted; needs 12 GiB. It loads, trains a step, saves."""
+    rows = Records(run / "records").text_tokenizer.num_rows
+    write_billion(tmp_path / "published", rows)
+    shape = LanguageConfig(**llama.language_config(json.loads((tmp_path / "published" / "config.json").read_text())))
+    language = {f"model__language__{field.name}": getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    entry = dict(checkpoint=str(tmp_path / "published"), rename=[("language/", "language/")])
+    changes = language | dict(train__steps=1, evals={}, init_from=(entry,), data__records=str(run / "records"))
+    measured = peak_memory(main_command("stage1", tmp_path / "stage1", **FROZEN | changes))
+    config = tiny("stage1", **FROZEN | changes)
+    data, _ = environment.inputs(config, str(tmp_path / "stage1"))
+    predicted = memory.host_peak(config, data)
+    print(f"predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB")
+    assert abs(predicted / measured - 1) < 0.2
 
 
 def test_entries_that_do_not_fit_stop_before_training(run, published, tmp_path):

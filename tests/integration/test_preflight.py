@@ -2,13 +2,14 @@
 
 import collections
 import shutil
+import sys
 import time
 
 import jax
 import pytest
-from helpers import command, free_port, link, tiny
+from helpers import ROOT, command, free_port, link, peak_memory, tiny
 
-from unimm_jax import environment, process, tpu_hosts
+from unimm_jax import environment, memory, process, resolve, tpu_hosts
 from unimm_jax.checkpoint import find
 
 
@@ -105,8 +106,6 @@ def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
     _, config = workdir
     monkeypatch.setattr(environment, "_available", lambda: 1000)
     one(environment.host_memory(config, None), "host memory", "0.0 GiB are free")
-    from unimm_jax import resolve
-
     one(environment.device_memory(resolve.parse(resolve.load("stage2:7b"))), "device memory", "stage2:7b needs")
 
 
@@ -140,3 +139,18 @@ def test_the_command_prints_a_line_for_each_check_and_fails_for_a_blocker(run, t
     assert done.returncode == 1 and all(line.split()[0] in ("ok", "warning", "blocker") for line in lines)
     assert [line for line in lines if line.startswith("blocker  devices: ") and "not 16" in line]
     assert not done.stderr.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_the_peak_of_host_memory_is_predicted_within_a_fifth(stage, tmp_path):
+    """pytest -m slow tests/integration/test_preflight.py; needs a finished quickstart (bash launch/quickstart.sh)."""
+    before = ("encoder", "tokenizer", "pixel_decoder", "records", "text", "stage1", "stage2")
+    root = link(ROOT / "runs" / "quickstart", tmp_path, *before[: 6 if stage == "stage2" else 7])
+    settings = [f"--config.train.{name}" for name in ("steps=60", "log_every=20", "checkpoint_every=20")]
+    words = [sys.executable, "-m", "unimm_jax.main", f"--config={stage}:laptop", f"--workdir={root / stage}", *settings]
+    measured = peak_memory(words)
+    data, _ = environment.inputs(config := resolve.parse(resolve.load(f"{stage}:laptop")), str(root / stage))
+    predicted = memory.host_peak(config, data)
+    print(f"{stage}: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB")
+    assert abs(predicted / measured - 1) < 0.2

@@ -12,7 +12,7 @@ from helpers import ROOT
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_four_faults_change_nothing(tmp_path):
-    """pytest -m slow tests/integration/test_faults.py: a few minutes on two idle cores."""
+    """pytest -m slow tests/integration/test_fault_campaign.py: a few minutes on two idle cores."""
     line = [sys.executable, "-m", "benchmarks.faults", "--points=4", f"--output={tmp_path}", "--processes", "1", "2"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env)
