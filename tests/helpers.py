@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from typing import Any
 
@@ -140,9 +141,11 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak_memory(words: list[str]) -> int:
-    """Runs a command, with the compiler's own settings: the bytes that it had resident at most."""
+    """Runs a command, with the compiler's own settings and nothing compiled: the bytes that it had resident at most."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = subprocess.run([sys.executable, "-c", PEAK, *words], env=env, cwd=ROOT, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        env["JAX_COMPILATION_CACHE_DIR"] = folder
+        done = subprocess.run([sys.executable, "-c", PEAK, *words], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout) * 1024
 
