@@ -195,8 +195,7 @@ def _checkpoint(path: pathlib.Path) -> Finding:
 def device_memory(config: Config) -> Iterator[Finding]:
     """Whether parameters, gradients and optimizer state fit the devices; activations are not counted."""
     try:
-        memory.check_devices(config)
-        text = f"{memory.needs(config).checkpoint / GIB:.2f} GiB of parameters and optimizer state fit"
+        text = f"{memory.check_devices(config).checkpoint / GIB:.2f} GiB of parameters and optimizer state fit"
         yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot adds activations")
     except UserError as error:
         yield Finding(BLOCKER, "device memory", str(error))
@@ -205,7 +204,8 @@ def device_memory(config: Config) -> Iterator[Finding]:
 def host_memory(config: Config, data: Input | None) -> Iterator[Finding]:
     """Whether this process fits the memory of the host."""
     needed, free = memory.host_peak(config, data), _available()
-    text = f"about {needed / GIB:.1f} GiB at the peak, {free / GIB:.1f} GiB are free"
+    of = "" if data else " with a vocabulary of the published size"
+    text = f"about {needed / GIB:.1f} GiB at the peak{of}, {free / GIB:.1f} GiB are free"
     if needed > free:
         yield Finding(BLOCKER, "host memory", text, "end other programs, or use more hosts")
     else:

@@ -68,27 +68,28 @@ def needs(config: Config, data: Input | None = None, activations: bool = False) 
     return Needs(size + _bytes(frozen), size, max(saved - size, 0))
 
 
-def check_devices(config: Config) -> None:
-    """Compares the size of parameters, gradients and optimizer moments with the memory of all devices.
+def check_devices(config: Config) -> Needs:
+    """Compares the size of parameters, gradients and optimizer moments with the memory of all devices; gives the sizes.
 
     Needs no data and allocates nothing: vocabulary sizes are the published ones.
 
     Raises:
       OutOfMemoryError: they do not fit.
     """
-    needed = needs(config).step
+    found = needs(config)
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"
     else:
         there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    if needed > 0.9 * there:
+    if found.step > 0.9 * there:
         raise OutOfMemoryError(
-            f"{config.name} needs {needed / GIB:.0f} GiB for parameters, gradients and optimizer state, {what} has "
+            f"{config.name} needs {found.step / GIB:.0f} GiB for parameters, gradients and optimizer state, {what} has "
             f"{there / GIB:.0f} GiB: use the size laptop (--config=configs/{config.stage}.py:laptop) or one_gpu, "
             "or more devices"
         )
+    return found
 
 
 def host_peak(config: Config, data: Input | None = None) -> float:

@@ -86,15 +86,14 @@ class RunCard:
         return card
 
     def add(self, step: int, batch: Batch, rows: np.ndarray, metrics: dict[str, jax.Array]) -> None:
-        """Records a step if it is one of the first `STEPS`. Does not wait for its metrics.
+        """Records one of the first `STEPS` steps. Does not wait for its metrics.
 
         Args:
           step: number of the step, from 1.
           batch: the rows of this process. rows: their indices in the global batch.
           metrics: what the step returned, with its loss.
         """
-        if step <= STEPS:
-            self._pending.append((step, rows, digests.of_rows(self._data, batch), metrics))
+        self._pending.append((step, rows, digests.of_rows(self._data, batch), metrics))
 
     def write(self) -> None:
         """Writes the steps that were added since the last call, and waits for their metrics."""

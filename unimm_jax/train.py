@@ -273,7 +273,8 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                     state, metrics = stage.step(state, batch)
                     window.add(metrics)
                 step += 1
-                card.add(step, host_batch, share(rows), metrics)
+                if step <= STEPS:
+                    card.add(step, host_batch, share(rows), metrics)
                 watchdog.beat()
                 stopped = stop(step)
                 if step == start + 1:
