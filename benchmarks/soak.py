@@ -78,7 +78,7 @@ def sample(pid: int) -> dict[str, float]:
     found = {"memory": 0.0, "files": 0.0, "threads": 0.0}
     for each in tree(pid):
         status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{each}/status").read_text().splitlines())
-        found["memory"] += int(status["RssAnon"].split()[0]) / 1024
+        found["memory"] += int(status.get("RssAnon", "0").split()[0]) / 1024  # a process that just ended has none
         found["threads"] += int(status["Threads"])
         found["files"] += len(os.listdir(f"/proc/{each}/fd"))
     return found

@@ -16,7 +16,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -368,16 +368,17 @@ def read_params(path: str | pathlib.Path, shardings: dict[str, Any] | None = Non
 
 
 def init_from(
-    params: Tree,
-    shardings: Tree,
+    abstract: Tree,
+    init: Callable[[Collection[str]], dict[str, jax.Array]],
     entries: Sequence[dict[str, Any]],
     workdir: str | pathlib.Path,
     open_weights: Callable[[pathlib.Path, dict[str, Any]], Any] = lambda path, entry: Stored(path),
 ) -> Tree:
-    """Overwrites parameters with those of other checkpoints or of published weights.
+    """Parameters from other checkpoints or published weights; those that no entry gives are initialized.
 
     Args:
-      params: freshly initialized parameters.
+      abstract: shapes, dtypes and shardings of all parameters (`jax.ShapeDtypeStruct`).
+      init: paths → path and initialized array of each. Parameters that are read are never initialized.
       entries: each {checkpoint, rename: [(regex, replacement)], optional: regex}. A source path that matches a rename
         is read under its new name; others are not read. Relative checkpoints start at the workdir. Position embeddings
         of an encoder with another image size are interpolated.
@@ -387,7 +388,7 @@ def init_from(
       WeightMismatchError: a renamed parameter that this model lacks, another shape, or a rename that matches nothing;
         all of them at once, before anything is read.
     """
-    flat, targets_of = dict(flatten(params)), dict(flatten(shardings))
+    targets_of = dict(flatten(abstract))
     problems: list[str] = []
     plan: list[tuple[Any, dict[str, list[str]]]] = []
     for entry in entries:
@@ -398,13 +399,13 @@ def init_from(
             hits = [name for name in source.shapes if re.match(pattern, name)]
             for name in hits:
                 target = re.sub(pattern, replacement, name, count=1)
-                if target not in flat:
+                if target not in targets_of:
                     if not re.fullmatch(entry.get("optional") or "(?!)", target):
                         problems.append(f"{target} (from {name} of {path}) is not in this model")
-                elif flat[target].shape != source.shapes[name] and not can_resize(
-                    target, source.shapes[name], flat[target].shape
+                elif targets_of[target].shape != source.shapes[name] and not can_resize(
+                    target, source.shapes[name], targets_of[target].shape
                 ):
-                    problems.append(f"{target} is {flat[target].shape} here and {source.shapes[name]} in {path}")
+                    problems.append(f"{target} is {targets_of[target].shape} here and {source.shapes[name]} in {path}")
                 else:
                     moves.setdefault(name, []).append(target)
             if not hits:
@@ -412,10 +413,13 @@ def init_from(
         plan.append((source, moves))
     if problems:
         raise WeightMismatchError("config.init_from:\n  " + "\n  ".join(problems))
+    given = {target for _, moves in plan for targets in moves.values() for target in targets}
+    found = init(targets_of.keys() - given)
     for source, moves in plan:
-        for name, value in source.read({name: targets_of[targets[0]] for name, targets in moves.items()}):
+        for name, value in source.read({name: targets_of[targets[0]].sharding for name, targets in moves.items()}):
             for target in moves[name]:
-                if value.shape != flat[target].shape:  # another image size
-                    value = resize_positions(jnp.asarray(value, jnp.float32), len(flat[target]))
-                flat[target] = jax.device_put(value.astype(flat[target].dtype), targets_of[target])
-    return unflatten(flat)
+                like = targets_of[target]
+                if value.shape != like.shape:  # another image size
+                    value = resize_positions(jnp.asarray(value, jnp.float32), like.shape[0])
+                found[target] = jax.device_put(value.astype(like.dtype), like.sharding)
+    return unflatten(found)

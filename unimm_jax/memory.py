@@ -95,16 +95,15 @@ def check_devices(config: Config) -> Needs:
 def host_peak(config: Config, data: Input | None = None) -> float:
     """Estimated peak of this process's memory, in bytes, while it loads, trains and saves.
 
-    On a CPU the state, the gradients and the activations are in host memory. Random initialization takes twice the
-    parameters, and those of `config.init_from` are read beside it. A save copies the state. On an accelerator only this
-    host's share of a checkpoint is in host memory, while it is saved; parameters are loaded one at a time.
+    On a CPU the state, the gradients and the activations are in host memory. Parameters take twice their size while
+    they are initialized, or read and cast. A save copies the state. On an accelerator only this host's share of a
+    checkpoint is in host memory, while it is saved; parameters are loaded one at a time.
     """
     share = len(jax.local_devices()) / len(jax.devices())
     if jax.default_backend() != "cpu":
         return PROCESS + share * needs(config, data).checkpoint
     found = needs(config, data, activations=True)
-    load = (3 if config.init_from else 2) * found.params
-    return PROCESS + share * max(load, found.step, 2 * found.checkpoint)
+    return PROCESS + share * max(found.step, 2 * found.checkpoint)
 
 
 def _bytes(tree: Any) -> int:

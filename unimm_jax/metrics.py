@@ -277,11 +277,18 @@ class Profiler:
 
 
 class Clock:
-    """Where a loop's time goes: seconds spent on named things other than steps."""
+    """Where a loop's time goes: seconds spent on named things other than steps.
+
+    Attributes:
+      whole: what → seconds in this process. before: those of earlier processes of the run.
+      prepared: seconds before the loop, which `goodput` leaves out.
+    """
 
     def __init__(self) -> None:
         self.began = self._read = time.perf_counter()
         self.whole: dict[str, float] = {}
+        self.before: dict[str, float] = {}
+        self.prepared = 0.0
         self._since: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -295,6 +302,11 @@ class Clock:
                 spent = time.perf_counter() - start
                 self.whole[what] = self.whole.get(what, 0.0) + spent
                 self._since[what] = self._since.get(what, 0.0) + spent
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by what they were spent on, those before the loop and those of earlier processes included."""
+        now = self.whole | {"prepare": self.whole.get("prepare", 0.0) + self.prepared}
+        return {name: round(self.before.get(name, 0.0) + now.get(name, 0.0), 2) for name in self.before | now}
 
     def read(self) -> dict[str, float]:
         """`input_stall`: share of the time since the last call in which devices were idle because the next batch was

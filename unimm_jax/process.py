@@ -101,6 +101,7 @@ def run(command: Callable[[], None]) -> None:
 
     UNIMM_TRACEBACK=1 keeps the traceback of user errors, too.
     """
+    logging.getLogger("absl").addFilter(_shorten_explained())
     try:
         command()
     except UserError as error:
@@ -117,6 +118,24 @@ def run(command: Callable[[], None]) -> None:
             os._exit(1)  # a normal exit would wait for the other processes
         traceback.print_exc()
         _stop("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
+
+
+def _shorten_explained() -> Callable[[logging.LogRecord], bool]:
+    """A filter for Orbax's threads, which all log a traceback if a write fails: one line for an error that `explain`
+    knows, once."""
+    said = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        reason = explain(error) if error is not None and not os.environ.get("UNIMM_TRACEBACK") else None
+        if reason is None:
+            return True
+        record.msg, record.args, record.exc_info = reason, (), None
+        is_repeated = reason in said
+        said.add(reason)
+        return not is_repeated
+
+    return is_new
 
 
 def _stop(message: str) -> NoReturn:
@@ -155,9 +174,10 @@ def _disk_failure(error: BaseException) -> str | None:
         if isinstance(seen, OSError) and seen.errno in _DISK_ERRORS:
             where = f"{seen.filename}: " if seen.filename else ""
             return f"{where}{seen.strerror}; {_DISK_ERRORS[seen.errno]}"
-        line = next((line for line in str(seen).splitlines() if any(word in line for word in _DISK_WORDS)), None)
-        if line is not None:
-            return f"{line.strip()[:300]}; free space or give a directory that can be written"
+        for line in str(seen).splitlines():
+            if word := next((word for word in _DISK_WORDS if word in line), None):
+                shown = line.strip() if len(line) <= 300 else f"{line.strip()[:240]} ...: {word}"
+                return f"{shown}; free space or give a directory that can be written"
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -11,7 +11,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -167,14 +167,14 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             state, meta = checkpoints.restore(newest, stage.state)
             _check_same_data(meta["data"], data.header, workdir, newest)
             batches.set_state(json.loads(meta["iterator"]))
-            seconds_before = meta["seconds"]
+            seconds_before, clock.before = meta["seconds"], meta.get("spent", {})
             window.restore(meta.get("window", {"sums": {}, "steps": 0}), shardings["step"])
             if jax.process_index() == 0:
                 print(f"{config.name}: resumes from step {newest}", flush=True)
         else:
-            params = jax.jit(stage.init, out_shardings=shardings["params"])(jax.random.key(config.seed))
             open_weights = functools.partial(importer.open_weights, config=config, vocabulary=data.vocabulary)
-            params = init_from(params, shardings["params"], config.init_from, workdir, open_weights)
+            init = functools.partial(_init, stage, config.seed)
+            params = init_from(stage.state["params"], init, config.init_from, workdir, open_weights)
             params = objective.prepare(params, (sharding.put_batch(batch, mesh, size) for batch in open_batches()))
             opt = jax.jit(stage.init_optimizer, out_shardings=shardings["opt"])(params)
             zero = jax.device_put(jnp.asarray(0, jnp.int32), shardings["step"])
@@ -241,11 +241,13 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                 "step": step,
                 "window": window.save(),
                 "seconds": seconds_before + time.perf_counter() - began,
+                "spent": clock.totals(),
             }
             writer.flush()  # before the checkpoint, so that it has the lines of every step up to it
             checkpoints.save(step, state, meta)
 
         loop_began, compile_seconds = time.perf_counter(), 0.0
+        clock.prepared = loop_began - began
         watchdog = distributed.Watchdog(config.train.watchdog)
         closing = contextlib.closing
         with (
@@ -266,7 +268,7 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                         with clock.on("checkpoint"):
                             save(step)
                 # while devices still work on earlier steps, waiting for a batch costs nothing
-                with clock.on("input" if metrics else "start", counts=functools.partial(_done, metrics)):
+                with clock.on("input" if metrics else "prepare", counts=functools.partial(_done, metrics)):
                     host_batch, rows = next(batches), data.size(step, multiple)
                 batch = sharding.put_batch(host_batch, mesh, rows)
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -279,7 +281,8 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                 stopped = stop(step)
                 if step == start + 1:
                     jax.block_until_ready(state["step"])
-                    compile_seconds = clock.whole["compile"] = time.perf_counter() - loop_began
+                    compile_seconds = time.perf_counter() - loop_began
+                    clock.whole["compile"] = compile_seconds - sum(clock.whole.values())
                     writer.count_from(step)
                     clock.read()
                 if step % config.train.log_every == 0 or step == config.train.steps:
@@ -316,7 +319,8 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             card.finish(read(writer.folder))
             if step == config.train.steps and jax.process_index() == 0:
                 seconds = round(seconds_before + time.perf_counter() - began, 1)
-                storage.write_whole(done, json.dumps({"steps": step, "seconds": seconds}).encode())
+                ended = {"steps": step, "seconds": seconds, "spent": clock.totals()}
+                storage.write_whole(done, json.dumps(ended).encode())
     if stopped:
         print(f"{config.name}: stopped by SIGTERM, saved step {step}; run the same command again to resume", flush=True)
         return None
@@ -329,6 +333,16 @@ def _done(arrays: dict[str, Any]) -> bool:
 
 def _is_due(every: int, step: int, steps: int) -> bool:
     return step == steps or bool(every and step % every == 0)
+
+
+def _init(stage: Stage, seed: int, paths: Collection[str]) -> dict[str, jax.Array]:
+    """Some of the initialized parameters, by path. The compiler removes what only the others need."""
+    where = {path: leaf.sharding for path, leaf in sharding.flatten(stage.state["params"]) if path in paths}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        return {path: x for path, x in sharding.flatten(stage.init(key)) if path in paths}
+
+    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
 def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -100,6 +100,10 @@ def test_the_report_builds_without_a_unet(evaluated):
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     seconds = json.loads((root / "scores.json").read_text())["seconds"]
     assert "unet_decoder" not in seconds and {"encoder", "records", "stage3", "evaluation"} <= set(seconds)
+    times = {name: re.search(rf"<tr><td>{name}</td>(.*?)</tr>", page)[1] for name in ("stage3", "records")}
+    spent = [int(cell) for cell in re.findall(r'<td class="n">(\d+)</td>', times["stage3"])]
+    assert len(spent) == 1 + len(report_page.SPENT) and abs(spent[0] - sum(spent[1:])) <= 4
+    assert len(re.findall(r'<td class="n">\d', times["records"])) == 1
 
 
 def test_the_report_names_what_is_missing(tmp_path):

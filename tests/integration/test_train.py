@@ -121,7 +121,11 @@ def test_a_run_says_and_writes_what_it_does(run):
     assert {"text_ce", "code_ce", "fill", "examples_per_step"} <= metrics.read(run / "stage3")[-1].keys()
     assert (run / "tokenizer" / "images" / "kept_patches.png").exists()
     assert list((run / "tokenizer" / "tensorboard").iterdir())
-    assert json.loads((run / "stage3" / "done.json").read_text())["steps"] == STEPS
+    done = json.loads((run / "stage3" / "done.json").read_text())
+    assert done["steps"] == STEPS
+    assert {"prepare", "compile", "evaluation", "checkpoint", "images"} <= done["spent"].keys()
+    assert min(done["spent"]["prepare"], done["spent"]["compile"]) > 0.1
+    assert sum(done["spent"].values()) <= done["seconds"] + 0.1
 
 
 def test_frozen_parameters_stay(run):

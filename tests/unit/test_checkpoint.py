@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unimm_jax import checkpoint
+from unimm_jax import checkpoint, sharding
 from unimm_jax.checkpoint import Checkpoints
 from unimm_jax.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
 
@@ -146,14 +146,22 @@ def test_a_rewritten_digest_list_does_not_pass(saved):
 
 
 def test_weights_from_another_stage_fail_by_name(saved):
-    params = {"x": {"kernel": jnp.zeros((64, 48))}, "y": jnp.zeros(300)}
-    shardings = jax.tree.map(lambda x: x.sharding, params)
+    params = {"x": {"kernel": jnp.zeros((64, 48))}, "y": jnp.zeros(300), "z": jnp.ones(2)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    initialized = []
+
+    def init(paths):
+        initialized.append(set(paths))
+        return {path: x for path, x in sharding.flatten(params) if path in paths}
+
     entry = dict(checkpoint=".", rename=[("a/", "x/"), ("b$", "y")])
-    found = checkpoint.init_from(params, shardings, [entry], saved)
+    found = checkpoint.init_from(abstract, init, [entry], saved)
     assert np.array_equal(found["x"]["kernel"], _state(3.0)["params"]["a"]["kernel"])
+    assert np.array_equal(found["z"], params["z"])
+    assert initialized == [{"z"}]  # only what is not read
     with pytest.raises(WeightMismatchError) as error:
         wrong = [("a/", "z/"), ("b$", "x/kernel"), ("c", "d")]
-        checkpoint.init_from(params, shardings, [dict(checkpoint=".", rename=wrong)], saved)
+        checkpoint.init_from(abstract, init, [dict(checkpoint=".", rename=wrong)], saved)
     message = str(error.value)
     assert "z/kernel" in message and "(64, 48)" in message and "'c' matches no parameter" in message
 

@@ -45,11 +45,52 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_collectives_in_loops_count_once_per_iteration():
     found = count_collectives(PROGRAM)
-    assert found["all-gather"] == Collective(32, 32 * 64 * 8 * 2)  # both parts of one channel are one
-    assert found["reduce-scatter"] == Collective(32, 32 * 64 * 32 * 2)
-    assert found["collective-permute"] == Collective(32, 32 * 40)
-    assert found["all-reduce"] == Collective(1, 4)
+    gathered, scattered, passed = 32 * 64 * 8 * 2, 32 * 64 * 32 * 2, 32 * 40
+    assert found["all-gather"] == Collective(32, gathered, gathered)  # both parts of one channel are one
+    assert found["reduce-scatter"] == Collective(32, scattered, scattered)
+    assert found["collective-permute"] == Collective(32, passed, passed)
+    assert found["all-reduce"] == Collective(1, 4, 8)
     assert found["all-to-all"] == Collective()
+
+
+WINDOWED = """\
+%cond (state: (bf16[4,8], u32[], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %state = (bf16[4,8]{1,0}, /*index=1*/u32[], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%state), index=1
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (state: (bf16[4,8], u32[], u32[])) -> (bf16[4,8], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %i = u32[] get-tuple-element(%state), index=1
+  %one = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%x), channel_id=5
+  %other = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) collective-permute-start(%y), channel_id=6
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %t = (bf16[4,8]{1,0}, /*index=1*/u32[], u32[]) tuple(%z, /*index=1*/%next, %i), metadata={op_name="x"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %loop = (bf16[4,8]{1,0}, u32[], u32[]) while(%t), condition=%cond, body=%body, metadata={op_name="x"}
+}
+"""
+
+
+def test_loops_of_windowed_products_advance_by_two_and_note_no_count():
+    assert count_collectives(WINDOWED)["collective-permute"] == Collective(8, 8 * 64, 8 * 64)
+
+
+@pytest.mark.parametrize(
+    "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}"]
+)
+def test_what_a_chip_sends_depends_on_how_many_take_part(groups):
+    def sent(operation):
+        program = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %x = {operation}(%a), replica_groups={groups}, x=y\n}}\n"
+        return next(found.sent for found in count_collectives(program).values() if found.runs)
+
+    assert sent("f32[100]{0} all-gather") == 300  # three quarters of 400 bytes come from others
+    assert sent("f32[25]{0} reduce-scatter") == 300
+    assert sent("f32[100]{0} all-reduce") == 600
 
 
 # ---- Config and mesh -------------------------------------------------------------------------------------------------
@@ -57,7 +98,7 @@ def test_collectives_in_loops_count_once_per_iteration():
 
 def test_the_mesh_is_that_of_training():
     """The rule for an empty mesh; docs/performance.md lists the results."""
-    shapes = {(16, 1): (1, 16, 1), (64, 1): (1, 64, 1), (256, 1): (4, 64, 1), (32, 2): (2, 16, 1), (4, 1): (1, 4, 1)}
+    shapes = {(16, 1): (1, 16, 1), (64, 1): (2, 32, 1), (256, 1): (8, 32, 1), (32, 2): (2, 16, 1), (4, 1): (1, 4, 1)}
     for (devices, slices), shape in shapes.items():
         assert sharding.mesh_shape((), devices, slices) == shape
 
@@ -151,7 +192,7 @@ def report(rows=1, peak=50, arguments=6, memory=100, **changes):
 
 
 def test_bounds_follow_from_the_figures_of_the_chip():
-    found = report(collectives={"all-gather": Collective(1, 4), "all-reduce": Collective(1, 2)})
+    found = report(collectives={"all-gather": Collective(1, 4, 4), "all-reduce": Collective(1, 1, 2)})
     assert found.bounds == {"compute": 1.0, "memory": 3.0, "links": 3.0} and found.max_mfu == 1 / 3
     fields = found.as_dict()
     assert fields["fits"] and fields["peak_bytes"] == 50 and fields["hbm_bytes"] == 100 and fields["model_flops"] == 20

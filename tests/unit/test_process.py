@@ -100,3 +100,27 @@ def test_one_of_several_processes_does_not_wait_long_for_the_others(monkeypatch,
         process.run(full)
     assert time.monotonic() - began < 5
     assert capsys.readouterr().err == "error: /disk/metrics.jsonl: No space left on device; free some space\n"
+
+
+def test_threads_log_a_failed_write_once_in_one_line(monkeypatch, caplog):
+    """Orbax's threads log tracebacks."""
+    from absl import logging as absl_logging
+
+    monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
+
+    def log(error):
+        try:
+            raise error
+        except type(error):
+            absl_logging.exception("thread 3: %s", error)
+
+    def command():
+        for _ in range(2):
+            log(OSError(errno.ENOSPC, "No space left on device", "/disk/x"))
+        log(KeyError("a bug"))
+
+    process.run(command)
+    full, bug = caplog.records
+    assert (full.getMessage(), full.exc_info) == ("/disk/x: No space left on device; free some space", None)
+    assert bug.getMessage() == "thread 3: 'a bug'"
+    assert bug.exc_info

@@ -51,11 +51,11 @@ class Report:
     @property
     def bounds(self) -> dict[str, float]:
         """Lower bounds on the seconds of a step: by compute, by HBM (`passes` times the arguments), by the links."""
-        moved = sum(c.bytes for c in self.collectives.values())
+        sent = sum(c.sent for c in self.collectives.values())
         return {
             "compute": self.model_flops / self.chips / self.chip.flops,
             "memory": self.passes * self.arguments / self.chip.bandwidth,
-            "links": moved / self.chip.link,
+            "links": sent / self.chip.link,
         }
 
     @property
@@ -90,7 +90,7 @@ class Report:
         ]
         for kind, c in self.collectives.items():
             if c.runs:
-                found.append(f"  {kind:18} {c.runs:5} per step {c.bytes / GIB:8.2f} GiB")
+                found.append(f"  {kind:18} {c.runs:5} per step {c.bytes / GIB:8.2f} GiB, sends {c.sent / GIB:.2f} GiB")
         found.append(f"  model operations   {self.model_flops / 1e15:.2f} PFLOP per step")
         bounds = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in self.bounds.items())
         found.append(f"  lower bounds of a step: {bounds}; MFU at most {self.max_mfu:.0%}")

@@ -13,11 +13,14 @@ class Collective:
     """All collectives of one kind in a step on one chip.
 
     Attributes:
-      runs: number of executions. bytes: size of all results.
+      runs: number of executions. bytes: size of all results; of reduce-scatter, of what is summed.
+      sent: bytes that a chip sends at least. In a group of n chips, gathering or scattering N bytes sends
+        (n - 1) / n · N, and summing N bytes on every chip twice as much.
     """
 
     runs: int = 0
     bytes: int = 0
+    sent: float = 0.0
 
 
 def count_collectives(program: str) -> dict[str, Collective]:
@@ -37,11 +40,15 @@ def count_collectives(program: str) -> dict[str, Collective]:
             if op and not (channel and channel[0] in seen):
                 seen.update([channel[0]] if channel else [])
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else op[2]
+                size = times * _result_bytes(op[1], op[3] is not None)
+                if kind == "reduce-scatter" and op[2] == kind:
+                    size *= _group_size(line)
                 found[kind].runs += times
-                found[kind].bytes += times * _result_bytes(op[1], op[3] is not None)
+                found[kind].bytes += size
+                found[kind].sent += size * _sent_share(kind, _group_size(line))
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
-                visit(loop[2], times * _trip_count(line, bodies.get(loop[1], [])))
+                visit(loop[2], times * _trip_count(line, bodies.get(loop[1], []), bodies.get(loop[2], [])))
             for called in re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line):
                 if " while(" not in line and not op:
                     visit(called, times)
@@ -65,11 +72,47 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _trip_count(loop: str, condition: list[str]) -> int:
-    """Iterations of a loop: the count that the compiler notes, else the bound in the condition."""
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
-    bounds = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))]
-    return int(noted[1]) if noted else max(bounds, default=1)
+def _trip_count(loop: str, condition: list[str], body: list[str]) -> int:
+    """Iterations of a loop: the count that the compiler notes, else that of a counter from 0 with a constant bound."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
+        return int(noted[1])
+    text = "\n".join(condition)
+    bounds = [int(n) for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)]
+    if not bounds:
+        return 1
+    counter = re.search(r" get-tuple-element\(.*\), index=(\d+)", text)
+    step = _step(body, int(counter[1])) if counter else 1
+    return math.ceil(max(bounds) / step)
+
+
+def _step(body: list[str], index: int) -> int:
+    """By how much a loop's body increases an element of its state. Some windowed products take two steps at a time."""
+    text = "\n".join(body)
+    state = re.search(r"ROOT .* tuple\((.*?)\)", text)
+    if not state:
+        return 1
+    element = re.sub(r"/\*.*?\*/", "", state[1]).split(",")[index].strip()
+    added = re.search(rf"{re.escape(element)} = \S+ add\((\S+), (\S+)\)", text)
+    constants = [re.search(rf"{re.escape(x)} = \S+ constant\((\d+)\)", text) for x in (added.groups() if added else ())]
+    return next((int(c[1]) for c in constants if c), 1)
+
+
+def _group_size(line: str) -> int:
+    """Number of chips that take part in a collective together; 0 if the line does not tell, as for permutes."""
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(groups[1].split(","))
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(groups[1])
+    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(axis.split("=") for axis in groups[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
+    return 0
+
+
+def _sent_share(kind: str, chips: int) -> float:
+    """See `Collective.sent`."""
+    share = (chips - 1) / chips if chips else 1.0
+    return 2 * share if kind == "all-reduce" else share
 
 
 def _result_bytes(result: str, is_start: bool) -> int:

@@ -26,6 +26,10 @@ STAGES = (
 # directories with the answers to own questions → title
 ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SPENT = {  # what training spends time on → color
+    "steps": "#2457c5", "prepare": "#8a94a3", "compile": "#d9622b", "input": "#b3261e", "evaluation": "#0a7d36",
+    "checkpoint": "#7a4fb5", "images": "#c9a227",
+}  # fmt: skip
 TRAINING_COLOR, HELD_OUT_COLOR = "#2457c5", "#d9622b"
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;max-width:1080px;margin:2rem auto;padding:0 1rem;background:#fff}
@@ -75,7 +79,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     for where, name in ((folder / "answers", "Answers"), *((run / key, name) for key, name in ANSWERS.items())):
         if (where / "examples.json").exists():
             parts += [f"<h1>{name}</h1>", *evaluation_images(where)]
-    parts += [*curves(run), *time_table(scores["seconds"]), versions(), commands(run)]
+    parts += [*curves(run), *time_table(scores["seconds"], spent_of(run)), versions(), commands(run)]
     page = run / "report.html"
     page.write_text("\n".join(parts))
     return page, scores
@@ -85,6 +89,13 @@ def seconds_of(run: pathlib.Path) -> dict[str, float]:
     """Wall seconds of each finished stage."""
     files = {stage: run / stage / "done.json" for stage in STAGES}
     return {stage: json.loads(file.read_text())["seconds"] for stage, file in files.items() if file.exists()}
+
+
+def spent_of(run: pathlib.Path) -> dict[str, dict[str, float]]:
+    """What each finished training stage spent its time on other than steps, in seconds."""
+    files = {stage: run / stage / "done.json" for stage in STAGES}
+    found = {stage: json.loads(file.read_text()).get("spent", {}) for stage, file in files.items() if file.exists()}
+    return {stage: spent for stage, spent in found.items() if spent}
 
 
 def introduction(scores: dict[str, Any]) -> str:
@@ -391,15 +402,31 @@ def curve(name: str, training: Points, held_out: Points) -> str:
     return f'<svg width="{width}" height="{height}">{"".join(parts)}</svg>'
 
 
-def time_table(seconds: dict[str, float]) -> list[str]:
-    """Seconds per stage, with bars."""
+def time_table(seconds: dict[str, float], spent: dict[str, dict[str, float]]) -> list[str]:
+    """Seconds per stage, with bars.
+
+    Args:
+      spent: training stage → what → seconds other than on steps.
+    """
     longest, rows = max(seconds.values()), []
     for stage, value in seconds.items():
-        bar = f'<span class="bar" style="width:{200 * value / longest:.0f}px"></span>'
-        rows.append(f'<tr><td>{stage}</td><td class="n">{value:.0f}</td><td>{bar}</td></tr>')
-    rows.append(f'<tr><th>all</th><th class="n">{sum(seconds.values()):.0f}</th><th></th></tr>')
-    head = '<tr><th>stage</th><th class="n">seconds</th><th></th></tr>'
-    return ["<h2>Time</h2>", f"<table>{head}{''.join(rows)}</table>"]
+        parts = {what: spent[stage].get(what, 0.0) for what in SPENT if what != "steps"} if stage in spent else {}
+        parts = {"steps": value - sum(parts.values())} | parts if parts else {}
+        bars = [(SPENT[what], part) for what, part in parts.items()] or [("#c3c9d1", value)]
+        bar = "".join(
+            f'<span class="bar" style="width:{250 * part / longest:.1f}px;background:{color}"></span>'
+            for color, part in bars
+        )
+        cells = "".join(f'<td class="n">{parts[what]:.0f}</td>' if parts else "<td></td>" for what in SPENT)
+        rows.append(f'<tr><td>{stage}</td><td class="n">{value:.0f}</td>{cells}<td>{bar}</td></tr>')
+    names = "".join(f'<th class="n" style="color:{color}">{what}</th>' for what, color in SPENT.items())
+    head = f'<tr><th>stage</th><th class="n">seconds</th>{names}<th></th></tr>'
+    rows.append(f'<tr><th>all</th><th class="n">{sum(seconds.values()):.0f}</th></tr>')
+    note = (
+        '<p class="note">Seconds of each stage, and what training spent them on. "prepare" opens the data and makes or '
+        'reads the parameters, "compile" is that of the train step, "input" waits for batches.</p>'
+    )
+    return ["<h2>Time</h2>", f"<table>{head}{''.join(rows)}</table>", note]
 
 
 def versions() -> str:

@@ -12,6 +12,7 @@ opens with AutoModelForCausalLM. Parameters have the names of unimm_jax's tree.
 """
 
 import importlib
+import inspect
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
 
 from .denoiser_unimm import LatentDecoder, UNet, alphas
 from .image_tokenizer_unimm import NEG_INF, ImageTokenizer, Merger, PixelDecoder, ViT, unpatchify
@@ -48,6 +49,10 @@ class UniMM(nn.Module):
         self.encoder = ViT(m["encoder"])
         config: Any = language.config
         d: int = config.hidden_size
+        # older versions of transformers have the second name
+        self.cache_argument = (
+            "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
+        )
         self.has_merger = m["unified"]["connector"] == "merger"
         if self.has_merger:
             self.merger = Merger(width, m["image_tokenizer"])
@@ -248,15 +253,15 @@ class UniMM(nn.Module):
         streams = [prompt]
         if guidance != 1:
             streams.append(self.embed([s["start"]]) if free is None else free)
-        caches: list[Any] = [None] * len(streams)
+        config: Any = self.language.config
+        caches = [DynamicCache(config=config) for _ in streams]
         ids: list[int] = []
         position = -1
         for _ in range(s["max_image_tokens"] * (2 if s["num_position_ids"] else 1) + 1):
             logp = []
             for i, stream in enumerate(streams):
-                x = stream if caches[i] is None else self.embed(ids[-1:])
-                out = self.language(inputs_embeds=x, past_key_values=caches[i], use_cache=True)
-                caches[i] = out.past_key_values
+                x = self.embed(ids[-1:]) if ids else stream
+                out = self.language(inputs_embeds=x, use_cache=True, **{self.cache_argument: caches[i]})
                 logp.append(out.logits[0, -1].float().log_softmax(-1))
             score = logp[0] if guidance == 1 else logp[1] + guidance * (logp[0] - logp[1])
             score = torch.where(self.legal(ids, position).to(score.device), score, NEG_INF)

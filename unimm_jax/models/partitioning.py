@@ -82,8 +82,13 @@ def _gathered_fwd(w: jax.Array, axes: Axes, dtype: Any) -> tuple[jax.Array, jax.
 
 
 def _gathered_bwd(axes: Axes, dtype: Any, like: jax.Array, dw: jax.Array) -> tuple[jax.Array]:
-    mesh = _mesh()
-    return (jax.lax.with_sharding_constraint(dw, spec(dw.shape, axes, mesh.shape, STORED)).astype(like.dtype),)
+    sharded = spec(dw.shape, axes, _mesh().shape, STORED)
+    # The axis of the shards comes first while they are summed. Along the last axis of a weight, libtpu turns a
+    # reduce-scatter into shards of 128 columns into an all-reduce.
+    axis = next((i for i, along in enumerate(sharded) if along == "fsdp"), 0)
+    first = P(sharded[axis], *sharded[:axis], *sharded[axis + 1 :])
+    dw = jax.lax.with_sharding_constraint(jnp.moveaxis(dw, axis, 0), first)
+    return (jnp.moveaxis(dw, 0, axis).astype(like.dtype),)
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
