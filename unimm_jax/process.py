@@ -121,13 +121,15 @@ def run(command: Callable[[], None]) -> None:
 
 
 def _shorten_explained() -> Callable[[logging.LogRecord], bool]:
-    """A filter for Orbax's threads, which all log a traceback if a write fails: one line for an error that `explain`
-    knows, once."""
+    """A filter for Orbax's threads, which all log a traceback if a write fails or another process ends: one line for
+    an error that `run` would explain, once."""
     said = set()
 
     def is_new(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        reason = explain(error) if error is not None and not os.environ.get("UNIMM_TRACEBACK") else None
+        if error is None or os.environ.get("UNIMM_TRACEBACK"):
+            return True
+        reason = explain(error) or _lost_process(error)
         if reason is None:
             return True
         record.msg, record.args, record.exc_info = reason, (), None
@@ -193,7 +195,7 @@ def _store_failure(error: BaseException) -> str | None:
     return None
 
 
-def _lost_process(error: Exception) -> str | None:
+def _lost_process(error: BaseException) -> str | None:
     """One line when another process of a run ended; None for other errors."""
     jax = sys.modules.get("jax")
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:

@@ -19,7 +19,7 @@ from unimm_jax.evals.runner import evaluate
 from unimm_jax.inference.generator import Generator, Prompt
 from unimm_jax.inference.loading import load_model, stage_config
 from unimm_jax.inference.pretokenization import pretokenize
-from unimm_jax.inference.sampling import Sampling
+from unimm_jax.inference.sampling import GREEDY, Sampling
 from unimm_jax.interop.exporter import export
 from unimm_jax.models.vit import resize_positions
 from unimm_jax.sharding import flatten
@@ -197,6 +197,19 @@ def test_the_exported_model_reads_the_same_slices(sliced, tmp_path):
     assert np.array(placed)[~read].tolist() == tokens[0][valid[0]][~read].tolist()
     assert model.describe(images, "what is it?") == g.generate_text(pixels, ["what is it?"] * 4)
     assert len(processor(images)["pixel_values"]) == 4
+    # prompts for images
+    found = model.compose_image_tokens([[image, "and a circle"] for image in images], temperature=0)
+    wanted = g.continue_with_image([g.image_prompt_of([image, "and a circle"]) for image in pixels], GREEDY)
+    assert found == [row[: len(ids)].tolist() for ids, row in zip(found, wanted, strict=True)]
+    turns = [["make it red", "remove it"]] * 4
+    edited = model.edit(images, turns, guidance=2.0, temperature=0)
+    ours = g.edit_images(pixels, turns, dataclasses.replace(GREEDY, guidance=2.0))
+    for a, b in zip(edited, ours, strict=True):
+        assert np.abs(a.numpy().astype(int) - b.astype(int)).max() <= 1
+    assert model.compose_image_tokens([[pixels[1], "and a circle"]], temperature=0) == found[1:2]
+    assert [len(image.views) for image in model.seen(images)] == [10, 1, 7, 6]
+    model.processor.max_slices = 0  # the comparison above depends on the slices
+    assert (model.edit(images, turns, guidance=2.0, temperature=0)[0] != edited[0]).any()
 
 
 def test_small_objects_are_scored_with_and_without_slices(sliced, stages):

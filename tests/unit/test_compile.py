@@ -81,7 +81,13 @@ def test_loops_of_windowed_products_advance_by_two_and_note_no_count():
 
 
 @pytest.mark.parametrize(
-    "groups", ["{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}"]
+    "groups",
+    [
+        "{{0,1,2,3},{4,5,6,7}}",
+        "[2,4]<=[8]",
+        "mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1','axis_2'}",
+        "mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}",
+    ],
 )
 def test_what_a_chip_sends_depends_on_how_many_take_part(groups):
     def sent(operation):

@@ -119,8 +119,16 @@ def test_threads_log_a_failed_write_once_in_one_line(monkeypatch, caplog):
             log(OSError(errno.ENOSPC, "No space left on device", "/disk/x"))
         log(KeyError("a bug"))
 
+        log(Lost("DEADLINE_EXCEEDED: GetKeyValue() timed out"))
+
+    class Lost(Exception):
+        pass
+
+    errors = types.SimpleNamespace(JaxRuntimeError=Lost)
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(errors=errors, process_count=lambda: 2))
     process.run(command)
-    full, bug = caplog.records
+    full, bug, lost = caplog.records
+    assert lost.getMessage().startswith("another process of this run has ended") and not lost.exc_info
     assert (full.getMessage(), full.exc_info) == ("/disk/x: No space left on device; free some space", None)
     assert bug.getMessage() == "thread 3: 'a bug'"
     assert bug.exc_info

@@ -103,7 +103,7 @@ def _group_size(line: str) -> int:
         return len(groups[1].split(","))
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(groups[1])
-    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if groups := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))* \{(.*?)\}", line):
         sizes = dict(axis.split("=") for axis in groups[1].split(","))
         return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
     return 0

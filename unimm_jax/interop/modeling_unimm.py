@@ -16,7 +16,7 @@ import inspect
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,14 @@ OWN_OPTIONS = {
     "eos_token_id", "pad_token_id", "suppress_tokens", "inputs_embeds", "num_return_sequences",
     "return_dict_in_generate", "generation_config",
 }  # fmt: skip
+
+
+class Seen(NamedTuple):
+    """An image of a prompt: views uint8 [V, S, S, 3] (the whole, then its slices), keep mask [P] and codes [P]."""
+
+    views: Tensor
+    keep: Tensor
+    codes: Tensor
 
 
 class UniMM(nn.Module):
@@ -121,14 +129,27 @@ class UniMM(nn.Module):
         placed, where = self.processor.place_images(ids, keep)
         return self.embed_placed(placed, where, images, keep)
 
-    def embed_parts(self, segments: Sequence[Sequence[str]], images: Tensor, keep: Tensor, codes: Tensor) -> Tensor:
-        """Segments of a prompt, its images uint8 [N, S, S, 3], keep masks and codes [N, P] → [1, T, D]."""
-        read = sum(segment[0] == "image" for segment in segments)  # the others need no features
-        ids, where = self.processor.lay_out(segments, keep, codes)
-        return self.embed_placed(ids, where, images[:read], keep[:read])
+    def embed_parts(self, segments: Sequence[Sequence[str]], images: Sequence[Seen]) -> Tensor:
+        """Segments of a prompt and its images → [1, T, D]."""
+        views = [len(image.views) for image in images]
+        keep, codes = ([getattr(image, name) for image in images] for name in ("keep", "codes"))
+        ids, where = self.processor.lay_out(segments, keep, codes, views)
+        read = images[: sum(segment[0] == "image" for segment in segments)]  # the others need no features
+        pixels = [view for image in read for view in image.views]
+        return self.embed_placed(ids, where, pixels, [image.keep for image in read for _ in image.views])
 
-    def embed_placed(self, ids: Sequence[int], where: Sequence[int], images: Tensor, keep: Tensor) -> Tensor:
-        """Ids of a prompt, [1, T, D], with the features of its images at the positions `where`."""
+    def embed_placed(
+        self,
+        ids: Sequence[int],
+        where: Sequence[int],
+        images: Sequence[Tensor] | Tensor,
+        keep: Sequence[Tensor] | Tensor,
+    ) -> Tensor:
+        """Ids of a prompt, [1, T, D], with the features of its images at the positions `where`.
+
+        Args:
+          images: views that the prompt reads in order, uint8 [N, S, S, 3]. keep: their keep masks [N, P].
+        """
         x = self.embed(ids)
         limit = self.settings["max_image_tokens"]
         read = zip(images, keep, strict=True)
@@ -225,14 +246,15 @@ class UniMM(nn.Module):
         found = []
         for parts in prompts:
             images = [part for part in parts if not isinstance(part, str)]
-            seen = self.seen(self.processor(images)["pixel_values"]) if images else (torch.zeros(0, 0),) * 3
-            prompt = self.embed_parts(self.processor.image_prompt(parts), *seen)
+            prompt = self.embed_parts(self.processor.image_prompt(parts), self.seen(images) if images else [])
             found.append(self.write_image(prompt, **sampling))
         return found
 
-    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images uint8 [N, S, S, 3] with their keep masks and codes [N, P]."""
-        return pixels, *self.image_tokenizer.encode(pixels)
+    def seen(self, images: Any) -> list[Seen]:
+        """Images of any kind that the processor takes, as prompts have them."""
+        images = self.processor.flat_images(images)
+        views = [self.processor.views(image) for image in images]
+        return [Seen(*image) for image in zip(views, *self.tokenize(images), strict=True)]
 
     def write_image(
         self,
@@ -444,28 +466,26 @@ class UniMM(nn.Module):
         Raises:
           ValueError: images with other numbers of instructions.
         """
-        pixels = self.processor(images)["pixel_values"]
+        images = self.processor.flat_images(images)
         asked = [[each] if isinstance(each, str) else list(each) for each in instructions]
-        if len(pixels) != len(asked) or len(set(map(len, asked))) != 1 or not asked[0]:
+        if len(images) != len(asked) or len(set(map(len, asked))) != 1 or not asked[0]:
             raise ValueError("edits need the same number of instructions, at least one, for each image")
-        seen: list[tuple[Tensor, ...]] = []  # of each turn: images, keep masks, codes
+        seen: list[list[Seen]] = []  # of each turn
         results: list[Tensor] = []
         for turn in range(len(asked[0])):
-            pixels = pixels if turn == 0 else self.input_size(results[-1])
-            seen.append(self.seen(pixels))
+            seen.append(self.seen(images if turn == 0 else self.input_size(results[-1])))
             found = []
-            for i, each in enumerate(asked):
-                history = [torch.stack([x[i] for x in turns]) for turns in zip(*seen, strict=True)]
-                prompt = self.embed_parts(self.processor.edit_prompt(each[: turn + 1]), *history)
-                free = None if guidance == 1 else self.unconditional_edit(*(x[-1:] for x in history))
+            for each, *history in zip(asked, *seen, strict=True):
+                prompt = self.embed_parts(self.processor.edit_prompt(each[: turn + 1]), history)
+                free = None if guidance == 1 else self.unconditional_edit(history[-1])
                 found.append(self.write_image(prompt, free, guidance, **sampling))
             results.append(self.decode(*self.codes(found), decoder))
         return results
 
-    def unconditional_edit(self, image: Tensor, keep: Tensor, codes: Tensor) -> Tensor | None:
-        """The prompt [1, T, D] that guidance of an edit of an image [1, S, S, 3] is away from; None for [IMG] alone."""
+    def unconditional_edit(self, image: Seen) -> Tensor | None:
+        """The prompt [1, T, D] that guidance of an edit of an image is away from; None for [IMG] alone."""
         segments = self.processor.unconditional_edit_prompt()
-        return self.embed_parts(segments, image, keep, codes) if segments else None
+        return self.embed_parts(segments, [image]) if segments else None
 
     def input_size(self, images: Tensor) -> Tensor:
         """Generated images, uint8 [N, H, W, 3], in the size that the model reads."""

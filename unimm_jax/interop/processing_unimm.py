@@ -163,7 +163,7 @@ class UniMMProcessor(ProcessorMixin):
       image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
         "features_last" for one with its texts first, "codes" for texts and the images' codes in order.
       fit: how a PIL image becomes a square: "stretch", or "crop" for the centered square.
-      max_slices: of an image in a chat that is larger than `image_size`; 0 if images are read as a whole only.
+      max_slices: of an image that is larger than `image_size`; 0 if images are read as a whole only.
       slice_grids: the rule for their grid, see `choose_grid`.
       chat_template: `chat_template.jinja`.
     """
@@ -257,7 +257,13 @@ class UniMMProcessor(ProcessorMixin):
         text = self.apply_chat_template(messages, add_generation_prompt=True, generated_images=order)
         return [*read_segments(text), ["image_start"]]
 
-    def lay_out(self, segments: Sequence[Sequence[str]], keep: Tensor, codes: Tensor) -> tuple[list[int], list[int]]:
+    def lay_out(
+        self,
+        segments: Sequence[Sequence[str]],
+        keep: Sequence[Tensor] | Tensor,
+        codes: Sequence[Tensor] | Tensor,
+        views: Sequence[int] | None = None,
+    ) -> tuple[list[int], list[int]]:
         """Lays out a prompt whose images have been tokenized.
 
         The n-th ("image",) reads image n. ("image_out",) and ("image_codes",) stand for the first image that no segment
@@ -265,6 +271,7 @@ class UniMMProcessor(ProcessorMixin):
 
         Args:
           keep: keep masks of the images, boolean [N, P]. codes: their codes [N, P].
+          views: of each image, in how many views it is read: the whole and its slices; one if None.
 
         Returns:
           see `place_images`.
@@ -278,7 +285,10 @@ class UniMMProcessor(ProcessorMixin):
         for segment in segments:
             name = segment[0]
             if name == "image":
-                placed, where = self.place_images([self.start, self.end], keep[read : read + 1])
+                if read == len(keep):
+                    raise ValueError(f"the prompt has more than {read} images")
+                masks = [keep[read]] * (views[read] if views else 1)
+                placed, where = self.place_images([self.start, self.end] * len(masks), masks)
                 features += [len(ids) + at for at in where]
                 ids += placed
                 read += 1
@@ -377,7 +387,7 @@ class UniMMProcessor(ProcessorMixin):
                 return torch.from_numpy(np.concatenate(pixels))
         return self.whole(image)
 
-    def place_images(self, ids: Sequence[int], keep: Tensor) -> tuple[list[int], list[int]]:
+    def place_images(self, ids: Sequence[int], keep: Sequence[Tensor] | Tensor) -> tuple[list[int], list[int]]:
         """Places the kept patches of images between [IMG] and [/IMG].
 
         Args:
