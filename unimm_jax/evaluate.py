@@ -10,7 +10,7 @@ from unimm_jax.data.tasks import IMAGE_PROMPTS
 
 OPTIONS = (
     "prompts", "questions", "images", "jitter", "edits", "chains", "compositions", "image_prompts", "stories",
-    "small_questions", "scale", "drawings", "best_of", "guidance", "temperature", "split", "sources",
+    "small_questions", "scale", "small_jitter", "drawings", "best_of", "guidance", "temperature", "split", "sources",
     "batches", "batch_size",
 )  # fmt: skip
 
@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("stories", None, "stories: documents (100).")
     flags.DEFINE_integer("small_questions", None, "small_objects: questions per kind (100).")
     flags.DEFINE_float("scale", None, "small_objects: factor of the objects' radius (0.35).")
+    flags.DEFINE_float("small_jitter", None, "small_objects: as jitter (1); 1/3 centers objects in patches of slices.")
     flags.DEFINE_integer("drawings", None, "assessments: images to assess (400).")
     flags.DEFINE_integer("best_of", None, "assessments: prompts of which the best of four images is chosen (100).")
     flags.DEFINE_float(

@@ -23,11 +23,13 @@ class SmallObjectsOptions(Options):
     Attributes:
       small_questions: questions per kind.
       side: side of the scenes in pixels. scale: of the objects' radius; see `scenes.scaled`.
+      small_jitter: of their places; see `scenes.draw_scene`.
     """
 
     small_questions: int = ranged(100, low=1)
     side: int = ranged(192, low=16)
     scale: float = ranged(0.35, low=0.01, high=1)
+    small_jitter: float = ranged(1.0, low=0)
 
 
 class SmallObjects(GeneratingEvaluator):
@@ -49,8 +51,8 @@ class SmallObjects(GeneratingEvaluator):
     def score(self, generator: Generator, context: Context) -> Result:
         """See `GeneratingEvaluator.score`."""
         s: SmallObjectsOptions = self.settings
-        asked = detector.question_set(EVALUATION_SEED, s.small_questions)
-        found = {index: scenes.draw_scene(EVALUATION_SEED, "test", index) for index, *_ in asked}
+        asked = detector.question_set(EVALUATION_SEED, s.small_questions, s.small_jitter)
+        found = {index: scenes.draw_scene(EVALUATION_SEED, "test", index, s.small_jitter) for index, *_ in asked}
         images = {index: scenes.render(scenes.scaled(scene, s.scale), s.side) for index, scene in found.items()}
         replies = {}
         for view, slices in (("slices", True), ("global_view", False)):
