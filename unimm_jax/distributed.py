@@ -93,6 +93,8 @@ def check_shared(workdir: pathlib.Path) -> None:
     file = workdir / f".probe-{bytes(np.asarray(token)).hex()}"
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        for left in workdir.glob(".probe-*"):  # by a process that was killed, or whose disk was full
+            left.unlink(missing_ok=True)
         file.write_bytes(b"-")
     multihost_utils.sync_global_devices("the probe is written")
     began = time.monotonic()

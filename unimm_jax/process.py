@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from unimm_jax import __version__, storage
 from unimm_jax.errors import StorageError, UserError
@@ -101,7 +101,10 @@ def run(command: Callable[[], None]) -> None:
 
     UNIMM_TRACEBACK=1 keeps the traceback of user errors, too.
     """
-    logging.getLogger("absl").addFilter(_shorten_explained())
+    shorten = _shorten_explained()
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(shorten)
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     try:
         command()
     except UserError as error:
@@ -121,8 +124,8 @@ def run(command: Callable[[], None]) -> None:
 
 
 def _shorten_explained() -> Callable[[logging.LogRecord], bool]:
-    """A filter for Orbax's threads, which all log a traceback if a write fails or another process ends: one line for
-    an error that `run` would explain, once."""
+    """A filter for Orbax's threads and tasks, which all log a traceback if a write fails or another process ends: one
+    line for an error that `run` would explain, once."""
     said = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -138,6 +141,18 @@ def _shorten_explained() -> Callable[[logging.LogRecord], bool]:
         return not is_repeated
 
     return is_new
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """An unraisable hook without what TensorStore's threads print when writes end after the first one has failed: their
+    event loop is closed then. The failure itself is raised."""
+
+    def show(found: Any) -> None:
+        is_loop = found.exc_type is RuntimeError and str(found.exc_value) == "Event loop is closed"
+        if not is_loop or os.environ.get("UNIMM_TRACEBACK"):
+            hook(found)
+
+    return show
 
 
 def _stop(message: str) -> NoReturn:

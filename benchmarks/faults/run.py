@@ -13,7 +13,9 @@ from benchmarks.faults.stage import Launch, command
 from unimm_jax import storage
 
 STARTS = 4  # without a fault in between; a run that has not finished then does not finish
-PATIENCE = 600  # seconds, beside some times of an undisturbed run, after which a process hangs; machines may be busy
+# seconds, beside some times of an undisturbed run, after which a process hangs; Orbax waits for 600 seconds for another
+# process whose write has failed
+PATIENCE = 900
 Row = dict[str, Any]
 
 

@@ -142,6 +142,8 @@ def test_processes_with_workdirs_of_their_own_stop_before_they_compile(run, tmp_
     address, processes = f"127.0.0.1:{free_port()}", []
     for index in range(2):
         root = link(run, tmp_path / f"host{index}", "selector")
+        (root / "tokenizer").mkdir()
+        (root / "tokenizer" / ".probe-0").write_bytes(b"")  # left by a process that was killed
         env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
         env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -272,6 +272,8 @@ for folder in folders:
     key = pathlib.Path(folder).name
     for name, items in log.items():
         for i, item in enumerate(items):
+            if name == "seen":
+                item = tuple(map(torch.stack, zip(*((image.views[0], image.keep, image.codes) for image in item))))
             for j, x in enumerate(item if isinstance(item, tuple) else (item,)):
                 out[f"{key}/{name}/{i}/{j}"] = x.numpy()
 # prompts of codes without images are text to image

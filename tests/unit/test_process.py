@@ -132,3 +132,13 @@ def test_threads_log_a_failed_write_once_in_one_line(monkeypatch, caplog):
     assert (full.getMessage(), full.exc_info) == ("/disk/x: No space left on device; free some space", None)
     assert bug.getMessage() == "thread 3: 'a bug'"
     assert bug.exc_info
+
+
+def test_what_tensorstore_prints_after_a_failed_write_is_dropped(monkeypatch):
+    monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    process.run(lambda: None)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(found.exc_value) for found in shown] == ["another"]
