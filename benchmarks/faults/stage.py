@@ -16,6 +16,8 @@ from benchmarks.faults.plan import EVALUATE_EVERY, SAVE_EVERY, STEPS
 # add; with four, the runs of 1 and 4 processes differ in the last bits.
 DEVICES, MESH = 4, (1, 2, 2)
 START_SECONDS = 60  # how long processes wait for each other
+# fake devices of one process wait for each other; on a busy machine they would give up after 40 seconds
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 COMPILE_FAST = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
 _STEP = re.compile(r"^\S+ +(\d+)/\d+  loss ", re.M)
 
@@ -45,7 +47,7 @@ def environment(processes: int, index: int, port: int, folder: pathlib.Path) -> 
     temporary.mkdir(parents=True, exist_ok=True)
     found |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{COMPILE_FAST} --xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": f"{COMPILE_FAST} {PATIENT} --xla_force_host_platform_device_count={DEVICES // processes}",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "UNIMM_CACHE_DIR": str(folder / "copies"),
