@@ -414,11 +414,13 @@ def time_table(seconds: dict[str, float], spent: dict[str, dict[str, float]]) ->
         parts = {"steps": value - sum(parts.values())} | parts if parts else {}
         bars = [(SPENT[what], part) for what, part in parts.items()] or [("#c3c9d1", value)]
         bar = "".join(
-            f'<span class="bar" style="width:{250 * part / longest:.1f}px;background:{color}"></span>'
+            f'<span class="bar" style="width:{220 * part / longest:.1f}px;background:{color}"></span>'
             for color, part in bars
         )
         cells = "".join(f'<td class="n">{parts[what]:.0f}</td>' if parts else "<td></td>" for what in SPENT)
-        rows.append(f'<tr><td>{stage}</td><td class="n">{value:.0f}</td>{cells}<td>{bar}</td></tr>')
+        rows.append(
+            f'<tr><td>{stage}</td><td class="n">{value:.0f}</td>{cells}<td style="white-space:nowrap">{bar}</td></tr>'
+        )
     names = "".join(f'<th class="n" style="color:{color}">{what}</th>' for what, color in SPENT.items())
     head = f'<tr><th>stage</th><th class="n">seconds</th>{names}<th></th></tr>'
     rows.append(f'<tr><th>all</th><th class="n">{sum(seconds.values()):.0f}</th></tr>')
