@@ -85,17 +85,20 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     return page, scores
 
 
+def finished(run: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The `done.json` of each finished stage."""
+    files = {stage: run / stage / "done.json" for stage in STAGES}
+    return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.exists()}
+
+
 def seconds_of(run: pathlib.Path) -> dict[str, float]:
     """Wall seconds of each finished stage."""
-    files = {stage: run / stage / "done.json" for stage in STAGES}
-    return {stage: json.loads(file.read_text())["seconds"] for stage, file in files.items() if file.exists()}
+    return {stage: done["seconds"] for stage, done in finished(run).items()}
 
 
 def spent_of(run: pathlib.Path) -> dict[str, dict[str, float]]:
     """What each finished training stage spent its time on other than steps, in seconds."""
-    files = {stage: run / stage / "done.json" for stage in STAGES}
-    found = {stage: json.loads(file.read_text()).get("spent", {}) for stage, file in files.items() if file.exists()}
-    return {stage: spent for stage, spent in found.items() if spent}
+    return {stage: done["spent"] for stage, done in finished(run).items() if "spent" in done}
 
 
 def introduction(scores: dict[str, Any]) -> str:
