@@ -1,4 +1,4 @@
-"""Medians of the scores of several quickstart runs, as a table.
+"""Medians of the scores of several runs of launch/quickstart.sh or launch/illume.sh, as a table.
 
 python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2
 """
@@ -7,6 +7,8 @@ import json
 import pathlib
 import statistics
 import sys
+
+from unimm_jax.evals.score_table import sections
 
 
 def main(runs: list[str]) -> None:
@@ -22,6 +24,11 @@ def main(runs: list[str]) -> None:
             row(f"{section} {key}".replace("_", " "), [scores[section][key] for scores in found])
     for key in ("reconstruction", "reconstruction_random_selection", "tokens_per_image", "tokens_follow_objects"):
         row(key.replace("_", " "), [scores[key] for scores in found])
+    evaluators = [sections(scores) for scores in found]
+    for number, (title, _, values) in enumerate(evaluators[0]):
+        for i, (name, _) in enumerate(values):
+            row(f"{title}: {name}", [seed[number][2][i][1] for seed in evaluators])
+    row("minutes", [sum(scores["seconds"].values()) / 60 for scores in found])
     files = [pathlib.Path(run) / "selector" / "metrics.jsonl" for run in runs]
     if not files[0].exists():  # ILLUME's tokenizer has no selector
         return

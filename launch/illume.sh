@@ -11,7 +11,8 @@ cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/illume} SIZE=laptop-illume SEED=${SEED:-0}
 . launch/common.sh
 
-LARGE="scenes:count=3000,seed=1,size=192,scale=0.35"
+# large images whose objects are small, and in the middle of the encoder's patches, where it has seen objects
+LARGE="scenes:count=6000,seed=1,size=192,scale=0.35,jitter=0.333"
 MORE="scene_edits:count=12000,turns=3;scene_compositions:count=6000;scene_stories:count=4000;$LARGE"
 records() { # records DIRECTORY SOURCES OPTION...: tokenizes the sources
   step "$RUN/$1" -m unimm_jax.pretokenize --image_tokenizer="$RUN/tokenizer" --output="$RUN/$1" --sources="$2" "${@:3}"
@@ -33,7 +34,12 @@ enhance drawings generate --checkpoint="$RUN/stage2" --records="$RUN/records" --
 enhance drawings/verdicts assess --drawings="$RUN/drawings" --judge=scenes
 enhance assessments build --drawings="$RUN/drawings" --records="$RUN/records" --output="$RUN/assessments" --max_bad_share=0.6
 records records_stage3 "scenes;$MORE;chat:$RUN/assessments/documents.jsonl" --text_tokenizer="$RUN/stage2"
-step "$RUN/stage3" -m unimm_jax.main --config="launch/illume_stage3.py:$SIZE" --workdir="$RUN/stage3" --config.seed="$SEED"
+for stage in questions stage3; do
+  step "$RUN/$stage" -m unimm_jax.main --config="launch/illume_$stage.py:$SIZE" --workdir="$RUN/$stage" --config.seed="$SEED"
+done
 step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation" \
-  --evals=scenes,edits,compositions,stories,small_objects,assessments
+  --evals=scenes,edits,compositions,stories,small_objects,assessments --small_jitter=0.333
+# objects that lie across patches, too
+step "$RUN/evaluation_across" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_across" \
+  --evals=small_objects
 report

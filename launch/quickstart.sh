@@ -5,6 +5,8 @@
 #   SOURCES=/my/images RUN=runs/mine bash launch/quickstart.sh      a directory of images with .txt captions
 #   QUESTIONS=llava:/my/train.json TEST_QUESTIONS=llava:/my/test.json SOURCES=... RUN=... bash launch/quickstart.sh
 #                                                                   also learns to answer; scored on the test questions
+#   QUESTIONS=edit:/my/edits SOURCES=... RUN=... bash launch/quickstart.sh
+#                                                                   also learns to edit
 #
 # Environment variables: RUN (output directory), SIZE, SEED, SOURCES, QUESTIONS, TEST_QUESTIONS, UNET=1 (also trains the
 # U-Net decoder, which is too small to draw objects at size laptop) and PYTHON (for a new .venv). After an interruption,
@@ -35,7 +37,8 @@ if [ "$UNET" = 1 ]; then train unet_decoder; fi
 for stage in text stage1 stage2 stage3; do train "$stage" "${OWN_ROWS[@]}"; done
 step "$RUN/evaluation" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation"
 answers() { step "$RUN/$1" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/$1" --evals=answers "${@:2}"; }
-if [ -n "$QUESTIONS" ]; then answers evaluation_train --sources="$QUESTIONS" --split=train; fi
+# edits have no answers to score
+if [ -n "$QUESTIONS" ] && [[ "$QUESTIONS" != edit:* ]]; then answers evaluation_train --sources="$QUESTIONS" --split=train; fi
 if [ -n "$TEST_QUESTIONS" ]; then answers evaluation_test --sources="$TEST_QUESTIONS" --split=all; fi
 if [ "${SOURCES%%:*}" = scenes ]; then
   step "$RUN/evaluation_free" -m unimm_jax.evaluate --checkpoint="$RUN/stage3" --output="$RUN/evaluation_free" --jitter=9

@@ -39,7 +39,7 @@ TREE = "unimm"  # directory in the home directory of every host
 INSTALL = (
     "python3 -m pip install --quiet --user uv && "
     "python3 -m uv venv --quiet --clear --python 3.12 venv && "
-    "python3 -m uv pip install --quiet --python venv/bin/python './src[tpu]'"
+    "python3 -m uv pip install --quiet --python venv/bin/python './src[tpu,gcs]'"
 )
 # What gcloud says → what a user can do
 REMEDIES = {

@@ -71,7 +71,7 @@ def skypilot(settings: Any, image: str, cluster: str) -> str:
         "num_nodes": settings.slices,
         "resources": resources,
         "envs": dict(entry.partition("=")[::2] for entry in settings.env),
-        "setup": f"{install} && python3 -m uv pip install --quiet --python venv/bin/python '.[tpu]'",
+        "setup": f"{install} && python3 -m uv pip install --quiet --python venv/bin/python '.[tpu,gcs]'",
         "run": f'PATH="$PWD/venv/bin:$PATH" && {shlex.join(settings.command)}',
     }
     return json.dumps(found, indent=2) + "\n"

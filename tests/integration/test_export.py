@@ -24,6 +24,7 @@ from unimm_jax.interop import processing_unimm
 from unimm_jax.interop.exporter import export
 from unimm_jax.interop.importer import import_weights
 from unimm_jax.sharding import flatten
+from unimm_jax.train import train
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -623,6 +624,22 @@ def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_pa
         g.decode(codes, keep, "unet_decoder", size=(22, 16))
     with pytest.raises(CheckpointError, match="no pixel_decoder beside .*present: unet_decoder, unet_decoder_high"):
         g.decode(codes, keep, "pixel_decoder")
+
+
+def test_a_selector_starts_from_the_encoder_of_an_imported_lavit(published, tmp_path):
+    """The walk-through of docs/tpu.md starts so."""
+    source = published[0] / "in" / "tokenizer"
+    saved = json.loads(read_meta(source)["config"])
+    encoder = {f"model__encoder__{name}": value for name, value in saved["model"]["encoder"].items()}
+    start = dict(checkpoint=str(source), rename=[("encoder/", "encoder/")])
+    size = saved["data"]["image_size"]
+    train(
+        tiny("selector", train__steps=1, evals={}, init_from=(start,), data__image_size=size, **encoder),
+        tmp_path / "selector",
+    )
+    found, given = (dict(flatten(read_params(folder))) for folder in (tmp_path / "selector", source))
+    names = [name for name in given if name.startswith("encoder/")]
+    assert len(names) > 10 and all(np.array_equal(found[name], given[name]) for name in names)
 
 
 def test_lavits_files_come_in_and_go_out_again(published, tmp_path):

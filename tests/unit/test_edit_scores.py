@@ -88,6 +88,16 @@ def test_the_zero_shot_compositions_of_stage_2_stand_beside_those_of_stage_3(tmp
     assert '<td>zero-shot, after stage 2</td><td class="n">0.250</td>' in page.read_text()
 
 
+def test_small_objects_across_patches_stand_beside_those_in_the_middle(tmp_path):
+    for name, slices in (("evaluation", 0.75), ("evaluation_across", 0.5)):
+        (tmp_path / name).mkdir()
+        found = {"small_objects": {"slices": slices, "global_view": 0.25}, "evaluation_seconds": 1.0}
+        (tmp_path / name / "scores.json").write_text(json.dumps(found))
+    page, scores = report_page.build(tmp_path)
+    assert scores["small_objects"]["slices"] == 0.75 and scores["small_objects_across"]["slices"] == 0.5
+    assert '<td>across patches, read with slices</td><td class="n">0.500</td>' in page.read_text()
+
+
 def test_without_a_decoder_nothing_is_scored(capsys):
     generator = FakeGenerator(2)
     generator.decoders = {}

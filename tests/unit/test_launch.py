@@ -27,3 +27,6 @@ def test_stage_3_of_illume_names_the_sources_of_its_records():
     assert sorted(number for number in numbers if number is not None) == list(range(len(listed)))
     assert sum(entry["weight"] for entry in config.data.mixture) == pytest.approx(1)
     assert config.data.max_slices == 9 and config.data.seq_len >= 10 * 18
+    questions = resolve.parse(resolve.load(str(ROOT / "launch" / "illume_questions.py") + ":laptop-illume"))
+    assert {entry["source"] for entry in questions.data.mixture} == {"scenes", found["LARGE"]}
+    assert sum(entry["weight"] for entry in questions.data.mixture) == pytest.approx(1)

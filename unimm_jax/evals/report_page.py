@@ -21,7 +21,8 @@ from unimm_jax.metrics import read
 
 STAGES = (
     "encoder", "selector", "tokenizer", "records", "pixel_decoder", "unet_decoder", "text", "stage1", "stage2",
-    "evaluation_stage2", "drawings", "drawings/verdicts", "assessments", "records_stage3", "stage3",
+    "evaluation_stage2", "drawings", "drawings/verdicts", "assessments", "records_stage3", "questions", "stage3",
+    "evaluation_across",
 )  # fmt: skip
 # directories with the answers to own questions → title
 ANSWERS = {"evaluation_test": "Answers to the test questions", "evaluation_train": "Answers to the training questions"}
@@ -67,6 +68,9 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     zero_shot = run / "evaluation_stage2" / "scores.json"  # before the model was trained on compositions
     if zero_shot.exists():
         scores["composition_zero_shot"] = json.loads(zero_shot.read_text())["composition"]
+    across = run / "evaluation_across" / "scores.json"  # with small objects that lie across patches
+    if across.exists():
+        scores["small_objects_across"] = json.loads(across.read_text())["small_objects"]
     for name in ANSWERS:
         if (run / name / "scores.json").exists():
             scores[name] = json.loads((run / name / "scores.json").read_text())

@@ -57,8 +57,12 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
 
 def small_object_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """Names and values of the scores of the evaluator `small_objects`."""
-    found = scores["small_objects"]
-    return [("read with slices", found["slices"]), ("read as a whole only", found["global_view"])]
+    found = []
+    for key, name in (("small_objects", ""), ("small_objects_across", "across patches, ")):
+        if key in scores:
+            found.append((f"{name}read with slices", scores[key]["slices"]))
+            found.append((f"{name}as a whole only", scores[key]["global_view"]))
+    return found
 
 
 def story_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:

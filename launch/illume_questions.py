@@ -1,0 +1,26 @@
+"""The stage between 2 and 3 of `launch/illume.sh`: questions, before edits and assessments join them.
+
+Answers that need a match (existence, color, shape) are learned late and suddenly, after about 100,000 questions. Stage 3
+spends most of its steps on other documents, so without this stage it has too few questions, and slices of large images
+help little (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
+
+Command: python -m unimm_jax.main --config=launch/illume_questions.py:laptop-illume --workdir=runs/illume/questions
+At laptop-illume: 690 s on two cores of an AMD EPYC of family 25; scores in docs/experiments.md.
+"""
+
+from configs import stage3
+
+# source → weight and shares of the tasks
+MIXTURE = (
+    dict(source="scenes", weight=0.78, tasks=dict(question=0.9, text_to_image=0.07, caption=0.03)),
+    dict(source="scenes:count=6000,seed=1,size=192,scale=0.35,jitter=0.333", weight=0.22, tasks=dict(question=1.0)),
+)
+
+
+def get_config(size=None):
+    """Config of stage 3 with this mixture."""
+    c = stage3.get_config(size or "laptop-illume")
+    c.train.update(steps=4_200, batch_size=40)
+    c.data.mixture = MIXTURE
+    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)  # as in illume_stage3.py
+    return c
