@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 
 import jax
 import numpy as np
 import pytest
 from helpers import ROOT, arguments, free_port, link, xla_flags
 
-from unimm_jax import metrics
+from unimm_jax import metrics, storage
 from unimm_jax.checkpoint import find, read_params
 
 INSTALL = (  # in place of a virtual environment
@@ -196,3 +198,10 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stub):
     assert "--node-count=2 --node-prefix=run" in lines[0] and "--max-run-duration=8h" in lines[0]
     assert ["run-0" in text or "run-1" in text for text in lines] == [False, *[True] * 7, False]
     assert lines[-1].split()[3:5] == ["queued-resources", "delete"]
+
+
+def test_hosts_get_the_packages_that_workdirs_on_gs_need(stub):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for step in (("up", "--dry-run"), ("render", "--target=skypilot")):
+        installed = re.search(r"\[([\w,]+)\]'", launch(stub, *step, "--type=v6e-8").stdout).group(1).split(",")
+        assert storage.PACKAGES["gs"] in {package for name in installed for package in extras[name]}, step
