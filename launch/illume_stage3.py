@@ -11,19 +11,19 @@ from configs import common, stage3
 
 # source → weight and, for scenes, the shares of the tasks
 MIXTURE = (
-    dict(source="scenes", weight=0.24, tasks=dict(question=0.25, text_to_image=0.72, caption=0.03)),
-    dict(source="scene_edits", weight=0.43),
+    dict(source="scenes", weight=0.22, tasks=dict(question=0.25, text_to_image=0.72, caption=0.03)),
+    dict(source="scene_edits", weight=0.42),
     dict(source="scene_compositions", weight=0.07),
-    dict(source="scene_stories", weight=0.03),
-    dict(source="scenes:count=6000,seed=1,size=192,scale=0.35,jitter=0.333", weight=0.15, tasks=dict(question=1.0)),
-    dict(source="chat", weight=0.08),  # assessments of own images
+    dict(source="scene_stories", weight=0.02),
+    dict(source="scenes:count=6000,seed=1,size=192,scale=0.35,jitter=0.333", weight=0.20, tasks=dict(question=1.0)),
+    dict(source="chat", weight=0.07),  # assessments of own images
 )
 
 
 def get_config(size=None):
     """Config of stage 3 with this mixture."""
     c = stage3.get_config(size or "laptop-illume")
-    c.train.update(steps=9_500, batch_size=20)
+    c.train.update(steps=10_500, batch_size=20)
     c.data.update(mixture=MIXTURE, records="../records_stage3")
     # half of the large images are read in slices (10 images of 16 features), half as a whole
     c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=12)

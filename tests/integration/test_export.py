@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,35 @@ def test_the_whole_model_without_jax(run, tmp_path, capsys):
     compare_in_pytorch(run / "stage3", tmp_path / "out", tmp_path, images=6, prompts=4)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "fingerprint" in card and "AutoModel.from_pretrained" in card and "step" in card
+
+
+HUB_SCRIPT = """
+from transformers import AutoModel
+model = AutoModel.from_pretrained("me/model", trust_remote_code=True)
+print(model.describe(model.draw(["two red circles"], temperature=0))[0])
+try:
+    AutoModel.from_pretrained("me/model", trust_remote_code=True, device_map="cpu")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_whole_model_opens_from_a_repository_of_the_hub(run, tmp_path):
+    """The hub is its cache on this disk, used offline."""
+    repository = tmp_path / "hub" / "models--me--model"
+    export(str(run / "stage3"), str(repository / "snapshots" / "0123456789"), verify=False)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789")
+    where = dict(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_SCRIPT], capture_output=True, text=True, env=os.environ | where, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    caption, refused = done.stdout.splitlines()[-2:]
+    assert "without device_map" in refused
+    generator = Generator(load_model(run / "stage3"), batch=1)
+    drawn = generator.generate_images(["two red circles"], Sampling(temperature=0))
+    assert caption == generator.generate_text(drawn, [""])[0]
 
 
 def changed(run, root, change):

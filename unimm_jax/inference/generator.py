@@ -198,9 +198,9 @@ class Generator:
     ) -> list[np.ndarray]:
         """Edits images turn by turn: for each turn, the results uint8 [N, S, S, 3].
 
-        After each turn, the result is read again as the image tokenizer and the encoder see it. Guidance is away from
-        the reconstruction of the image that a turn edits, as in ILLUME+'s code; with LaVIT's layout of prompts
-        (`config.data.image_prompts="codes"`), from [IMG] alone.
+        After each turn, the result is read again as the image tokenizer and the encoder see it. With guidance, the
+        unconditional prompt asks to reconstruct the image that a turn edits, as in ILLUME+'s code; with LaVIT's layout
+        of prompts (`config.data.image_prompts="codes"`), it is [IMG] alone.
 
         Args:
           images: each uint8 [H, W, 3]. instructions: of each image, as many for each.

@@ -87,11 +87,25 @@ class UniMM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> "UniMM":
-        """Opens an exported directory."""
+        """Opens an exported directory, or one that was uploaded to the Hugging Face Hub, by its repository.
+
+        Raises:
+          ValueError: options that spread or quantize the parameters, or files that do not fit the code.
+        """
         del args
         from safetensors.torch import load_file
 
+        for name in ("device_map", "quantization_config"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"this model is loaded without {name}; give dtype, and use .to(device)")
         folder = pathlib.Path(path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            chosen = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name)}
+            folder = pathlib.Path(
+                snapshot_download(str(path), local_files_only=bool(kwargs.get("local_files_only")), **chosen)
+            )
         settings = json.loads((folder / "unimm.json").read_text())
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         dtype = dtype if isinstance(dtype, torch.dtype) else None
