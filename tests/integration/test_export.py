@@ -121,10 +121,10 @@ except ValueError as error:
 
 def test_the_whole_model_opens_from_a_repository_of_the_hub(run, tmp_path):
     """The hub is its cache on this disk, used offline."""
-    repository = tmp_path / "hub" / "models--me--model"
-    export(str(run / "stage3"), str(repository / "snapshots" / "0123456789"), verify=False)
+    repository, commit = tmp_path / "hub" / "models--me--model", "0123456789" * 4
+    export(str(run / "stage3"), str(repository / "snapshots" / commit), verify=False)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123456789")
+    (repository / "refs" / "main").write_text(commit)
     where = dict(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "hub"), HF_MODULES_CACHE=str(tmp_path / "modules"))
     done = subprocess.run(
         [sys.executable, "-c", HUB_SCRIPT], capture_output=True, text=True, env=os.environ | where, cwd=tmp_path
