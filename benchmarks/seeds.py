@@ -27,7 +27,7 @@ def main(runs: list[str]) -> None:
     evaluators = [sections(scores) for scores in found]
     for number, (title, _, values) in enumerate(evaluators[0]):
         for i, (name, _) in enumerate(values):
-            row(f"{title}: {name}", [seed[number][2][i][1] for seed in evaluators])
+            row(f"{title}: {name.strip()}", [seed[number][2][i][1] for seed in evaluators])
     row("minutes", [sum(scores["seconds"].values()) / 60 for scores in found])
     files = [pathlib.Path(run) / "selector" / "metrics.jsonl" for run in runs]
     if not files[0].exists():  # ILLUME's tokenizer has no selector
