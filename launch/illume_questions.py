@@ -5,7 +5,8 @@ Stage 3 spends most of its steps on other documents, so without this stage it ha
 images help little (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
 
 Command: python -m unimm_jax.main --config=launch/illume_questions.py:laptop-illume --workdir=runs/illume/questions
-At laptop-illume: 690 s on two cores of an AMD EPYC of family 25; scores in docs/experiments.md.
+At laptop-illume: 690 s on two cores of an AMD EPYC of family 25, 1,154 s beside other runs on another machine of this
+kind; scores in docs/results.md.
 """
 
 from configs import stage3

@@ -3,8 +3,8 @@
 The shares of ILLUME's data are not published, apart from the assessments (50,000 of about 8 million examples seen).
 
 Command: python -m unimm_jax.main --config=launch/illume_stage3.py:laptop-illume --workdir=runs/illume/stage3
-At laptop-illume: 1,651 s on two cores of an AMD EPYC of family 25; one edit right 0.65, compositions 0.73; all scores
-in docs/results.md.
+At laptop-illume: 2,086 s on two cores of an AMD EPYC of family 25 beside another run; one edit right 0.69, compositions
+0.72; all scores in docs/results.md.
 """
 
 from configs import common, stage3
