@@ -1,6 +1,6 @@
 """The stage between 2 and 3 of `launch/illume.sh`: questions, before edits and assessments join them.
 
-Answers that need a match (existence, color, shape) are learned late and suddenly, after about 100,000 questions.
+Answers that need a match (existence, color, shape) are learned late and suddenly, after about 130,000 questions.
 Stage 3 spends most of its steps on other documents, so without this stage it has too few questions, and slices of large
 images help little (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
 
