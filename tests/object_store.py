@@ -228,8 +228,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The bytes of the second part; the parser of e-mail would change line ends."""
         boundary = re.search(r'boundary="?([^";]+)"?', self.headers["Content-Type"])[1].encode()
         second = self.body.split(b"--" + boundary)[2]
-        content = re.split(rb"\r?\n\r?\n", second, maxsplit=1)[1]
-        return content.removesuffix(b"\n").removesuffix(b"\r")
+        line_end = re.match(rb"\r?\n", second)[0]  # the content may end with one, or with a part of one, of its own
+        return second.partition(line_end * 2)[2].removesuffix(line_end)
 
     def stored(self, about):
         if about is None:

@@ -77,6 +77,17 @@ def test_any_part_of_a_file_is_read(store, request, tmp_path):
         assert storage.children(folder) == {"empty": False, "file": False} and not storage.children(folder / "none")
 
 
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_a_file_keeps_its_first_and_last_bytes(store, request, tmp_path):
+    """The server of the tests once took a last byte 13 for a part of the request's frame."""
+    folder = storage.path(f"{request.getfixturevalue(store)}/ends")
+    for i, content in enumerate([b"a\r", b"a\n", b"a\r\n", b"\r\n\r\na", b"\n\na", b"\n", b"\r", bytes(range(256))]):
+        (tmp_path / str(i)).write_bytes(content)
+        storage.write_whole(folder / f"written{i}", content)
+        storage.upload(tmp_path / str(i), folder / f"copied{i}")
+        assert [storage.read(folder / f"{name}{i}") for name in ("written", "copied")] == [content] * 2
+
+
 def test_copies_are_kept_within_the_bound_and_fetched_again_when_the_file_changes(bucket, monkeypatch, tmp_path):
     monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("UNIMM_CACHE_GIB", str(250_000 / 2**30))
