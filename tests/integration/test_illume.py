@@ -147,7 +147,11 @@ def test_slices_that_do_not_fit_are_counted(sliced):
     assert "images_per_row" in notes[9][0]
 
 
-def test_prompts_are_rendered_as_in_training(sliced):
+def _stop():
+    raise InterruptedError
+
+
+def test_prompts_are_rendered_as_in_training(sliced, monkeypatch):
     g = Generator(load_model(sliced / "stage3"), batch=2)
     config = dataclasses.replace(g.config, data=dataclasses.replace(g.config.data, records=str(sliced / "records")))
     plan = opened(config)[0].rows.plan
@@ -171,6 +175,13 @@ def test_prompts_are_rendered_as_in_training(sliced):
     assert (images[0, 5] == image[64:128, 64:128]).all() and not images[1, 1:].any()
     assert (valid.sum(-1)[0] - valid.sum(-1)[1]) == 9 * 18
     assert sorted(index[0][index[0] >= 0]) == list(range(160)) and sorted(index[1][index[1] >= 0]) == list(range(16))
+    # guidance of an edit: the document of an example whose instruction is dropped
+    asked = []
+    monkeypatch.setattr(g, "continue_with_image", lambda *arguments: asked.append(arguments) or _stop())
+    with pytest.raises(InterruptedError):
+        g.edit_images([image], [["make it red"]], dataclasses.replace(GREEDY, guidance=2.0))
+    prompts, _, _, free = asked[0]
+    assert [len(each) for each in g._rendered([*prompts, *free])[3]] == [10, 1]
     text = g.text_tokenizer.decode(tokens[0][-12:].tolist())
     assert text.endswith("how many circles?")
     assert g.continue_with_text([prompt])[0] == g.generate_text([image], ["how many circles?"])[0]

@@ -106,6 +106,15 @@ def test_pairing_removes_what_both_arms_share():
     assert found.is_above_zero and found.high - found.low < 1e-6
 
 
+def test_seeds_are_not_independent_measurements_of_an_example():
+    """Every seed has the same effect of each example; the interval was once narrower by the root of the seeds."""
+    effect = np.random.default_rng(0).normal(0.2, 1, 400)
+    one, three = (paired_bootstrap([effect] * seeds, [np.zeros(400)] * seeds) for seeds in (1, 3))
+    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.05)
+    unequal = paired_bootstrap([effect, effect[:300]], [np.zeros(400), np.zeros(300)])
+    assert unequal.low < unequal.mean < unequal.high
+
+
 def test_arms_without_pairs_are_refused():
     with pytest.raises(ValueError, match="same examples"):
         paired_bootstrap([np.zeros(3)], [np.zeros(4)])

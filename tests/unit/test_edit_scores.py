@@ -1,5 +1,6 @@
 """The scores of edits and compositions, with a generator that draws what the test says."""
 
+import dataclasses
 import json
 import types
 
@@ -12,6 +13,7 @@ from unimm_jax.evals.base import Context
 from unimm_jax.evals.compositions import Compositions, CompositionsOptions
 from unimm_jax.evals.edits import OFFSET, Edits, EditsOptions
 from unimm_jax.evals.generation import EVALUATION_SEED
+from unimm_jax.evals.scene_detector import detect, edit_exact, edit_right
 
 CONTEXT = Context(None, None, None, 0, None, "run/stage3", {}, None)
 EDITS = 12
@@ -36,6 +38,12 @@ class FakeGenerator:
         made = [[scenes.render(chain[turn].target) for chain in chains] for turn in range(turns)]
         return [np.stack(row if turn < self.good else [BLANK] * EDITS) for turn, row in enumerate(made)]
 
+    def tokenize(self, images):
+        return images, None
+
+    def decode(self, codes, keep):
+        return codes
+
     def compose_images(self, prompts, sampling, seed, image_prompts=""):
         self.layouts.append(image_prompts)
         found = []
@@ -54,10 +62,25 @@ def test_edits_are_scored_by_turn(good, single, first, two):
     found = [result.scores[name] for name in ("edit_single", "edit_first_of_two", "edit_two_turns")]
     assert found == [single, first, two] and generator.asked == [(2.0, 0.5)] * 2
     assert set(result.scores["edit_single_by_kind"].values()) == {float(single)}
+    assert result.scores["edit_exact_reconstruction"] == 1
+    assert result.scores["edit_single_exact"] == single and result.scores["edit_two_turns_exact"] == two
     assert result.scores["edit_two_turns_copied"] == 0
     assert result.scores["edit_single_copied"] == result.scores["edit_single_without_source"] == 0
     rows = result.examples["edits"]
     assert [row["right"] for row in rows] == [[single == 1]] * 12 + [[first == 1, two == 1]] * 10
+
+
+def test_an_edit_that_changes_the_rest_is_not_exact():
+    """A larger object, or another background, leaves an edit right by its objects."""
+    edit = next(e for i in range(50) if not (e := scene_edits.draw_chain(0, "test", i, 1)[0]).free)
+    resized = [dataclasses.replace(o, radius=sum(scenes.RADII) - o.radius) for o in edit.target.objects]
+    others = [dataclasses.replace(edit.target, background_seed=seed) for seed in range(30)]
+    others.sort(key=lambda scene: scenes.render(scene).mean())
+    cases = [edit.target, dataclasses.replace(edit.target, objects=tuple(resized)), others[0], others[-1]]
+    images = [scenes.render(case) for case in cases]
+    assert all(edit_right(edit, detect(image)) for image in images)
+    found = [edit_exact(edit, image) for image in images]
+    assert found[:2] == [True, False] and not all(found[2:])
 
 
 @pytest.mark.parametrize("composes", [True, False])

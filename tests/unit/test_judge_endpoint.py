@@ -332,6 +332,45 @@ def test_the_limit_of_the_cost_is_not_exceeded(serve, drawn):
     assert summary["assessed"] == 20 and summary["spent"] == pytest.approx(0.24) and len(server.bodies) == 20
 
 
+@pytest.mark.parametrize("answer", [reply("no verdict"), (200, {"Content-Length": 9999}, b"{}")])
+def test_the_limit_of_the_cost_counts_paid_attempts_without_a_verdict_of_all_runs(serve, drawn, answer):
+    """Each run once paid for the same attempts again, because they were on record with a verdict or a failure only."""
+    server = serve(lambda n, body: answer)
+    if "Content-Length" in answer[1]:
+        server.RequestHandlerClass.protocol_version = "HTTP/1.0"
+    where = server.describe(max_cost=0.061, price_in=2, price_out=100, max_tokens=100, workers=1, retries=5, patience=0)
+    for _ in range(3):
+        with pytest.raises(DataError, match="could exceed max_cost"):
+            assess(str(drawn.path), where)
+    cost = 0.012 if answer[1] == {} else 0.0137  # what the endpoint counted, or the most that a request may cost
+    assert len(server.bodies) == 4 and rows(drawn)[-1]["spent"] == pytest.approx(4 * cost, rel=0.05)
+    server.script = lambda n, body: reply()
+    assert assess(str(drawn.path), server.describe())["assessed"] == 20
+
+
+def test_half_a_character_in_a_reply_is_malformed(serve):
+    """JSON can have one half of a surrogate pair, a file of UTF-8 cannot."""
+    for answer in (VERDICT | {"seen": "a \ud83d"}, VERDICT | {"count": {"ok": True, "reason": "\ud83d"}}):
+        with pytest.raises(JudgeError, match="malformed reply"):
+            once(serve(lambda n, body, answer=answer: reply(answer)), retries=0)
+
+
+@pytest.mark.parametrize("wait", ["0", "-5", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_an_endpoint_that_asks_for_no_wait_gets_the_backoff(serve, wait):
+    server = serve(lambda n, body: (429, {"Retry-After": wait}, b"") if n < 2 else reply())
+    assert once(server, backoff=0.2).good
+    first, second, third = server.times
+    assert second - first > 0.1 and third - second > 0.2
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b/v1", "http://[::1/v1", "http://a b/v1", "http://a:99999/v1", "http://u@a/v1", "a/v1", "http:///v1"]
+)
+def test_wrong_urls_are_refused_before_anything_is_sent(url):
+    with pytest.raises(DataError, match="needs a URL such as https://host/v1"):
+        open_judge(f"endpoint:{url},model=m")
+
+
 def test_a_budget_counts_what_is_running():
     budget = Budget(1.0, 0.0, 0.4)
     budget.reserve()

@@ -100,6 +100,7 @@ class Run:
         indices = itertools.chain.from_iterable(range(b * size, min((b + 1) * size, len(drawings))) for b in mine)
         self._blocks, self._total = mine, sum(index not in done for index in indices)
         self._progress = Progress(self._total, "verdicts", every=100)
+        judge.note_spent = journal.write_spent
 
     def finish(self) -> collections.Counter[str]:
         """Assesses everything that is left: number of failures by kind.

@@ -1,5 +1,7 @@
 """Verdicts on disk: one journal per process, with a line per drawing, written as soon as its verdict is there.
 
+Failures, and amounts that were paid for nothing, have lines, too.
+
 A journal on an object store is written locally. It is copied every few seconds and when it is closed.
 """
 
@@ -8,6 +10,7 @@ import io
 import json
 import pathlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +25,10 @@ COPY_SECONDS = 10.0  # between two copies to an object store; a process that is 
 class Journal:
     """Appends verdicts to `verdicts-PROCESS.jsonl`. A half-written last line, of a run that was killed, is removed.
 
+    Several threads may write.
+
     Attributes:
-      spent: dollars, as the last line says.
+      spent: dollars, as the lines say.
 
     Args (constructor):
       folder: directory of all journals. process: index of this process.
@@ -34,7 +39,7 @@ class Journal:
 
     def __init__(self, folder: pathlib.Path, process: int):
         self.target = folder / f"verdicts-{process}.jsonl"
-        self._before = self._version()
+        self._before, self._lock = self._version(), threading.Lock()
         self._spool = storage.Spool(folder, (self.target.name,))
         self.file = self._spool.folder / self.target.name
         self._copied = time.monotonic()
@@ -58,11 +63,16 @@ class Journal:
         row = {"index": index, "failed": kind, "details": details}
         self._append(row | ({"spent": round(spent, 6)} if spent else {}))
 
+    def write_spent(self, spent: float) -> None:
+        """Appends the dollars so far, after an attempt that was paid and gave no verdict."""
+        self._append({"spent": round(spent, 6)})
+
     def _append(self, row: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(row).encode() + b"\n")
-        self._stream.flush()
-        if time.monotonic() - self._copied > COPY_SECONDS:
-            self._copy()
+        with self._lock:
+            self._stream.write(json.dumps(row).encode() + b"\n")
+            self._stream.flush()
+            if time.monotonic() - self._copied > COPY_SECONDS:
+                self._copy()
 
     def _version(self) -> tuple[int, str] | None:
         """What changes when the journal on an object store is written; None for one that is missing or local."""
@@ -99,7 +109,7 @@ def read_verdicts(folder: pathlib.Path) -> dict[int, Verdict]:
     found: dict[int, Verdict] = {}
     for file in _journals(folder):
         for number, row in enumerate(_rows(file), 1):
-            if "failed" in row:
+            if not is_verdict(row):
                 continue
             try:
                 index, verdict = int(row["index"]), from_json(row)
@@ -109,6 +119,11 @@ def read_verdicts(folder: pathlib.Path) -> dict[int, Verdict]:
                 raise DataError(f"drawing {index} has two verdicts in {folder}; remove one of the lines")
             found[index] = verdict
     return found
+
+
+def is_verdict(row: dict[str, Any]) -> bool:
+    """Whether a line of a journal is a verdict: neither a failure nor an amount alone."""
+    return "failed" not in row and row.keys() != {"spent"}
 
 
 def total_spent(folder: pathlib.Path) -> float:

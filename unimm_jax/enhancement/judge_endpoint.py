@@ -52,7 +52,8 @@ class EndpointOptions:
 
     Attributes:
       model: name of the model. workers: requests at the same time.
-      retries: further attempts after one without a verdict. timeout: seconds per attempt.
+      retries: further attempts after one without a verdict.
+      timeout: seconds until the headers of a reply begin, and for the rest of it.
       backoff: seconds before the first further attempt; they double with each one.
       requests_per_minute: 0 is no limit. max_cost: dollars over all runs; 0 is no limit.
       price_in, price_out: dollars per million tokens of the request and of the reply.
@@ -87,11 +88,18 @@ class EndpointOptions:
 
 
 class _FailedAttemptError(Exception):
-    """An attempt without a verdict. `wait`: seconds that the endpoint asked for, or None. `is_last`: no further one."""
+    """An attempt without a verdict.
 
-    def __init__(self, kind: str, details: str, wait: float | None = None, is_last: bool = False):
+    Attributes:
+      wait: seconds that the endpoint asked for, or None. is_last: no further attempt helps.
+      is_paid: the endpoint may have counted the request, and did not say how much it cost.
+    """
+
+    def __init__(
+        self, kind: str, details: str, wait: float | None = None, is_last: bool = False, is_paid: bool = False
+    ):
         super().__init__(f"{kind}: {details}")
-        self.kind, self.details, self.wait, self.is_last = kind, details, wait, is_last
+        self.kind, self.details, self.wait, self.is_last, self.is_paid = kind, details, wait, is_last, is_paid
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -112,8 +120,7 @@ class EndpointJudge(Judge):
     """
 
     def __init__(self, url: str, options: EndpointOptions):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not _is_base_url(url):
             raise DataError(
                 f"the judge endpoint needs a URL such as https://host/v1 without a user or query: {url[:80]!r}"
             )
@@ -162,7 +169,7 @@ class EndpointJudge(Judge):
         for attempt in range(self.options.retries + 1):
             if attempt:
                 wait = self.options.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                self._sleep(min(wait, MAX_WAIT) if failure.wait is None else 0.0)
+                self._sleep(min(wait, MAX_WAIT))  # at least: an endpoint may ask for 0 seconds
             self._sleep(self._pace.turn())
             try:
                 return self._attempt(body)
@@ -188,19 +195,21 @@ class EndpointJudge(Judge):
     def _attempt(self, body: bytes) -> Verdict:
         """One request. Raises `_FailedAttemptError`, or `DataError` if no image can be assessed."""
         self._budget.reserve()
-        cost: float | None = 0.0
+        cost, verdict = 0.0, None
         try:
             data = self._post(body)
-            cost = None  # something was paid, even if the reply is unusable
+            cost = self._budget.largest  # something was paid, even if the reply is unusable
             content, usage = content_of(data)
             cost = self._cost_of(usage, content)
-            return verdict_of(content)
+            verdict = verdict_of(content)
+            return verdict
         except _FailedAttemptError as error:
-            if error.kind == "timed out":
-                cost = None  # the endpoint may have counted the request
+            cost = self._budget.largest if error.is_paid else cost
             raise
         finally:
-            self._budget.settle(self._budget.largest if cost is None else cost)
+            self._budget.settle(cost)
+            if cost and verdict is None:
+                self.note_spent(self.spent)
 
     def _post(self, body: bytes) -> bytes:
         """The reply of the endpoint. Raises like `_attempt`."""
@@ -209,18 +218,20 @@ class EndpointJudge(Judge):
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
         seconds = self.options.timeout
-        deadline = time.monotonic() + seconds
+        deadline, is_paid = time.monotonic() + seconds, False
         try:
             with self._opener.open(request, timeout=seconds) as response:
+                is_paid = True
                 return _read(response, deadline)
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise _FailedAttemptError("timed out", f"no reply of {self.url} in {seconds:g} s") from None
-            details = f"{self.url}: {reason or type(reason).__name__}"
-            raise _FailedAttemptError("connection failed", self._clean(details)) from None
+                said = f"no reply of {self.url} in {seconds:g} s"
+                raise _FailedAttemptError("timed out", said, is_paid=True) from None
+            details = self._clean(f"{self.url}: {reason or type(reason).__name__}")
+            raise _FailedAttemptError("connection failed", details, is_paid=is_paid) from None
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """The exception for a status that is not success."""
@@ -324,6 +335,17 @@ class Budget:
             self._open -= 1
             self.spent += cost
             self.largest = max(self.largest, cost)
+
+
+def _is_base_url(url: str) -> bool:
+    """Whether a text is the URL of a host and a path, without a user, query or fragment."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").encode("idna").decode()
+        others = parts.username or parts.query or parts.fragment or (parts.port or 1) < 1
+    except ValueError:  # also a port above 65535, and UnicodeError
+        return False
+    return parts.scheme in ("http", "https") and re.fullmatch(r"[A-Za-z0-9._:-]+", host) is not None and not others
 
 
 def content_of(data: bytes) -> tuple[str, Any]:

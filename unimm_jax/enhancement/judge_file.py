@@ -8,6 +8,7 @@ import numpy as np
 from unimm_jax import storage
 from unimm_jax.data.sources.files import JsonRows
 from unimm_jax.enhancement.drawings import Drawing
+from unimm_jax.enhancement.journal import is_verdict
 from unimm_jax.enhancement.judges import Judge
 from unimm_jax.enhancement.verdicts import Verdict, from_json
 from unimm_jax.errors import DataError, JudgeError
@@ -17,7 +18,7 @@ class FileJudge(Judge):
     """Lines {"index": of the drawing, "seen": …, "object": …, "count": …, "color": …, "spatial": …}.
 
     Instead of "index", a line may have the "key" and the "prompt" of the drawing, if there is one image per text. The
-    verdicts that `assess` writes have this form, too.
+    verdicts that `assess` writes have this form, too; its lines of failures are skipped.
 
     Raises (constructor):
       DataError: the file cannot be read, or a line is not a verdict or names a drawing again.
@@ -30,6 +31,8 @@ class FileJudge(Judge):
         for number in range(len(rows)):
             try:
                 row = rows[number]
+                if isinstance(row, dict) and not is_verdict(row):
+                    continue
                 name = _name(row)
                 if name in self.verdicts:
                     raise DataError(f"drawing {name} has a second verdict")

@@ -5,7 +5,7 @@ To add a judge, write a file with a subclass of `Judge` and add its line to `REG
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -30,11 +30,13 @@ class Judge:
       workers: number of images that are assessed at the same time, by threads.
       patience: number of failures in a row after which a run stops; 0 is never.
       spent: dollars of this process, over all runs.
+      note_spent: called with `spent` after an attempt that was paid and gave no verdict; from any thread.
     """
 
     workers: int = 1
     patience: int = 0
     spent: float = 0.0
+    note_spent: Callable[[float], None] = staticmethod(lambda dollars: None)
 
     @classmethod
     def open(cls, rest: str) -> Self:

@@ -6,7 +6,7 @@ The layout of ILLUME's assessments is not published; `docs/decisions.md` says wh
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from unimm_jax.errors import DataError
 
@@ -98,12 +98,12 @@ def from_json(value: Any) -> Verdict:
         raise DataError(f"a verdict is {type(value).__name__}, not an object")
     wrong, found, reasons = [], {}, {}
     seen = value.get("seen")
-    if not isinstance(seen, str) or not seen.strip(" .\t\n"):
+    if not _is_text(seen) or not seen.strip(" .\t\n"):
         wrong.append("seen (a text)")
     for name in CATEGORIES:
         entry = next((value[key] for key in SPELLINGS.get(name, (name,)) if key in value), None)
         said, reason = (entry.get("ok"), entry.get("reason")) if isinstance(entry, dict) else (entry, None)
-        if not isinstance(said, bool) or not isinstance(reason, str | None):
+        if not isinstance(said, bool) or not (reason is None or _is_text(reason)):
             wrong.append(f"{name} (true or false)")
             continue
         found[name] = said
@@ -112,6 +112,11 @@ def from_json(value: Any) -> Verdict:
     if wrong:
         raise DataError(f"a verdict has no {', no '.join(wrong)}")
     return Verdict(str(seen), **found, reasons=reasons)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is a text without half a character: JSON can have one half of a pair, UTF-8 cannot."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _word(flag: bool) -> str:

@@ -48,12 +48,14 @@ def paired_bootstrap(
 ) -> Difference:
     """The difference a - b with a 95% percentile interval.
 
-    Each replicate draws seeds with replacement and, within each drawn seed, examples with replacement. Arms are paired:
-    both are evaluated on the same examples, so an example contributes its difference. With one seed, only the examples
-    are drawn.
+    Each replicate draws seeds with replacement and examples with replacement, the same examples for all seeds: a hard
+    example is hard for every seed, so seeds are no independent measurements of it (the "pigeonhole bootstrap", Owen
+    2007). Where seeds have different numbers of examples, the examples of each drawn seed are drawn on their own. Arms
+    are paired: both are evaluated on the same examples, so an example contributes its difference. With one seed, only
+    the examples are drawn.
 
     Args:
-      a, b: for each seed, one value per example [N], in the same order for both arms.
+      a, b: for each seed, one value per example [N], in the same order for both arms and for all seeds.
 
     Raises:
       ValueError: no examples, or the arms have other seeds or examples.
@@ -64,13 +66,20 @@ def paired_bootstrap(
         raise ValueError("paired arms need at least one seed, and examples for each")
     rng = np.random.default_rng(seed)
     gaps = [np.asarray(x, float) - np.asarray(y, float) for x, y in zip(a, b, strict=True)]
-    drawn_seeds = rng.integers(len(gaps), size=(replicates, len(gaps)))
-    means = np.zeros((replicates, len(gaps)))
-    for i, gap in enumerate(gaps):  # a new resample of the examples for every time that the seed is drawn
-        times = (drawn_seeds == i).sum()
-        counts = rng.multinomial(len(gap), np.full(len(gap), 1 / len(gap)), size=times)
-        means[drawn_seeds == i] = counts @ gap / len(gap)
+    drawn = rng.integers(len(gaps), size=(replicates, len(gaps)))
+    if len({len(gap) for gap in gaps}) == 1:
+        of_seeds = _resample(rng, len(gaps[0]), replicates) @ np.transpose(gaps)  # [replicates, seeds]
+        means = np.take_along_axis(of_seeds, drawn, axis=1)
+    else:
+        means = np.zeros(drawn.shape)
+        for i, gap in enumerate(gaps):
+            means[drawn == i] = _resample(rng, len(gap), (drawn == i).sum()) @ gap
     low, high = np.percentile(means.mean(-1), [2.5, 97.5])
     per_seed = tuple(float(gap.mean()) for gap in gaps)
     first, second = (float(np.mean([np.mean(x) for x in arm])) for arm in (a, b))
     return Difference(float(np.mean(per_seed)), float(low), float(high), per_seed, first, second)
+
+
+def _resample(rng: np.random.Generator, examples: int, replicates: int) -> np.ndarray:
+    """The weights of the examples in each replicate's mean [replicates, examples]."""
+    return rng.multinomial(examples, np.full(examples, 1 / examples), size=replicates) / examples

@@ -10,7 +10,7 @@ from unimm_jax.data import scene_edits, scenes
 from unimm_jax.data.scene_edits import SceneEdit
 from unimm_jax.evals.base import Context, Options, Result
 from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
-from unimm_jax.evals.scene_detector import detect, edit_right
+from unimm_jax.evals.scene_detector import detect, edit_exact, edit_right
 from unimm_jax.evals.scenes import with_overall
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.sampling import Sampling
@@ -38,8 +38,10 @@ class EditsOptions(Options):
 class Edits(GeneratingEvaluator):
     """Edits of scenes of the test split. The edits and seeds are the same at every call and for every model.
 
-    An edit is right if every object of the target is found and nothing else. Two references stand beside the scores:
-    copying the source, and drawing from the last instruction alone.
+    An edit is right if every object of the target is found and nothing else; it is exact if also the other objects
+    keep their size, and the background its color. References stand beside the scores: copying the source, which is never
+    right, drawing from the last instruction alone, and how often the image tokenizer and the decoder reconstruct a target
+    exactly.
     """
 
     options = EditsOptions
@@ -63,6 +65,7 @@ class Edits(GeneratingEvaluator):
             name = "edit_single" if turns == 1 else "edit_two_turns"
             result.scores |= {
                 name: float(right[-1].mean()),
+                f"{name}_exact": float(np.mean(exact(chains, turns - 1, made[-1]))),
                 f"{name}_copied": float(np.mean(judged(chains, turns - 1, sources))),
                 f"{name}_without_source": float(np.mean(judged(chains, turns - 1, alone))),
             }
@@ -73,6 +76,9 @@ class Edits(GeneratingEvaluator):
                 }
                 found = {kind: float(np.mean(values)) for kind, values in by_kind.items() if values}
                 result.scores["edit_single_by_kind"] = with_overall(found)
+                targets = rendered([chain[0].target for chain in chains], generator)
+                again = generator.decode(*generator.tokenize(targets))
+                result.scores["edit_exact_reconstruction"] = float(np.mean(exact(chains, 0, again)))
             else:
                 result.scores["edit_first_of_two"] = float(right[0].mean())
             rows += shown(chains[: SHOWN[turns]], sources, made, right, generator)
@@ -88,6 +94,11 @@ def rendered(found: list[scenes.Scene], generator: Generator) -> np.ndarray:
 def judged(chains: list[list[SceneEdit]], turn: int, images: np.ndarray) -> list[bool]:
     """Whether each image is right after a turn of its chain."""
     return [edit_right(chain[turn], detect(image)) for chain, image in zip(chains, images, strict=True)]
+
+
+def exact(chains: list[list[SceneEdit]], turn: int, images: np.ndarray) -> list[bool]:
+    """Whether each image is exact after a turn of its chain."""
+    return [edit_exact(chain[turn], image) for chain, image in zip(chains, images, strict=True)]
 
 
 def shown(

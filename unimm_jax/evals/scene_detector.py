@@ -8,6 +8,7 @@ again with the same shape, color and position. An edit is right if its image sho
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +20,8 @@ from unimm_jax.data.scene_edits import SceneEdit
 _GREYS = tuple((g, g, g) for g in (150, 170, 190, 210, 230, 250))
 _PALETTE = np.array([*_GREYS, *scenes.COLOURS.values()], np.float32)
 _MIN_AREA = 0.006  # of the image, as a share: about half of the smallest object (a cross of the small radius)
+_SIZE = scenes.RADII[1] - scenes.RADII[0]  # largest change of a width that counts as none: half of a small to a large
+_SHADE = 12  # largest change of the background, in levels of 255, that counts as none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,25 @@ def edit_right(edit: SceneEdit, found: list[Detection]) -> bool:
     left = _without(placed, found)
     rest = collections.Counter((objects[i].shape, objects[i].colour) for i in edit.free)
     return len(found) - len(left) == len(placed) and collections.Counter((d.shape, d.colour) for d in left) == rest
+
+
+def edit_exact(edit: SceneEdit, image: np.ndarray) -> bool:
+    """Whether an edit is right, the other objects keep their size, and the background keeps its color.
+
+    Args:
+      image: uint8 [S, S, 3].
+    """
+    target = scenes.render(edit.target, len(image))
+    found, wanted = detect(image), detect(target)
+    if not edit_right(edit, found):
+        return False
+    for item in (item for i, item in enumerate(edit.target.objects) if i not in edit.free):
+        here = next(d for d in found if _is_same(item, d))
+        there = min(wanted, key=lambda d, item=item: math.hypot(d.x - item.x, d.y - item.y))  # whatever its shape looks
+        if max(abs(here.width - there.width), abs(here.height - there.height)) > _SIZE:
+            return False
+    shades = [np.median(pixels, axis=(0, 1)) for pixels in (image, target)]  # objects cover less than half
+    return bool(np.abs(shades[0] - shades[1]).max() <= _SHADE)
 
 
 def looks_right(scene: scenes.Scene, found: list[Detection]) -> bool:

@@ -40,9 +40,17 @@ def edit_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """Names and values of the scores of the evaluator `edits`."""
     found = [(kind, value) for kind, value in scores["edit_single_by_kind"].items() if kind != "overall"]
     found.append(("one edit", scores["edit_single"]))
+    found += _exact(scores, "one edit", "edit_single")
+    if "edit_exact_reconstruction" in scores:
+        found.append(("target reconstructed, the same", scores["edit_exact_reconstruction"]))
     found += [(f"one edit, {name}", scores[f"edit_single_{key}"]) for key, name in EDIT_REFERENCES.items()]
     found += [("first of two edits", scores["edit_first_of_two"]), ("two edits", scores["edit_two_turns"])]
+    found += _exact(scores, "two edits", "edit_two_turns")
     return found + [(f"two edits, {name}", scores[f"edit_two_turns_{key}"]) for key, name in EDIT_REFERENCES.items()]
+
+
+def _exact(scores: dict[str, Any], name: str, key: str) -> list[tuple[str, float]]:
+    return [(f"{name}, rest unchanged", scores[f"{key}_exact"])] if f"{key}_exact" in scores else []
 
 
 def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:

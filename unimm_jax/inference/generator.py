@@ -220,7 +220,8 @@ class Generator:
                 [Prompt(document, list(history)) for document, history in zip(asked, seen, strict=True)],
                 sampling,
                 seed + turn,
-                [Prompt(free, history[-1:] if free else ()) for history in seen],
+                # no slices: an image that a training example also generates has none
+                [Prompt(free, history[-1:] if free else (), slices=False) for history in seen],
             )
             results.append(self.decode(*self.codes(ids), decoder, seed + turn))
             for history, image in zip(seen, self.input_size(results[-1]), strict=True):

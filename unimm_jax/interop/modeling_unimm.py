@@ -487,17 +487,24 @@ class UniMM(nn.Module):
         seen: list[list[Seen]] = []  # of each turn
         results: list[Tensor] = []
         for turn in range(len(asked[0])):
-            seen.append(self.seen(images if turn == 0 else self.input_size(results[-1])))
+            last = images if turn == 0 else self.input_size(results[-1])
+            seen.append(self.seen(last))
+            wholes = self.processor(last)["pixel_values"]  # without slices
             found = []
-            for each, *history in zip(asked, *seen, strict=True):
+            for each, whole, *history in zip(asked, wholes, *seen, strict=True):
                 prompt = self.embed_parts(self.processor.edit_prompt(each[: turn + 1]), history)
-                free = None if guidance == 1 else self.unconditional_edit(history[-1])
+                source = history[-1]._replace(views=whole[None])
+                free = None if guidance == 1 else self.unconditional_edit(source)
                 found.append(self.write_image(prompt, free, guidance, **sampling))
             results.append(self.decode(*self.codes(found), decoder))
         return results
 
     def unconditional_edit(self, image: Seen) -> Tensor | None:
-        """The prompt [1, T, D] that guidance of an edit of an image is away from; None for [IMG] alone."""
+        """The prompt [1, T, D] that guidance of an edit of an image is away from; None for [IMG] alone.
+
+        Args:
+          image: without slices; a training example has none of an image that it also generates.
+        """
         segments = self.processor.unconditional_edit_prompt()
         return self.embed_parts(segments, [image]) if segments else None
 
