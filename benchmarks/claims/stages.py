@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,10 +144,16 @@ def pretokenizing(folder: pathlib.Path, size: str, tokenizer: pathlib.Path, text
 
 
 def link(target: pathlib.Path, place: pathlib.Path) -> None:
-    """Makes `place` a link to `target`, unless something is there."""
+    """Makes `place` a link to `target`, unless it is one already.
+
+    Raises:
+      SystemExit: something else is there, of an earlier call with other settings.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.is_symlink() and not place.exists():
         place.symlink_to(target.resolve(), target_is_directory=True)
+    elif place.resolve() != target.resolve():
+        raise SystemExit(f"{place} is not {target}: an earlier call had other --runs; give another --output")
 
 
 def run(module: str, *arguments: str, log: pathlib.Path | None = None) -> None:
@@ -209,19 +216,29 @@ class Progress:
 def run_all(root: pathlib.Path, by_seed: Mapping[int, Sequence[Command]], lanes: int = 1) -> None:
     """Runs the commands of every seed that are not done, in order; `lanes` seeds at a time.
 
-    The output of a command is in `FOLDER.log` beside its folder.
+    The output of a command is in `FOLDER.log` beside its folder. After a failure, no further command is started.
+
+    Raises:
+      SystemExit: a command failed.
     """
+    failed = threading.Event()
     progress = Progress([command for commands in by_seed.values() for command in commands], lanes)
 
     def run_seed(commands: Sequence[Command]) -> None:
         for command in commands:
             if command.is_done:
                 continue
+            if failed.is_set():
+                return
             began = time.perf_counter()
             arguments = command.arguments() if callable(command.arguments) else command.arguments
-            run(command.module, *arguments, log=command.folder.parent / f"{command.folder.name}.log")
-            if not command.is_done:
-                raise SystemExit(f"{command.folder} has no done.json after python -m {command.module}")
+            try:
+                run(command.module, *arguments, log=command.folder.parent / f"{command.folder.name}.log")
+                if not command.is_done:
+                    raise SystemExit(f"{command.folder} has no done.json after python -m {command.module}")
+            except SystemExit:
+                failed.set()
+                raise
             progress.add(command, str(command.folder.relative_to(root)), time.perf_counter() - began)
 
     with concurrent.futures.ThreadPoolExecutor(max(lanes, 1)) as pool:

@@ -518,12 +518,12 @@ def test_the_criterion_of_dynamic_tokens():
 
 
 def test_the_criterion_of_self_assessment():
-    up, null = np.array([1.0, 1, 1, 1]), np.array([1.0, 0, 1, 0])
+    up, null = np.ones(40), np.tile([1.0, 0.0], 20)
 
     def scores(**arms):
         return {arm: [dict.fromkeys(self_assessment.MEASURES, values)] * 3 for arm, values in arms.items()}
 
-    low = np.zeros(4)
+    low = np.zeros(40)
     found = self_assessment.compare(scores(base=low, own=up, extra=low, shuffled=low, other=up, no_correction=low))
     assert len(found) == 4 * 3 and not any("base" in name for name in found)
     assert self_assessment.judged(found).startswith("met")
@@ -571,7 +571,21 @@ def test_commands_run_once_and_failures_name_their_log(tmp_path, capsys):
         again = stages.Command(tmp_path / "b", "write", [str(tmp_path / "a")], 1.0)  # the folder is there: it fails
         with pytest.raises(SystemExit, match=r"failed with status 1; its output is in .*b\.log"):
             stages.run_all(tmp_path, {0: [again]})
+        other = stages.Command(tmp_path / "c", "write", [str(tmp_path / "c")], 1.0)
+        with pytest.raises(SystemExit, match="failed with status 1"):
+            stages.run_all(tmp_path, {0: [again], 1: [other]})
+        assert not other.is_done  # nothing is started after a failure
     assert "[1/1] a:" in capsys.readouterr().out
+
+
+def test_stages_of_other_runs_are_not_taken(tmp_path):
+    for name in ("one", "two", "place"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):
+        stages.link(tmp_path / "one", tmp_path / "linked")
+    for place in ("linked", "place"):
+        with pytest.raises(SystemExit, match="an earlier call had other --runs; give another --output"):
+            stages.link(tmp_path / "two", tmp_path / place)
 
 
 def test_other_settings_need_another_output(tmp_path, monkeypatch):

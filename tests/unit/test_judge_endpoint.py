@@ -364,7 +364,8 @@ def test_an_endpoint_that_asks_for_no_wait_gets_the_backoff(serve, wait):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://a..b/v1", "http://[::1/v1", "http://a b/v1", "http://a:99999/v1", "http://u@a/v1", "a/v1", "http:///v1"]
+    "url",
+    ["http://a..b/v1", "http://[::1/v1", "http://a b/v1", "http://a:99999/v1", "http://u@a/v1", "a/v1", "http:///v1"],
 )
 def test_wrong_urls_are_refused_before_anything_is_sent(url):
     with pytest.raises(DataError, match="needs a URL such as https://host/v1"):

@@ -280,6 +280,23 @@ def test_a_file_gives_verdicts_by_index_or_by_key_and_prompt(drawn, tmp_path):
         assess(str(several.path), f"file:{file}", str(tmp_path / "more"))
 
 
+def test_the_journal_of_another_judge_is_a_file_of_verdicts(drawn, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        run(drawn, patch, lambda index: _never(index) if index == 3 else GOOD)
+    journal = drawn.path / "verdicts" / "verdicts-0.jsonl"
+    journal.write_text(journal.read_text() + '{"spent": 0.5}\n')
+    assert any("failed" in row for row in rows(drawn.path / "verdicts"))
+    summary = assess(str(drawn.path), f"file:{journal}", str(tmp_path / "out"))
+    assert summary["assessed"] == 19 and summary["failed"] == {"no verdict in the file": 1}
+
+
+def test_images_that_are_not_drawn_yet_are_counted(drawn, capsys):
+    (drawn.path / "blocks" / "000002.jsonl").unlink()
+    summary = assess(str(drawn.path), "scenes")
+    assert (summary["assessed"], summary["remaining"], summary["not_drawn"]) == (16, 0, 4)
+    assert "4 images are not drawn yet; run self_enhance generate again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

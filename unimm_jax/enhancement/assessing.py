@@ -55,7 +55,10 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"verdicts {folder.name}")
     verdicts, spent = read_verdicts(folder), total_spent(folder)
-    summary = counts_of(verdicts) | {"remaining": len(found) - len(verdicts), "failed": dict(sorted(failed.items()))}
+    size = found.header["block"]
+    drawn = sum(min((block + 1) * size, len(found)) - block * size for block in found.complete())
+    summary = counts_of(verdicts) | {"remaining": drawn - len(verdicts), "not_drawn": len(found) - drawn}
+    summary |= {"failed": dict(sorted(failed.items()))}
     summary |= {"spent": round(spent, 4)} if spent else {}
     if not verdicts:
         kinds = ", ".join(f"{number} × {kind}" for kind, number in failed.items()) or "no block is complete"
@@ -186,4 +189,6 @@ def lines_of(summary: Mapping[str, Any], total: int) -> list[str]:
         lines.append(f"verdicts: {sum(summary['failed'].values())} failures in this run ({kinds})")
     if summary["remaining"]:
         lines.append(f"verdicts: {summary['remaining']} drawings have none; run the command again to try them")
+    if summary["not_drawn"]:
+        lines.append(f"verdicts: {summary['not_drawn']} images are not drawn yet; run self_enhance generate again")
     return lines + ([f"verdicts: {summary['spent']:.4f} dollars spent"] if "spent" in summary else [])
