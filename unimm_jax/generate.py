@@ -1,6 +1,7 @@
 r"""Generates images from a prompt, answers questions about images, edits an image, or continues a document.
 
 python -m unimm_jax.generate --checkpoint=runs/stage3 --prompt="two red circles" --output=out
+python -m unimm_jax.generate --checkpoint=runs/stage3 --prompt="two red circles" --best_of=4 --output=out
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --prompt="how many circles are there?"
 python -m unimm_jax.generate --checkpoint=runs/stage3 --image=a.png --edit="make the circle red" \
   --edit="remove the square"
@@ -29,10 +30,16 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "samples", "Directory for images and document.md.")
     flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     flags.DEFINE_integer("samples", 4, "Number of images or documents.", lower_bound=1)
-    flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; 1 is off.")
-    flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
-    flags.DEFINE_integer("top_k", 0, "Number of tokens to choose from; 0 is all.")
-    flags.DEFINE_float("top_p", 1.0, "Nucleus to choose from; 1 is all.")
+    flags.DEFINE_integer(
+        "best_of",
+        1,
+        "Images of --prompt alone: each is the best of so many by the model's own assessment.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("guidance", 1.0, "Images: classifier-free guidance; 1 is off.")
+    flags.DEFINE_float("temperature", 1.0, "Images, documents: 0 is greedy.")
+    flags.DEFINE_integer("top_k", 0, "Images, documents: number of tokens to choose from; 0 is all.")
+    flags.DEFINE_float("top_p", 1.0, "Images, documents: nucleus to choose from; 1 is all.")
     flags.DEFINE_integer(
         "prompt_length", 0, "Maximum tokens of the prompt; 0 is a row of training, at least 1,024.", lower_bound=0
     )
@@ -66,6 +73,7 @@ def command() -> None:
         document=f.document,
         samples=f.samples,
         max_parts=f.max_parts,
+        best_of=f.best_of,
         size=(f.height, f.width),
         sampled=Sampling(f.guidance, f.temperature, f.top_k, f.top_p),
         spoken=Sampling(temperature=0, min_length=f.min_length, beams=f.beams, length_penalty=f.length_penalty),
@@ -73,7 +81,8 @@ def command() -> None:
         seed=f.seed,
     )
     asked, folder = requests.check(request), storage.path(f.output)
-    generator = Generator(load_model(f.checkpoint, f.tensor), request.batch, f.prompt_length, f.max_length)
+    length = max(f.max_length, request.answer_length)
+    generator = Generator(load_model(f.checkpoint, f.tensor), request.batch, f.prompt_length, length)
     requests.write(requests.answer(asked, generator), folder)
 
 

@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import sys
 import threading
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

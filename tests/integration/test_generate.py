@@ -359,7 +359,15 @@ def test_requests_are_checked_before_anything_is_loaded(tmp_path):
     for options, reason in (
         (dict(document=True, edits=["a"], **one), "needs no --edit and no --draw"),
         (dict(document=True, draw=True, prompt="a"), "needs no --edit and no --draw"),
-        (dict(document=True, prompt="a", spoken=Sampling(temperature=0, beams=2)), "--beams and --min_length are for"),
+        (
+            dict(document=True, prompt="a", spoken=Sampling(temperature=0, beams=2)),
+            "--beams, --min_length and --length_penalty",
+        ),
+        (dict(prompt="a", spoken=Sampling(temperature=0, length_penalty=2.0)), "are for answers, not for images"),
+        (dict(sampled=Sampling(temperature=0.5), **one), "an answer is greedy, or the best of --beams"),
+        (dict(samples=2, **one), "an answer is greedy, or the best of --beams"),
+        (dict(prompt="a", max_parts=3), "--max_parts is for --document"),
+        (dict(draw=True, best_of=2, **one), "--best_of is for images without --image"),
         (dict(document=True, prompt="a", size=(64, 64)), "without --image and without --document"),
         (dict(document=True), "give --prompt"),
         (dict(document=True, prompt="<image> <image>", **one), "has <image> 2 times, and there are 1 images"),

@@ -24,7 +24,7 @@ from unimm_jax.evals import complete, score_table
 from unimm_jax.evals.assessments import Assessments, AssessmentsOptions, caption
 from unimm_jax.evals.base import Context
 from unimm_jax.evals.scene_detector import detect
-from unimm_jax.inference import best_of
+from unimm_jax.inference import best_of, requests
 from unimm_jax.inference.sampling import SAMPLED
 
 
@@ -208,7 +208,8 @@ class FakeGenerator:
     def input_size(self, images):
         return images
 
-    def generate_images(self, prompts, sampling, seed):
+    def generate_images(self, prompts, sampling, seed, decoder="", size=None):
+        assert not decoder and not size
         self.drawn.append((list(prompts), sampling.guidance, seed))
         return np.stack([paint(prompt, self.right(i)) for i, prompt in enumerate(prompts)])
 
@@ -291,6 +292,12 @@ def test_the_best_of_several_images():
     found = best_of.candidates(generator, prompts, 4, SAMPLED, 5)
     assert generator.drawn == [([p for p in prompts for _ in range(4)], 1.0, 5)]
     assert found.images.shape == (3, 4, 64, 64, 3) and found.chosen == [1, 0, 0]
+    asked = requests.check(requests.Request(prompt=prompts[0], samples=2, best_of=3, sampled=SAMPLED, seed=5))
+    assert asked.request.batch == 6 and asked.request.answer_length == 96
+    answer = requests.answer(asked, generator)
+    shown = best_of.candidates(generator, prompts[:1] * 2, 3, SAMPLED, 5)
+    assert list(answer.images) == ["0000", "0001"] and np.array_equal(np.stack([*answer.images.values()]), shown.best)
+    assert answer.texts[0] == f"0000: {shown.verdicts[0][shown.chosen[0]].to_text()}"
     best = best_of.best_images(generator, prompts, 4, SAMPLED, 5)
     assert np.array_equal(best, found.images[[0, 1, 2], [1, 0, 0]])
     assert all(from_text(knows(p, image)).good for p, image in zip(prompts, best, strict=True))

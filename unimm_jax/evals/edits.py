@@ -39,9 +39,9 @@ class Edits(GeneratingEvaluator):
     """Edits of scenes of the test split. The edits and seeds are the same at every call and for every model.
 
     An edit is right if every object of the target is found and nothing else; it is exact if also the other objects
-    keep their size, and the background its color. References stand beside the scores: copying the source, which is never
-    right, drawing from the last instruction alone, and how often the image tokenizer and the decoder reconstruct a target
-    exactly.
+    keep their size, and the background its color. References stand beside the scores: copying the source, which is
+    never right, drawing from the last instruction alone, and how often the image tokenizer and the decoder reconstruct
+    a target exactly.
     """
 
     options = EditsOptions

@@ -43,11 +43,17 @@ def best_images(
 
 
 def candidates(
-    generator: Generator, prompts: Sequence[str], number: int, sampling: Sampling = SAMPLED, seed: int = 0
+    generator: Generator,
+    prompts: Sequence[str],
+    number: int,
+    sampling: Sampling = SAMPLED,
+    seed: int = 0,
+    decoder: str = "",
+    size: tuple[int, int] | None = None,
 ) -> Candidates:
-    """Draws `number` images of each prompt and assesses them; see `best_images`."""
+    """Draws `number` images of each prompt and assesses them; see `best_images` and `Generator.decode`."""
     repeated = [prompt for prompt in prompts for _ in range(number)]
-    images = generator.generate_images(repeated, sampling, seed)
+    images = generator.generate_images(repeated, sampling, seed, decoder, size)
     found = [from_text(text) for text in assessments(generator, repeated, images)]
     verdicts = [found[at : at + number] for at in range(0, len(found), number)]
     return Candidates(images.reshape(len(prompts), number, *images.shape[1:]), verdicts, list(map(choose, verdicts)))

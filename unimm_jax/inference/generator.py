@@ -184,9 +184,16 @@ class Generator:
             )
         return decoder
 
-    def generate_images(self, prompts: Sequence[str], sampling: Sampling = SAMPLED, seed: int = 0) -> np.ndarray:
-        """Prompts → images uint8 [N, S, S, 3]."""
-        return self.decode(*self.codes(self.generate_image_tokens(prompts, sampling, seed)), seed=seed)
+    def generate_images(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling = SAMPLED,
+        seed: int = 0,
+        decoder: str = "",
+        size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Prompts → images uint8 [N, H, W, 3]; for the decoder and the size see `decode`."""
+        return self.decode(*self.codes(self.generate_image_tokens(prompts, sampling, seed)), decoder, seed, size)
 
     def edit_images(
         self,

@@ -8,7 +8,9 @@ import numpy as np
 
 from unimm_jax import storage
 from unimm_jax.data import tasks, transforms
+from unimm_jax.enhancement.verdicts import MAX_TOKENS
 from unimm_jax.errors import InvalidRecordError, UserError
+from unimm_jax.inference import best_of
 from unimm_jax.inference.generator import PLACE, Generator, Prompt, place_images
 from unimm_jax.inference.interleaved import Parts, continue_document
 from unimm_jax.inference.sampling import Sampling
@@ -25,6 +27,7 @@ class Request:
       edits: instructions, each of the result of the one before it.
       draw: whether a prompt with images asks for an image. document: whether the prompt is continued as a document.
       samples: number of images or documents. max_parts: new texts and images per document.
+      best_of: images without --image are drawn so often, and the model's own assessment chooses.
       size: (height, width) of images without --image; (0, 0) is the decoder's own.
       sampled: how images, and the texts of documents, are sampled. spoken: how answers are chosen.
       decoder, seed: see `Generator.decode`.
@@ -37,6 +40,7 @@ class Request:
     document: bool = False
     samples: int = 4
     max_parts: int = 8
+    best_of: int = 1
     size: tuple[int, int] = (0, 0)
     sampled: Sampling = Sampling()
     spoken: Sampling = Sampling(temperature=0)
@@ -57,7 +61,12 @@ class Request:
     @property
     def batch(self) -> int:
         """How many samples are generated at a time."""
-        return 1 if self.kind == "answer" else min(self.samples, MAX_BATCH)
+        return 1 if self.kind == "answer" else min(self.samples * self.best_of, MAX_BATCH)
+
+    @property
+    def answer_length(self) -> int:
+        """The number of tokens that an answer needs at least."""
+        return MAX_TOKENS if self.best_of > 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +110,17 @@ def check(request: Request) -> Checked:
     r = request
     if r.document and (r.edits or r.draw):
         raise UserError("--document continues the prompt with texts and images; it needs no --edit and no --draw")
-    if r.document and (r.spoken.beams > 1 or r.spoken.min_length):
-        raise UserError("--beams and --min_length are for answers, not for --document")
+    if r.kind != "answer" and r.spoken != Request.spoken:
+        raise UserError("--beams, --min_length and --length_penalty are for answers, not for images and documents")
+    if r.kind == "answer" and (r.sampled != Request.sampled or r.samples != Request.samples or r.decoder):
+        raise UserError(
+            "--guidance, --temperature, --top_k, --top_p, --samples and --decoder are for images and documents; an "
+            "answer is greedy, or the best of --beams. --draw, --edit or --document ask for images"
+        )
+    if not r.document and r.max_parts != Request.max_parts:
+        raise UserError("--max_parts is for --document")
+    if r.kind != "draw" and r.best_of > 1:
+        raise UserError("--best_of is for images without --image and without --document")
     if r.edits and (len(r.images) != 1 or r.prompt):
         raise UserError("--edit needs exactly one --image, and no --prompt")
     if r.kind != "draw" and any(r.size):
@@ -136,10 +154,17 @@ def answer(asked: Checked, generator: Generator) -> Answer:
 
 def _draw(asked: Checked, generator: Generator) -> Answer:
     r = asked.request
-    ids = generator.generate_image_tokens([r.prompt] * r.samples, r.sampled, r.seed)
-    return Answer(
-        images=_numbered(generator.decode(*generator.codes(ids), r.decoder, r.seed, r.size if all(r.size) else None))
-    )
+    prompts, size = [r.prompt] * r.samples, r.size if all(r.size) else None
+    if r.best_of == 1:
+        return Answer(images=_numbered(generator.generate_images(prompts, r.sampled, r.seed, r.decoder, size)))
+    found = best_of.candidates(generator, prompts, r.best_of, r.sampled, r.seed, r.decoder, size)
+    kept = [verdicts[chosen] for verdicts, chosen in zip(found.verdicts, found.chosen, strict=True)]
+    images = _numbered(found.best)
+    texts = [
+        f"{name}: {verdict.to_text() if verdict else 'the model gave no verdict on any of its images'}"
+        for name, verdict in zip(images, kept, strict=True)
+    ]
+    return Answer(texts, images)
 
 
 def _compose(asked: Checked, generator: Generator) -> Answer:
