@@ -6,22 +6,28 @@
 
 `up` does what `create`, `install` and `run` do one by one. The command runs on every host in the same way, and must
 resume when it is started again, as `unimm_jax.main` does with a workdir on object storage. The log of the first host is
-shown. If the TPU is preempted, it is requested again and the command starts again. With --dry-run, every command is
-printed and none is run. `render` prints the same run for xpk, as a JobSet for GKE, or as a SkyPilot task.
+shown. If the TPU is preempted, it is requested again and the command starts again. If a host is lost, the command
+starts again on all hosts. With --dry-run, every command is printed and none is run. `render` prints the same run for
+xpk, as a JobSet for GKE, or as a SkyPilot task.
 
 It needs the Google Cloud CLI (gcloud) and nothing beyond Python's standard library. docs/tpu.md is a walk-through.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,8 +38,17 @@ from launch.tpu_types import TpuType, tpu_type  # noqa: E402
 PROVISIONING = ("on-demand", "spot", "reserved", "flex-start")
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 STOPPED = 143  # exit status of a command that was stopped by SIGTERM, as before a preemption
-VAIN = 10  # failures in a row on a TPU that is there
+GONE = 255  # stands for a host on which the command neither runs nor has left a status, as after a restart of the host
+# Exit statuses after which the command starts again; JAX aborts a process that has lost another one
+REPEATED = {
+    STOPPED: "was stopped by SIGTERM", 137: "was killed", 134: "was aborted", 75: "lost another host", GONE: "is gone",
+}  # fmt: skip
+VAIN = 10  # attempts in a row that failed soon, on a TPU that is there
+SOON_SECONDS = 1800
 STUCK_SECONDS = 300  # how long hosts may go on after the command has failed on another one
+FOLLOW_SECONDS = 120  # how long a connection shows the log until the hosts are asked whether the command still runs
+TAIL = 30  # last lines of the log of a host on which the command failed
+PATIENCE = 8  # calls of gcloud until an error that passes counts as one
 LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # a request that will not become active again
 TREE = "unimm"  # directory in the home directory of every host
 INSTALL = (
@@ -51,21 +66,25 @@ REMEDIES = {
     "login": "log in with: gcloud auth login",
 }
 SIGNS = {  # part of gcloud's message, lower case → key of REMEDIES; the first match counts
+    "permission denied on 'locations": "zone",
+    "has not been used in project": "permission",
+    "authentication scopes": "login",
+    "permission": "permission",
+    "credentials": "login",
+    "auth login": "login",
     "quota": "quota",
     "no more capacity": "capacity",
-    "insufficient": "capacity",
     "resource_exhausted": "capacity",
     "already exists": "exists",
-    "permission_denied: permission denied on 'locations": "zone",
     "unknown zone": "zone",
     "invalid zone": "zone",
     "does not have": "zone",
-    "location": "zone",
-    "permission": "permission",
-    "has not been used in project": "permission",
-    "credentials": "login",
-    "auth login": "login",
 }
+PASSING = (  # parts of messages about errors that pass, lower case
+    "unavailable", "internal error", "internal: ", "deadline_exceeded", "deadline exceeded", "too many requests",
+    "rate limit", "timed out", "timeout", "connection", "temporar", "name resolution", "could not reach",
+    "unable to find the server", "httpsconnectionpool", "server error",
+)  # fmt: skip
 
 
 class LaunchError(Exception):
@@ -76,6 +95,10 @@ class Lost(Exception):
     """The TPU is gone, or its hosts cannot be reached."""
 
 
+class Ended(Lost):
+    """The command has ended and has to start again, on all hosts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the flags say.
@@ -83,7 +106,8 @@ class Settings:
     Attributes:
       name: of the request and its nodes. zone, project: where; an empty project is that of gcloud's settings.
       kind: the type of the TPU. slices: number of slices, connected by the data center's network.
-      provisioning: one of `PROVISIONING`. hours: longest run, for flex-start. runtime: image of the hosts.
+      provisioning: one of `PROVISIONING`. hours: longest run, for flex-start. wait_hours: after which a request that is
+      still waiting ends, 0 for never. runtime: image of the hosts.
       command: what runs on every host, in the clone. env: variables for it, "NAME=VALUE".
       install: command that installs, in the directory `TREE`, where the clone is in `src`; it makes `venv`.
       retries: how often a TPU that was lost is requested again. poll: seconds between two looks at its state.
@@ -97,6 +121,7 @@ class Settings:
     slices: int
     provisioning: str
     hours: int
+    wait_hours: int
     runtime: str
     command: tuple[str, ...]
     env: tuple[str, ...]
@@ -116,16 +141,31 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
+def error_of(message: str) -> str:
+    """What gcloud's output says from its error on, without warnings before it."""
+    lines = message.splitlines()
+    return "\n".join(lines[next((i for i, line in enumerate(lines) if line.startswith("ERROR")), 0) :])
+
+
 def remedy_of(message: str) -> str:
     """What a user can do about an error of gcloud; empty if it is not known."""
-    found = next((key for sign, key in SIGNS.items() if sign in message.lower()), "")
-    return REMEDIES.get(found, "")
+    error = error_of(message).lower()
+    return REMEDIES.get(next((key for sign, key in SIGNS.items() if sign in error), ""), "")
 
 
 def one_line(message: str) -> str:
-    """The line of gcloud's output that states the error."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no output")
+    """The line of an output that states the error: that of the command on a host rather than gcloud's about it."""
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("#####")]
+    errors = [line for line in lines if line.lower().startswith(("error", "fatal"))]
+    of_command = [line for line in errors if not line.startswith("ERROR: (gcloud")]
+    return next(iter([*of_command, *errors, *lines[-1:]]), "no output")
+
+
+def passes(message: str) -> bool:
+    """Whether an error of gcloud may be gone at the next call."""
+    error = error_of(message).lower()
+    lasting = any(sign in error for sign, key in SIGNS.items() if key != "login")  # a login needs the network, too
+    return "per minute" in error or (any(sign in error for sign in PASSING) and not lasting)
 
 
 class Gcloud:
@@ -134,28 +174,38 @@ class Gcloud:
     def __init__(self, settings: Settings):
         self.settings = settings
 
-    def line(self, *words: str) -> list[str]:
-        """A command with its zone and project."""
+    def line(self, *words: str, track: str = "") -> list[str]:
+        """A command with its zone and project; `track` is alpha or beta."""
         s = self.settings
         where = [f"--zone={s.zone}", *([f"--project={s.project}"] if s.project else [])]
-        return ["gcloud", "compute", "tpus", *words, *where, "--quiet"]
+        return ["gcloud", *([track] if track else []), "compute", "tpus", *words, *where, "--quiet"]
 
-    def call(self, *words: str) -> str:
+    def call(self, *words: str, track: str = "") -> str:
         """Runs a command and returns its output; in a dry run it is printed.
 
         Raises:
           LaunchError: it failed.
         """
-        line = self.line(*words)
+        line = self.line(*words, track=track)
         if self.settings.dry_run:
             print(shlex.join(line))
             return ""
-        done = self.run(line)
+        done = self.ask(line)
         if done.returncode:
             message = one_line(done.stderr or done.stdout)
             hint = remedy_of(done.stderr)
             raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
         return done.stdout
+
+    def ask(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+        """Runs a command line again, with pauses, while it fails with an error that passes."""
+        for attempt in range(PATIENCE):
+            done = self.run(line)
+            if not done.returncode or not passes(done.stderr) or attempt == PATIENCE - 1:
+                break
+            say(f"gcloud: {one_line(done.stderr)}; trying again")
+            time.sleep(min(self.settings.poll, 60) * 2**attempt / 16)
+        return done
 
     def run(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         """Runs a command line with its output captured."""
@@ -163,6 +213,13 @@ class Gcloud:
             return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         except FileNotFoundError:
             raise LaunchError("gcloud is not installed: cloud.google.com/sdk/docs/install") from None
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Ends a process and its children."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Tpu:
@@ -177,12 +234,13 @@ class Tpu:
         """State of the request, empty if there is none."""
         if self.settings.dry_run:
             return ""
-        done = self.gcloud.run(
+        done = self.gcloud.ask(
             self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=value(state.state)")
         )
-        if done.returncode and "not_found" not in done.stderr.lower() and "not found" not in done.stderr.lower():
-            message = one_line(done.stderr)
-            raise LaunchError(f"gcloud failed: {message}. To mend it: {remedy_of(message) or 'see its message'}")
+        error = error_of(done.stderr).lower()
+        if done.returncode and "not_found" not in error and "not found" not in error:
+            message, hint = one_line(done.stderr), remedy_of(done.stderr)
+            raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
         return done.stdout.strip() if not done.returncode else ""
 
     def create(self) -> None:
@@ -197,10 +255,10 @@ class Tpu:
             "reserved": ["--reserved"],
             "flex-start": ["--provisioning-model=flex-start", f"--max-run-duration={s.hours}h"],
         }[s.provisioning]
-        if s.provisioning == "flex-start":
-            tier.append(f"--valid-until-duration={s.hours}h")
+        tier += [f"--valid-until-duration={s.wait_hours}h"] if s.wait_hours else []
         kind = [f"--accelerator-type={s.kind.name}", f"--runtime-version={s.runtime}"]
-        self.gcloud.call("queued-resources", "create", s.name, *nodes, *kind, *tier)
+        track = "alpha" if s.provisioning == "flex-start" else ""  # the only one that has its flags
+        self.gcloud.call("queued-resources", "create", s.name, *nodes, *kind, *tier, track=track)
 
     def delete(self) -> None:
         """Deletes the request and its nodes."""
@@ -248,17 +306,28 @@ class Tpu:
         bad = [str(i) for i, line in lines.items() if self.gcloud.run(line).returncode]
         return f"worker {', '.join(bad)}" if bad else ""
 
-    def install(self) -> None:
-        """Copies this clone (what is committed) to every host and installs it there; nothing if it is there."""
-        version = subprocess.run(
+    @functools.cached_property
+    def version(self) -> str:
+        """The commit of this clone when it was first asked for: a run that starts again does not change its code.
+
+        Raises:
+          LaunchError: it is no clone.
+        """
+        found = subprocess.run(
             ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
-        if not version:
+        if not found:
             raise LaunchError(f"{ROOT} is not a git clone; install needs one to know which files to copy")
+        return found
+
+    def install(self) -> None:
+        """Copies this clone (what is committed) to every host and installs it there; nothing on a host where it is, or
+        where the command is running."""
+        version = self.version
         mark = hashlib.sha256(f"{version} {self.settings.install}".encode()).hexdigest()[:16]
         with tempfile.TemporaryDirectory() as folder:
             archive = pathlib.Path(folder) / "unimm_jax.tar.gz"
-            subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), "HEAD"], check=True)
+            subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), version], check=True)
             for node in self.settings.nodes:
                 say(f"{node}: installing {version[:12]}")
                 try:
@@ -268,29 +337,72 @@ class Tpu:
                 self.ssh(node, install_script(self.settings.install, mark))
 
     def start(self) -> None:
-        """Starts the command on every host where it is not running."""
+        """Starts the command on every host where it is not running.
+
+        Its variables are copied as a file that only their owner can read: other users of a machine see command lines.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "unimm_jax.env"
+            pairs = (entry.partition("=") for entry in self.settings.env)
+            file.touch(0o600)
+            file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, _, value in pairs))
+            for node in self.settings.nodes:
+                self.gcloud.call("tpu-vm", "scp", str(file), f"{node}:unimm_jax.env", "--worker=all")
+                self.ssh(node, start_script(self.settings.command))
+
+    def stop(self) -> None:
+        """Stops the command on every host where it is running."""
         for node in self.settings.nodes:
-            self.ssh(node, start_script(self.settings.command, self.settings.env))
+            self.ssh(node, STOP_SCRIPT)
+
+    def log(self, worker: int, line: int, seconds: float) -> int:
+        """Shows the log of a host of the first node from a line (from 1) on, until the command or the time ends.
+
+        Returns:
+          The number of the next line.
+        """
+        command = follow_script(line, seconds)
+        words = ["tpu-vm", "ssh", self.settings.nodes[0], f"--worker={worker}", f"--command={command}"]
+        if self.settings.dry_run:
+            self.gcloud.call(*words)
+            return line
+        first, where = line, subprocess.DEVNULL
+        with subprocess.Popen(
+            self.gcloud.line(*words),
+            stdin=where,
+            stdout=subprocess.PIPE,
+            stderr=where,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            timer = threading.Timer(seconds + 60, end, [process])  # a host that vanishes does not end the connection
+            timer.start()
+            try:
+                for text in process.stdout:
+                    number, colon, said = text.partition(":")
+                    # gcloud repeats a command whose connection broke, so lines can come twice
+                    if colon and number.isdigit() and first + int(number) - 1 == line:
+                        line += 1
+                        print(said, end="", flush=True)
+            finally:
+                timer.cancel()
+                end(process)
+        return line
+
+    def show(self, worker: int) -> None:
+        """Shows the whole log of a host of the first node, until the command ends there."""
+        self.log(worker, 1, 7 * 24 * 3600)
 
     def follow(self) -> int:
         """Shows the log of the first host until the command has ended everywhere; its exit status.
 
         Raises:
           Lost: the hosts are gone.
+          Ended: the command has to start again.
         """
-        if self.settings.dry_run:
-            self.ssh(self.settings.nodes[0], follow_script(1), "0")
-            return 0
-        shown, failures, failed_at = 0, 0, 0.0
-        while True:
-            line = self.gcloud.line(
-                "tpu-vm", "ssh", self.settings.nodes[0], "--worker=0", f"--command={follow_script(shown + 1)}"
-            )
-            with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-                assert process.stdout is not None
-                for text in process.stdout:
-                    shown += 1
-                    print(text, end="", flush=True)
+        line, failures, failed_at = self.log(0, 1, FOLLOW_SECONDS), 0, 0.0
+        while not self.settings.dry_run:
             if (state := self.state()) != "ACTIVE":
                 raise Lost(f"the request is {state or 'deleted'}")
             try:
@@ -308,6 +420,8 @@ class Tpu:
                 if time.monotonic() - failed_at > STUCK_SECONDS:
                     return self._judge(statuses)
             time.sleep(min(self.settings.poll, 5))
+            line = self.log(0, line, min(FOLLOW_SECONDS, STUCK_SECONDS / 5) if failed_at else FOLLOW_SECONDS)
+        return 0
 
     def statuses(self) -> dict[str, str]:
         """Exit status of the command on every host, by host; "running" where it has not ended."""
@@ -323,46 +437,80 @@ class Tpu:
         return found
 
     def _judge(self, statuses: dict[str, str]) -> int:
+        """The exit status of the command; shows the last lines of the log of hosts on which it failed.
+
+        Raises:
+          Ended: it has to start again.
+        """
         bad = {host: int(status) for host, status in statuses.items() if status not in ("0", "running")}
         for host, status in bad.items():
-            say(f"{host}: the command ended with status {status}")
-        failed = [status for status in bad.values() if status != STOPPED]
-        return failed[0] if failed else STOPPED if bad else 0
+            say(f"{host}: the command " + ("is gone" if status == GONE else f"ended with status {status}"))
+        final = {host: status for host, status in bad.items() if status not in REPEATED}
+        if set(bad.values()) - {STOPPED}:
+            self.show_failures(final or bad)
+        if final:
+            return next(iter(final.values()))
+        if bad:
+            host, status = next(iter(bad.items()))
+            raise Ended(f"the command {REPEATED[status]} on {host}")
+        return 0
+
+    def show_failures(self, hosts: Collection[str], most: int = 3) -> None:
+        """Shows the last lines of the log of the first few of some hosts of each node."""
+        for node in self.settings.nodes:
+            try:
+                said = self.ssh(node, TAIL_SCRIPT).splitlines()
+            except Lost as error:
+                say(f"{node}: no log ({error})")
+                continue
+            for host in [host for host in hosts if host.startswith(f"{node} ")][:most]:
+                marked = f"unimm-log {host.removeprefix(f'{node} ')} "
+                lines = [text.removeprefix(marked) for text in said if text.startswith(marked)]
+                print("\n".join([f"---- the last lines of {host}:", *lines]), flush=True)
 
 
 # ---- What the hosts run ----------------------------------------------------------------------------------------------
 
 
+RUNNING = '[ -e pid ] && kill -0 "$(cat pid)" 2>/dev/null'
+
+
 def install_script(install: str, mark: str) -> str:
-    """Unpacks the clone and installs it, unless this version is installed."""
+    """Unpacks the clone and installs it, unless this version is installed or the command is running."""
     return (
-        f'set -e; mkdir -p "$HOME/{TREE}"; cd "$HOME/{TREE}"; '
+        f'set -e; mkdir -p "$HOME/{TREE}"; cd "$HOME/{TREE}"; if {RUNNING}; then exit 0; fi; '
         f'if [ "$(cat installed 2>/dev/null)" != {mark} ]; then '
         f'rm -rf src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; '
         f"bash -ec {shlex.quote(install)}; echo {mark} > installed; fi"
     )
 
 
-def start_script(command: Sequence[str], env: Sequence[str]) -> str:
+def start_script(command: Sequence[str]) -> str:
     """Starts the command in the background, unless it is running; its output goes to `log`, its status to `status`."""
-    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, _, value in (e.partition("=") for e in env))
-    body = f'{exports}export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src" && {shlex.join(command)}; '
-    body += f'echo $? > "$HOME/{TREE}/status"'
+    body = f'. "$HOME/{TREE}/env"; export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src" && '
+    body += f'{shlex.join(command)}; echo $? > "$HOME/{TREE}/status"'
     return (
-        f'cd "$HOME/{TREE}" || exit; if [ ! -e pid ] || ! kill -0 "$(cat pid)" 2>/dev/null; then rm -f status; '
-        f'nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & echo $! > "$HOME/{TREE}/pid"; fi'
+        f'cd "$HOME/{TREE}" || exit; if ! {{ {RUNNING}; }}; then rm -f status; mv "$HOME/unimm_jax.env" env; '
+        f"chmod 600 env; nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & "
+        f'echo $! > "$HOME/{TREE}/pid"; else rm -f "$HOME/unimm_jax.env"; fi'
     )
 
 
-def follow_script(line: int) -> str:
-    """Prints the log from a line (from 1) on until the command ends."""
-    return f'cd "$HOME/{TREE}" && tail -n +{line} -F --pid="$(cat pid)" log 2>/dev/null'
+def follow_script(line: int, seconds: float) -> str:
+    """Prints the lines of the log from a line (from 1) on, numbered from 1, until the command or the time ends."""
+    show = f'tail -n +{line} -F --pid="$(cat pid)" log 2>/dev/null'
+    return f'cd "$HOME/{TREE}" && timeout {max(round(seconds), 1)} {show} | grep --line-buffered -n ""'
 
 
 STATUS_SCRIPT = (
-    f'cd "$HOME/{TREE}"; if kill -0 "$(cat pid)" 2>/dev/null; then s=running; else s=$(cat status 2>/dev/null || '
-    'echo 1); fi; echo "unimm-status $(hostname) $s"'
+    f'cd "$HOME/{TREE}"; if {RUNNING}; then s=running; else s=$(cat status 2>/dev/null || echo {GONE}); fi; '
+    'echo "unimm-status $(hostname) $s"'
 )
+STOP_SCRIPT = (
+    f'cd "$HOME/{TREE}" || exit 0; for signal in TERM KILL; do if {RUNNING}; then kill -$signal -- -"$(cat pid)"; '
+    f"for i in $(seq 60); do {{ {RUNNING}; }} || break; sleep 1; done; fi; done"
+)
+TAIL_SCRIPT = f'cd "$HOME/{TREE}" && tail -n {TAIL} log | sed "s/^/unimm-log $(hostname) /"'
 
 
 # ---- Commands --------------------------------------------------------------------------------------------------------
@@ -371,46 +519,77 @@ STATUS_SCRIPT = (
 def up(tpu: Tpu, delete: bool) -> int:
     """Creates, installs and runs, again after every loss, up to `retries` times.
 
-    Gives up after `VAIN` failures in a row of a TPU that is there: a command that installs may be wrong.
+    Gives up after `VAIN` attempts in a row that failed within `SOON_SECONDS` on a TPU that is there: a command may be
+    wrong.
     """
-    s, began, active, in_vain = tpu.settings, time.monotonic(), 0.0, 0
-    for attempt in range(s.retries + 1):
-        try:
-            state = tpu.state()
-            if state in LOST:
-                tpu.delete()
-                state = ""
-            if not state:
-                say(f"requesting {s.slices} × {s.kind.name} ({s.kind.chips * s.slices} chips), {s.provisioning}")
-                tpu.create()
-            tpu.wait()
-            began_active = time.monotonic()
+    s, began, active, in_vain, has_ended = tpu.settings, time.monotonic(), 0.0, 0, False
+    try:
+        for attempt in range(s.retries + 1):
+            seconds = 0.0
             try:
-                tpu.install()
-                tpu.start()
-                status = tpu.follow()
-            finally:
-                active += time.monotonic() - began_active
-            if status != STOPPED:
-                break
-            raise Lost("the command was stopped by SIGTERM")
-        except Lost as error:
-            in_vain = in_vain + 1 if tpu.state() == "ACTIVE" else 0
-            if attempt == s.retries or in_vain == VAIN:
-                raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None
-            say(f"{s.name} is lost: {error}; attempt {attempt + 2} of {s.retries + 1}")
-            time.sleep(s.poll)
-    if delete:
+                _request(tpu, is_first=attempt == 0)
+                began_active = time.monotonic()
+                try:
+                    if has_ended:
+                        tpu.stop()  # on other hosts, it may wait for those that have ended
+                    tpu.install()
+                    tpu.start()
+                    status = tpu.follow()
+                    break
+                finally:
+                    seconds = time.monotonic() - began_active
+                    active += seconds
+            except Lost as error:
+                has_ended = isinstance(error, Ended)
+                in_vain = in_vain + 1 if seconds < SOON_SECONDS and tpu.state() == "ACTIVE" else 0
+                if attempt == s.retries or in_vain == VAIN:
+                    raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None
+                say(f"{s.name} is lost: {error}; attempt {attempt + 2} of {s.retries + 1}")
+                time.sleep(s.poll)
+    except LaunchError as error:
+        _leave(tpu, delete, f"ended with an error after {(time.monotonic() - began) / 3600:.2f} h", active, error)
+        raise
+    _leave(tpu, delete, f"ended with status {status} after {(time.monotonic() - began) / 3600:.2f} h", active)
+    return status
+
+
+def _request(tpu: Tpu, is_first: bool) -> None:
+    """Requests the TPU, unless it is requested, and waits for it.
+
+    Raises:
+      Lost: the request failed, or was refused after an earlier one: capacity and quota come back.
+      LaunchError: the first request was refused.
+    """
+    s, state = tpu.settings, tpu.state()
+    if state in LOST:
         tpu.delete()
-    hours = active / 3600
-    if not s.dry_run:
-        say(
-            f"ended with status {status} after {(time.monotonic() - began) / 3600:.2f} h, of which {hours:.2f} h on "
-            f"{s.kind.chips * s.slices} chips: {hours * s.kind.chips * s.slices:.1f} chip-hours"
-        )
+        state = ""
+    if not state:
+        say(f"requesting {s.slices} × {s.kind.name} ({s.kind.chips * s.slices} chips), {s.provisioning}")
+        try:
+            tpu.create()
+        except LaunchError as error:
+            if is_first:
+                raise
+            raise Lost(str(error)) from None
+    tpu.wait()
+
+
+def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: LaunchError | None = None) -> None:
+    """Deletes the TPU if that is wanted, and prints what the run took."""
+    s, hours = tpu.settings, active / 3600
+    try:
+        if delete and (error is None or tpu.state()):
+            tpu.delete()
+    except LaunchError as second:  # the first error counts
+        if error is None:
+            raise
+        say(f"the TPU could not be deleted: {second}")
+    if not s.dry_run and (active or error is None):
+        chips = s.kind.chips * s.slices
+        say(f"{text}, of which {hours:.2f} h on {chips} chips: {hours * chips:.1f} chip-hours")
         if not delete:
             say(f"the TPU is still there and is charged for: python launch/tpu.py delete {s.name} --zone={s.zone}")
-    return status
 
 
 def parser() -> argparse.ArgumentParser:
@@ -422,7 +601,7 @@ def parser() -> argparse.ArgumentParser:
         "create": "request the TPU and wait until it is there",
         "install": "copy this clone to every host and install it",
         "run": "start the command on every host and show the log of the first",
-        "logs": "show the log of the first host from its beginning",
+        "logs": "show the log of a host from its beginning, until the command ends",
         "delete": "delete the TPU",
         "render": "print the run for another launcher",
     }
@@ -437,13 +616,22 @@ def parser() -> argparse.ArgumentParser:
         action.add_argument("--slices", type=int, default=1)
         action.add_argument("--provisioning", choices=PROVISIONING, default="on-demand")
         action.add_argument("--hours", type=int, default=24, help="longest run, for flex-start")
+        action.add_argument("--wait-hours", type=int, default=0, help="how long the request may wait; 0 is no limit")
         action.add_argument("--runtime", default="", help="image of the hosts; by the type if empty")
-        action.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the command")
+        action.add_argument(
+            "--env",
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="variable of the command; NAME alone takes it from here",
+        )
         action.add_argument("--install", default=INSTALL, help="command that installs src into venv on a host")
         action.add_argument("--retries", type=int, default=100)
         action.add_argument("--poll", type=float, default=30, help="seconds between two looks at the state")
         action.add_argument("--dry-run", action="store_true", help="print every command and run none")
         action.add_argument("--delete", action="store_true", help="delete the TPU when the command has ended")
+        if name == "logs":
+            action.add_argument("--worker", type=int, default=0, help="number of the host")
         if name == "render":
             action.add_argument("--target", choices=tuple(tpu_manifests.TARGETS), required=True)
             action.add_argument("--image", default="", help="container image with unimm_jax")
@@ -465,8 +653,9 @@ def settings_of(flags: argparse.Namespace, command: Sequence[str]) -> Settings:
         kind = tpu_type(flags.type)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    if wrong := [entry for entry in flags.env if not entry.partition("=")[0].isidentifier() or "=" not in entry]:
-        raise LaunchError(f"--env={wrong[0]} is not NAME=VALUE")
+    env = [f"{e}={os.environ[e]}" if "=" not in e and e in os.environ else e for e in flags.env]
+    if wrong := [entry for entry in env if not entry.partition("=")[0].isidentifier() or "=" not in entry]:
+        raise LaunchError(f"--env={wrong[0]} is neither NAME=VALUE nor the name of a variable that is set here")
     return Settings(
         name=flags.name,
         zone=flags.zone,
@@ -475,9 +664,10 @@ def settings_of(flags: argparse.Namespace, command: Sequence[str]) -> Settings:
         slices=flags.slices,
         provisioning=flags.provisioning,
         hours=flags.hours,
+        wait_hours=flags.wait_hours,
         runtime=flags.runtime or kind.runtime,
         command=tuple(command),
-        env=tuple(flags.env),
+        env=tuple(env),
         install=flags.install,
         retries=flags.retries,
         poll=flags.poll,
@@ -490,6 +680,8 @@ def act(flags: argparse.Namespace, command: Sequence[str]) -> int:
     settings = settings_of(flags, command)
     tpu = Tpu(settings)
     if flags.action == "render":
+        if problem := tpu_manifests.problem(settings, flags.target):
+            raise LaunchError(problem)
         print(tpu_manifests.TARGETS[flags.target](settings, flags.image, flags.cluster), end="")
         return 0
     if flags.action == "up":
@@ -498,7 +690,7 @@ def act(flags: argparse.Namespace, command: Sequence[str]) -> int:
         "create": lambda: (tpu.create(), tpu.wait())[1],
         "install": tpu.install,
         "run": lambda: (tpu.start(), tpu.follow())[1],
-        "logs": tpu.follow,
+        "logs": lambda: tpu.show(flags.worker),
         "delete": tpu.delete,
     }
     return actions[flags.action]() or 0

@@ -4,7 +4,18 @@ import json
 import shlex
 from typing import Any
 
-RESTARTS = 100  # of a JobSet after preemption
+RESTARTS = 100  # after preemption
+RECOVERED = [143, 137, 134, 75]  # exit statuses after which SkyPilot starts the command again; see launch/tpu.py
+
+
+def problem(settings: Any, target: str) -> str:
+    """What a launcher cannot do of the settings, in one line; empty if nothing."""
+    if target == "skypilot" and settings.slices > 1:
+        return "SkyPilot does not connect several slices; give --slices=1, or --target=jobset or xpk"
+    if settings.provisioning == "flex-start" or (settings.provisioning == "reserved" and target == "skypilot"):
+        other = "on-demand or spot" if target == "skypilot" else "on-demand, for a node pool that is made with it"
+        return f"--provisioning={settings.provisioning} cannot be rendered for {target}; give {other}"
+    return ""
 
 
 def xpk(settings: Any, image: str, cluster: str) -> str:
@@ -61,6 +72,7 @@ def skypilot(settings: Any, image: str, cluster: str) -> str:
         "accelerators": f"tpu-{settings.kind.name}",
         "accelerator_args": {"runtime_version": settings.runtime},
         "use_spot": settings.provisioning == "spot",
+        "job_recovery": {"max_restarts_on_errors": RESTARTS, "recover_on_exit_codes": RECOVERED},
     }
     install = (
         "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 venv"

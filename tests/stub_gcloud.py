@@ -1,9 +1,12 @@
 """A stand-in for gcloud: TPU requests that walk through their states, and hosts that are directories of this machine.
 
-STUB is its directory: `request.json` (state and node names), `fail_create` (what create says instead), `hosts/NODE-I`
-(home of a host), `unreachable` (hosts without ssh), `log` (every call), `workers` (hosts of a node).
+STUB is its directory: `request.json` (state and node names), `fail_create` (what create says instead), `fail_once` (a
+JSON list of [action, what it says instead], each used once), `hosts/NODE-I` (home of a host), `unreachable` (hosts
+without ssh), `repeat` (seconds after which the connection to a log breaks once; gcloud then repeats the command), `log`
+(every call), `workers` (hosts of a node).
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +16,12 @@ import sys
 
 STUB = pathlib.Path(os.environ["STUB"])
 REQUEST = STUB / "request.json"
+CREATE = {  # flags of `queued-resources create` by release track, of those that the launcher could use
+    "": {"accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot", "reserved",
+         "valid-until-duration", "zone", "project", "quiet"},
+    "alpha": {"provisioning-model", "max-run-duration"},
+}  # fmt: skip
+CREATE["alpha"] |= CREATE[""]
 NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
 
 
@@ -29,9 +38,22 @@ def home(node, worker):
     return STUB / "hosts" / f"{node}-{worker}"
 
 
-def requests(words):
+def fail_once(action):
+    file = STUB / "fail_once"
+    waiting = json.loads(file.read_text()) if file.exists() else []
+    if said := next((entry for entry in waiting if entry[0] == action), None):
+        waiting.remove(said)
+        file.write_text(json.dumps(waiting))
+        refuse(said[1])
+
+
+def requests(words, track):
     action, name = words[0], words[1]
+    fail_once(action)
     if action == "create":
+        given = {word.lstrip("-").partition("=")[0] for word in words[2:]}
+        if unknown := given - CREATE[track]:
+            refuse(f"ERROR: (gcloud.compute.tpus.queued-resources.create) unrecognized arguments: {sorted(unknown)}")
         if (STUB / "fail_create").exists():
             refuse((STUB / "fail_create").read_text())
         if REQUEST.exists():
@@ -77,6 +99,11 @@ def ssh(words):
         (place / "hostname").write_text(f"#!/bin/sh\necho {node}-w-{worker}\n")
         (place / "hostname").chmod(0o755)
         env["PATH"] = f"{place}:{env['PATH']}"
+        if " -F " in command and (STUB / "repeat").exists():
+            seconds = float((STUB / "repeat").read_text())
+            (STUB / "repeat").unlink()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(["bash", "-c", command], env=env, cwd=place, timeout=seconds)
         bad = subprocess.run(["bash", "-c", command], env=env, cwd=place).returncode or bad
     sys.exit(bad)
 
@@ -95,9 +122,10 @@ def main(words):
         refuse(
             "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/us-nowhere1-z' (or it may not exist)."
         )
+    track = words.pop(0) if words[0] == "alpha" else ""
     group, rest = words[2], words[3:]
     if group == "queued-resources":
-        requests(rest)
+        requests(rest, track)
     elif rest[0] == "ssh":
         ssh(rest[1:])
     else:

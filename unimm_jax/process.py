@@ -35,6 +35,7 @@ _DISK_ERRORS = {
 }
 _DISK_WORDS = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
 LEAVE_SECONDS = 10  # how long a process that stops waits for the others to do so
+LOST_PROCESS = 75  # exit status where another process of the run has ended; EX_TEMPFAIL: start it again
 
 
 def prepare(keep_memory: bool = True) -> None:
@@ -118,7 +119,7 @@ def run(command: Callable[[], None]) -> None:
             _stop(f"error: {reason}")
         if (reason := _lost_process(error)) is not None:
             print(f"error: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)  # a normal exit would wait for the other processes
+            os._exit(LOST_PROCESS)  # a normal exit would wait for the other processes
         traceback.print_exc()
         _stop("error: this is a bug in unimm_jax, not in your input; please report it with the traceback above")
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from unimm_jax import distributed, metrics
+from unimm_jax import distributed, metrics, process
 
 # Metrics that are times: the only ones that may differ
 _TIMES = re.compile(r".*(_ms|_seconds|_per_second|_blocking)|goodput|input_stall|mfu")
@@ -36,7 +36,7 @@ def verdict(status: int, said: str, sent: Iterable[int] = ()) -> str:
         return "stopped"
     if status == -6 and JAX_ABORT in said:
         return "aborted by JAX"
-    if status == 1 and errors:
+    if status in (1, process.LOST_PROCESS) and errors:
         return f"refused: {errors[-1].removeprefix('error: ')[:400]}"
     return f"failure: status {status}: {' | '.join(said.splitlines()[-2:])[:300]}"
 

@@ -66,6 +66,8 @@ def test_a_command_runs_on_every_host_and_the_log_of_the_first_is_shown(stub):
     made = next(words for words in calls(stub) if "create" in words)
     assert {"--spot", "--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--node-id=run"} <= set(made)
     assert "delete" in calls(stub)[-1] and not (stub / "request.json").exists()
+    assert "a b" not in (stub / "log").read_text()  # variables may be secrets
+    assert (stub / "hosts" / "run-0" / "unimm" / "env").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow
@@ -137,12 +139,88 @@ def test_a_stop_by_sigterm_starts_the_command_again(stub, tmp_path):
     script = f'[ "$JAX_PROCESS_ID" = 1 ] && exit 0; [ -e {file} ] && exit 0; touch {file}; exit 143'
     done = up(stub, command=("bash", "-c", script))
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("stopped by SIGTERM; attempt 2") == 1
+    assert done.stdout.count("stopped by SIGTERM on run run-w-0; attempt 2") == 1
+
+
+@pytest.mark.parametrize("status", [75, "gone"])
+def test_a_lost_host_starts_the_command_again_on_all_hosts(stub, tmp_path, status):
+    """The other host, which would wait for the lost one, is stopped."""
+    end = 'kill -9 -- -"$(cat ../pid)"' if status == "gone" else f"exit {status}"
+    script = f'echo >> {tmp_path}/$JAX_PROCESS_ID; [ "$(wc -l < {tmp_path}/$JAX_PROCESS_ID)" = 2 ] && exit 0; '
+    script += f'[ "$JAX_PROCESS_ID" = 0 ] && sleep 1000; {end}'
+    code = (
+        "import launch.tpu as tpu, sys; tpu.STUCK_SECONDS = 1; tpu.FOLLOW_SECONDS = 1; sys.exit(tpu.main(sys.argv[1:]))"
+    )
+    words, env = line(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}", command=("bash", "-c", script))
+    done = subprocess.run([sys.executable, "-c", code, *words[2:]], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    why = "is gone" if status == "gone" else "lost another host"
+    assert done.stdout.count(f"the command {why} on run run-w-1; attempt 2 of 101") == 1
+    assert all((tmp_path / host).read_text() == "\n\n" for host in "01")
+
+
+def test_a_failure_of_the_command_counts_more_than_the_loss_of_its_host_and_shows_the_log(stub):
+    script = '[ "$JAX_PROCESS_ID" = 0 ] && exit 75; for i in $(seq 50); do echo "line $i"; done; exit 7'
+    done = up(stub, "--delete", command=("bash", "-c", script))
+    assert done.returncode == 7 and "is lost" not in done.stdout
+    shown = done.stdout.partition("---- the last lines of run run-w-1:\n")[2].splitlines()
+    assert shown[:30] == [f"line {i}" for i in range(21, 51)] and "run-w-0:\n" not in done.stdout
+    assert not (stub / "request.json").exists()  # deleted after the logs were shown
+
+
+def test_errors_of_gcloud_that_pass_do_not_end_a_run(stub):
+    passing = "WARNING: unexpected quota issues\nERROR: (gcloud) UNAVAILABLE: The service is currently unavailable.\n"
+    (stub / "fail_once").write_text(json.dumps([["describe", passing]] * 3 + [["create", passing]]))
+    done = up(stub)
+    assert done.returncode == 0 and done.stdout.count("currently unavailable.; trying again") == 4, done.stderr
+
+
+def test_a_refusal_after_a_preemption_is_tried_again(stub, tmp_path):
+    script = (
+        f"[ -e {tmp_path}/second ] && exit 0; [ $JAX_PROCESS_ID = 0 ] && touch {tmp_path}/second; echo begun; sleep 60"
+    )
+    words, env = line(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}", command=("bash", "-c", script))
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as process:
+        next(text for text in process.stdout if "begun" in text)
+        no_capacity = "ERROR: (gcloud.compute.tpus.queued-resources.create) There is no more capacity in the zone"
+        (stub / "fail_once").write_text(json.dumps([["create", no_capacity]] * 2))
+        preempt(stub)
+        said = process.stdout.read()
+    assert process.returncode == 0 and said.count("no more capacity") == 2, said
+
+
+def test_an_error_that_lasts_deletes_the_tpu_if_wanted(stub):
+    (stub / "unreachable").write_text("1")
+    done = up(stub, "--retries=1", "--delete")
+    assert done.returncode == 1 and "delete" in calls(stub)[-1] and not (stub / "request.json").exists()
+
+
+def test_lines_of_the_log_come_once_when_a_connection_breaks(stub):
+    (stub / "repeat").write_text("1.5")
+    script = "for i in 1 2 3 4 5 6; do echo line $i; sleep 0.5; done"
+    done = up(stub, command=("bash", "-c", script))
+    assert re.findall(r"^line (\d)$", done.stdout, re.M) == list("123456")
+    shown = launch(stub, "logs", "--worker=1", command=())
+    assert re.findall(r"^line (\d)$", shown.stdout, re.M) == list("123456") and shown.returncode == 0
+
+
+def test_nothing_is_installed_under_a_running_command(stub, tmp_path):
+    script = f"echo begun >> {tmp_path}/count; echo begun; sleep 4; ls pyproject.toml || exit 9"
+    words, env = line(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}", command=("bash", "-c", script))
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as first:
+        next(text for text in first.stdout if "begun" in text)
+        first.kill()
+    other = f"--install=touch {tmp_path}/installed; {INSTALL}"  # as after another commit
+    done = launch(stub, "up", *TRAIN, "--poll=0.1", other, command=("bash", "-c", script))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "count").read_text() == "begun\n" * 2 and not (tmp_path / "installed").exists()
 
 
 @pytest.mark.parametrize(
     "said, remedy",
     [
+        ("Permission 'tpu.queuedresources.create' denied on resource '//x/projects/p/locations/z'", "roles/tpu.admin"),
+        ("Request had insufficient authentication scopes.", "gcloud auth login"),
         ("Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone.", "more quota"),
         ('There is no more capacity in the zone "us-west4-a"', "try again later"),
         ("PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before", "enable tpu.googleapis.com"),
@@ -196,8 +274,26 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stub):
     assert done.returncode == 0 and not (stub / "log").exists(), done.stderr
     lines = [text for text in done.stdout.splitlines() if text.startswith("gcloud")]
     assert "--node-count=2 --node-prefix=run" in lines[0] and "--max-run-duration=8h" in lines[0]
-    assert ["run-0" in text or "run-1" in text for text in lines] == [False, *[True] * 7, False]
+    assert lines[0].startswith("gcloud alpha ") and "valid-until" not in lines[0]
+    assert ["run-0" in text or "run-1" in text for text in lines] == [False, *[True] * 9, False]
     assert lines[-1].split()[3:5] == ["queued-resources", "delete"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("skypilot", "--slices=2"), ("skypilot", "--provisioning=reserved"), ("jobset", "--provisioning=flex-start")],
+)
+def test_what_another_launcher_cannot_do_is_refused(stub, flags):
+    done = launch(stub, "render", f"--target={flags[0]}", flags[1])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not done.stdout
+    assert flags[1].partition("=")[0] in done.stderr and "; give " in done.stderr
+
+
+@pytest.mark.parametrize("provisioning", ["on-demand", "spot", "reserved", "flex-start"])
+def test_requests_have_flags_that_their_track_of_gcloud_knows(stub, provisioning):
+    done = launch(stub, "create", f"--provisioning={provisioning}", "--wait-hours=3", "--poll=0.1", command=())
+    assert done.returncode == 0, done.stderr
+    assert "--valid-until-duration=3h" in next(words for words in calls(stub) if "create" in words)
 
 
 def test_hosts_get_the_packages_that_workdirs_on_gs_need(stub):

@@ -41,7 +41,7 @@ import sky
 
 task = sky.Task.from_yaml(sys.argv[1])
 (found,) = task.resources
-print(json.dumps([task.name, task.num_nodes, found.use_spot, found.zone, found.accelerators]))
+print(json.dumps([task.name, task.num_nodes, found.use_spot, found.zone, found.accelerators, found.job_recovery]))
 """
 JOBSET = """
 import json, sys
@@ -110,7 +110,7 @@ def test_skypilot_reads_the_task(kind, tmp_path):
     (tmp_path / "task.yaml").write_text(render("skypilot", kind, "--provisioning=spot"))
     found = json.loads(ask(SKYPILOT, str(tmp_path / "task.yaml")))
     assert found[:4] == ["my-run", 1, True, "us-west4-a"]
-    assert list(found[4]) == [f"tpu-{kind}"]
+    assert list(found[4]) == [f"tpu-{kind}"] and 143 in found[5]["recover_on_exit_codes"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
