@@ -103,9 +103,8 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2, use_previous: bool = True, in_flight_gib: int = 0):
         self.root = storage.absolute(storage.path(workdir)) / "checkpoints"
         self.use_previous = use_previous
-        if jax.process_index() == 0 and not storage.is_remote(self.root):
-            for folder in self.root.glob("*.orbax-checkpoint-tmp"):  # an interrupted save; it takes space
-                shutil.rmtree(folder)
+        if jax.process_index() == 0:
+            _remove_interrupted(self.root)
         # One more than asked for: until its digests are written, a new step does not count.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep + 1, enable_async_checkpointing=True)
         handlers = None
@@ -223,6 +222,19 @@ class Checkpoints:
         finally:
             self._manager.close()
             self._thread.shutdown()
+
+
+def _remove_interrupted(root: pathlib.Path) -> None:
+    """Removes what interrupted saves have left, which takes space: on a local disk, Orbax renames a complete step; on an
+    object store, it writes a file last."""
+    if not storage.is_remote(root):
+        for folder in root.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(folder)
+        return
+    for name in storage.children(root):
+        step = root / name
+        if name.isdigit() and not any(storage.kind(step / file) for file in ("commit_success.txt", DIGESTS)):
+            step.rmtree()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

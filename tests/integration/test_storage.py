@@ -264,6 +264,19 @@ def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, caplo
     assert find(f"{bucket}/changed/text").name == "20" and "checkpoint not used" in caplog.text
 
 
+def test_an_interrupted_save_on_the_store_is_removed(bucket):
+    """Orbax writes a step of a store in its place; it stayed there for ever when the process was killed."""
+    state, place = {"params": {"a": np.ones(4, np.float32)}}, storage.path(f"{bucket}/interrupted/checkpoints")
+    for steps in ((1, 2), (3,)):
+        checkpoints = Checkpoints(f"{bucket}/interrupted")
+        for step in steps:
+            checkpoints.save(step, jax.tree.map(jax.numpy.asarray, state), {})
+        checkpoints.close()
+        for name in ("commit_success.txt", "digests.json") if steps == (1, 2) else ():
+            (place / "2" / name).unlink()  # as if the process had been killed before it wrote them
+    assert sorted(storage.children(place)) == ["1", "3"]
+
+
 def test_a_store_that_does_not_answer_is_not_a_damaged_checkpoint(run, bucket):
     """An older checkpoint was used when a request for the newest one failed."""
     put(run / "text", f"{bucket}/refused/text")

@@ -146,11 +146,15 @@ def edit_exact(edit: SceneEdit, image: np.ndarray) -> bool:
         return False
     for item in (item for i, item in enumerate(edit.target.objects) if i not in edit.free):
         here = next(d for d in found if _is_same(item, d))
-        there = min(wanted, key=lambda d, item=item: math.hypot(d.x - item.x, d.y - item.y))  # whatever its shape looks
+        there = _nearest(wanted, item)  # whatever its shape looks like
         if max(abs(here.width - there.width), abs(here.height - there.height)) > _SIZE:
             return False
     shades = [np.median(pixels, axis=(0, 1)) for pixels in (image, target)]  # objects cover less than half
     return bool(np.abs(shades[0] - shades[1]).max() <= _SHADE)
+
+
+def _nearest(found: list[Detection], item: scenes.SceneObject) -> Detection:
+    return min(found, key=lambda d: math.hypot(d.x - item.x, d.y - item.y))
 
 
 def looks_right(scene: scenes.Scene, found: list[Detection]) -> bool:
