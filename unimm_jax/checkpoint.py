@@ -46,8 +46,11 @@ def _digest_list(listed: dict[str, Any]) -> str:
     return json.dumps(listed | {"self": hashlib.sha256(body.encode()).hexdigest()})
 
 
-def verify(step: pathlib.Path) -> None:
+def verify(step: pathlib.Path, contents: bool = True) -> None:
     """Compares a step's files with its digests.
+
+    Args:
+      contents: read local files to compare them; if False, only their names are compared.
 
     Raises:
       CorruptCheckpointError: names every file that is missing, changed or unexpected, and the parameter where the
@@ -68,7 +71,11 @@ def verify(step: pathlib.Path) -> None:
         raise CorruptCheckpointError(f"{step / DIGESTS} is damaged: it does not match its own digest")
     if named and step.name.isdigit() and int(step.name) != named["step"]:
         raise CorruptCheckpointError(f"{step} holds step {named['step']}: the directory was renamed or swapped")
-    problems, present = [], storage.checksums(step, files)
+    problems: list[str] = []
+    if contents or storage.is_remote(step):
+        present = storage.checksums(step, files)
+    else:
+        present = {name: files.get(name, "") for name in storage.files_under(step)}
     for name, wanted in files.items():
         if name not in present:
             problems.append(f"{name} is missing")
@@ -225,8 +232,10 @@ class Checkpoints:
 
 
 def _remove_interrupted(root: pathlib.Path) -> None:
-    """Removes what interrupted saves have left, which takes space: on a local disk, Orbax renames a complete step; on an
-    object store, it writes a file last."""
+    """Removes what interrupted saves have left, which takes space.
+
+    On a local disk, Orbax renames a complete step; on an object store, it writes a file last.
+    """
     if not storage.is_remote(root):
         for folder in root.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(folder)

@@ -24,19 +24,46 @@ HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as 
 
 
 def start() -> None:
+    """Connects to the other processes of a run, and finds the devices.
+
+    Raises:
+      StartupError: see `connect` and `find_devices`.
+    """
+    connect()
+    find_devices()
+
+
+def find_devices() -> list[jax.Device]:
+    """The devices of all processes.
+
+    Raises:
+      StartupError: JAX finds none.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform that was asked for is there
+        reason = " ".join(str(error).split())[:300] or "no such platform is installed"
+        asked = f" (JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+        raise StartupError(
+            f"JAX finds no devices{asked}: {reason}. Install what they need (pip install 'jax[tpu]' or 'jax[cuda13]'), "
+            "and end other processes that hold them"
+        ) from None
+
+
+def connect(seconds: int = 0) -> None:
     """Connects to the other processes of a run; does nothing in a single process.
 
     On TPUs with several hosts, JAX finds them by itself. Elsewhere environment variables name them:
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID. UNIMM_START_SECONDS limits the
-    wait.
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    Args:
+      seconds: limit of the wait; UNIMM_START_SECONDS, or `START_SECONDS`, if 0.
 
     Raises:
       StartupError: not all processes connected in time, or the address is unusable.
     """
-    address, seconds = (
-        os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        int(os.environ.get("UNIMM_START_SECONDS", START_SECONDS)),
-    )
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    seconds = seconds or int(os.environ.get("UNIMM_START_SECONDS", START_SECONDS))
     hosts = 1 if address else tpu_hosts.number_of_hosts()
     if not address and hosts == 1:
         return

@@ -1,5 +1,6 @@
 """Checks of the environment of a run: versions, devices, workdir, disk, memory, data, network. Nothing is compiled."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -7,20 +8,29 @@ import pathlib
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, storage, tpu_hosts
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
-from unimm_jax.errors import UserError
+from unimm_jax.errors import CorruptCheckpointError, UserError
 
 OK, WARNING, BLOCKER = "ok", "warning", "blocker"
 GIB = 2**30
-CONNECT_SECONDS = 3
+CONNECT_SECONDS = 4  # how long a process tries to reach the first one
+WAIT_SECONDS = 60  # how long the processes wait for each other
+ROWS = 8  # of a batch that are read
+CONTROL_GROUP = pathlib.Path("/sys/fs/cgroup")
+CONTROL_GROUPS = (  # limit, use, and in memory.stat the files that can be dropped; versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 PAIRS = {"jaxlib": "", "libtpu": 'extra == "tpu"'}  # package → the marker of jax's requirement on it
 
 
@@ -42,20 +52,23 @@ class Finding:
         return f"{self.level:8s} {self.check}: {self.text}" + (f". Remedy: {self.remedy}" if self.remedy else "")
 
 
-def findings(config: Config | None, workdir: str, chips: int, platform: str) -> list[Finding]:
-    """What all checks found.
+def findings(config: Config | None, workdir: str, chips: int, platform: str) -> Iterator[Finding]:
+    """What the checks found that need the devices, one after another. The processes are connected.
 
     Args:
       config: of the stage to run; its memory, paths and data are checked if given. workdir: checked if not empty.
       chips: number of devices that there should be, 0 for any. platform: "tpu", "gpu", "cpu", or "" for any.
     """
-    found = [*versions(), *coordinator(), *devices(chips, platform)]
+    yield from devices(chips, platform)
+    try:
+        distributed.find_devices()
+    except UserError:
+        return  # the other checks need them
     if workdir:
-        found += workdir_checks(workdir, config)
+        yield from workdir_checks(workdir, config)
     if config is not None:
         data, read = inputs(config, workdir) if workdir else (None, [])
-        found += [*device_memory(config), *host_memory(config, data), *read]
-    return found
+        yield from (*device_memory(config), *host_memory(config, data), *read)
 
 
 def versions() -> Iterator[Finding]:
@@ -109,27 +122,62 @@ def _satisfies(version: str, wanted: str) -> bool:
 
 
 def coordinator() -> Iterator[Finding]:
-    """Whether the first process can be reached, for a run whose processes are numbered by hand."""
+    """Whether the first process can be reached, for a run whose processes are numbered by hand.
+
+    The first process listens when it connects the others, so it has nothing to check here.
+    """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
+    if not address or os.environ.get("JAX_PROCESS_ID") == "0":
         return
     host, _, port = address.rpartition(":")
+    end = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and time.monotonic() < end:
+                time.sleep(0.5)  # it may be starting
+                continue
+            remedy = "start process 0, open the port in the firewall, or correct JAX_COORDINATOR_ADDRESS"
+            yield Finding(BLOCKER, "network", f"the coordinator {address} cannot be reached ({error})", remedy)
+        else:
+            yield Finding(OK, "network", f"{address} answers")
+        return
+
+
+def connection() -> Iterator[Finding]:
+    """Connects the processes of a run; ends this process, after a line, if they do not come within `WAIT_SECONDS`."""
+    seconds = int(os.environ.get("UNIMM_START_SECONDS", WAIT_SECONDS))
+    remedy = "start the same command on all hosts; end an earlier process that holds the port or the TPU"
+    found = Finding(BLOCKER, "network", f"the processes did not connect within {seconds} s", remedy)
+
+    def end() -> None:
+        print(found.line(), flush=True)
+        os._exit(1)  # JAX would abort the process, with a stack
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        yield Finding(OK, "network", f"{address} answers")
-    except (OSError, ValueError) as error:
-        remedy = "start process 0, open the port in the firewall, or correct JAX_COORDINATOR_ADDRESS"
-        yield Finding(BLOCKER, "network", f"the coordinator {address} cannot be reached ({error})", remedy)
+        distributed.connect(10 * seconds)
+    except UserError as error:
+        yield Finding(BLOCKER, "network", str(error).replace("\n", " "))
+    finally:
+        timer.cancel()
 
 
 def devices(chips: int, platform: str) -> Iterator[Finding]:
     """Whether JAX uses the devices of the machine, and those that were asked for."""
-    there = jax.devices()
-    kind, text = there[0].platform, f"{len(there)} × {there[0].device_kind} in {jax.process_count()} processes"
     remedies = {
         "tpu": "pip install 'jax[tpu]'; end other processes that hold the TPU",
         "gpu": "pip install 'jax[cuda13]'",
     }
+    try:
+        there = distributed.find_devices()
+    except UserError as error:
+        yield Finding(BLOCKER, "devices", str(error))
+        return
+    kind, text = there[0].platform, f"{len(there)} × {there[0].device_kind} in {jax.process_count()} processes"
     on_cpu = kind == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu"
     if on_cpu and process.has_accelerator():
         has = "tpu" if tpu_hosts.has_tpu() else "gpu"
@@ -151,45 +199,82 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
     try:
         path = storage.absolute(storage.path(workdir))
         checkpoint.refuse_s3(path)
-        probe = path / f".preflight-{os.getpid()}"
-        began, is_new = time.perf_counter(), not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"-")
-        probe.unlink()
+        began, is_new = time.perf_counter(), not any(distributed.gather(b"1" if path.exists() else b""))
+    except UserError as error:
+        yield Finding(BLOCKER, "workdir", str(error))
+        return
+    try:
+        # every process says what it found before any goes on, so that none waits for one that cannot write
+        said = [reason.decode() for reason in distributed.gather(_write_probe(path).encode())]
+        if any(said):
+            bad = [f"process {i}: {reason}" if len(said) > 1 else reason for i, reason in enumerate(said) if reason]
+            text = f"{workdir} cannot be written ({'; '.join(bad)[:600]})"
+            yield Finding(BLOCKER, "workdir", text, "check the path and its permissions")
+            return
         distributed.check_shared(path)
         text = f"{path} can be written ({time.perf_counter() - began:.1f} s), by {jax.process_count()} processes"
         yield Finding(OK, "workdir", text)
         if config is not None and not storage.is_remote(path):
             yield _disk(path, config)
-        if is_new and not storage.is_remote(path):
-            path.rmdir()
     except UserError as error:
         yield Finding(BLOCKER, "workdir", str(error))
         return
-    except Exception as error:  # a store raises errors of its client library
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        yield Finding(
-            BLOCKER, "workdir", f"{workdir} cannot be written: {reason}", "check the path and its permissions"
-        )
-        return
+    finally:
+        if is_new and not storage.is_remote(path):
+            with contextlib.suppress(OSError):  # another process has removed it, or uses it
+                path.rmdir()
     if (path / "checkpoints").exists():
-        yield _checkpoint(path)
+        yield _checkpoint(path, config is None or config.train.use_previous_checkpoint)
+
+
+def _write_probe(path: pathlib.Path) -> str:
+    """Writes a file in a directory and removes it: why that is not possible, in one line, or nothing."""
+    probe = path / f".preflight-{os.getpid()}-{jax.process_index()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"-")
+        probe.unlink()
+    except Exception as error:  # a store raises errors of its client library
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def _disk(path: pathlib.Path, config: Config) -> Finding:
-    needed, free = memory.needs(config).checkpoint * (config.train.keep + 1), shutil.disk_usage(path).free
-    text = f"{free / GIB:.1f} GiB free, {config.train.keep + 1} checkpoints need {needed / GIB:.1f} GiB"
+    """Whether there is room for the checkpoints that are kept, one whose digests are written, and one being saved."""
+    count, root = config.train.keep + 2, path / "checkpoints"
+    there = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.exists() else 0
+    needed = max(memory.needs(config).checkpoint * count - there, 0)
+    free = shutil.disk_usage(path).free
+    text = f"{free / GIB:.1f} GiB free, {count} checkpoints need {needed / GIB:.1f} GiB{' more' if there else ''}"
     if needed > free:
         return Finding(BLOCKER, "disk", text, "free space, lower config.train.keep, or give a --workdir elsewhere")
     return Finding(OK, "disk", text)
 
 
-def _checkpoint(path: pathlib.Path) -> Finding:
-    try:
-        return Finding(OK, "checkpoint", f"the run would resume from step {checkpoint.find(path).name}")
-    except UserError as error:
-        text = str(error).replace("\n", " ")
-        return Finding(WARNING, "checkpoint", text, f"remove {path / 'checkpoints'} to start from the beginning")
+def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
+    """Where the run would resume, by the rule of `Checkpoints.newest`; the files of local checkpoints are not read."""
+    steps = sorted((int(name) for name in storage.children(path / "checkpoints") if name.isdigit()), reverse=True)
+    reports = []
+    for step in steps:
+        try:
+            checkpoint.verify(path / "checkpoints" / str(step), contents=False)
+        except CorruptCheckpointError as error:
+            reports.append(str(error).replace("\n", " "))
+            if not use_previous:
+                break
+        except UserError as error:
+            return Finding(BLOCKER, "checkpoint", str(error))
+        else:
+            text = f"the run would resume from step {step}"
+            if reports:
+                return Finding(WARNING, "checkpoint", f"{text}, because {reports[0]}", "none needed")
+            return Finding(OK, "checkpoint", text)
+    if reports and not all("did not finish" in report for report in reports):
+        remedy = f"remove {path / 'checkpoints'} to start from the beginning, or copy it again"
+        if not use_previous:
+            remedy = "set config.train.use_previous_checkpoint to resume from the one before, if there is one"
+        return Finding(BLOCKER, "checkpoint", reports[0], remedy)
+    return Finding(OK, "checkpoint", "there is no complete one, the run would start from the beginning")
 
 
 def device_memory(config: Config) -> Iterator[Finding]:
@@ -213,10 +298,17 @@ def host_memory(config: Config, data: Input | None) -> Iterator[Finding]:
 
 
 def _available() -> int:
+    """Free memory of the host, or of the container: a limit of its control group counts, too."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in _lines(pathlib.Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            free = int(line.split()[1]) * 1024
+    for limit, used, cache in CONTROL_GROUPS:
+        bounds = [next(iter(_lines(CONTROL_GROUP / name)), "") for name in (limit, used)]
+        if all(bound.isdigit() for bound in bounds):
+            stat = dict(line.split() for line in _lines(CONTROL_GROUP / pathlib.Path(limit).parent / "memory.stat"))
+            free = min(free, max(int(bounds[0]) - int(bounds[1]) + int(stat.get(cache, 0)), 0))
+    return free
 
 
 def _lines(file: pathlib.Path) -> Iterable[str]:
@@ -234,8 +326,8 @@ def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:
             parsed = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
         data = objectives.get(parsed.objective).open_input(parsed, None)
         opened = time.perf_counter()
-        next(data.iterate())
-        text = f"opened in {opened - began:.1f} s, a batch read in {time.perf_counter() - opened:.2f} s"
+        data.batch(0, lambda rows: np.arange(rows)[jax.process_index() :: jax.process_count()][:ROWS])
+        text = f"opened in {opened - began:.1f} s, rows of a batch read in {time.perf_counter() - opened:.2f} s"
         return data, [Finding(OK, "data", text)]
     except UserError as error:
         return None, [Finding(BLOCKER, "data", str(error).replace("\n", " "))]

@@ -3,6 +3,7 @@
 Prints a line for each check, with the remedy where something is wrong. The exit status is 1 if a run cannot work.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -20,14 +21,22 @@ def cli() -> None:
     config = command_line.define_config() if given else None
 
     def command() -> None:
-        from unimm_jax import distributed, environment, resolve
+        from unimm_jax import environment, resolve
 
         parsed = resolve.parse(config()) if config is not None else None
-        distributed.start()
-        findings = environment.findings(parsed, workdir.value, chips.value, platform.value)
-        for finding in findings:
-            print(finding.line(), flush=True)
-        if any(finding.level == environment.BLOCKER for finding in findings):
+        blocked = False
+        for part in (
+            environment.versions,
+            environment.coordinator,
+            environment.connection,
+            lambda: environment.findings(parsed, workdir.value, chips.value, platform.value),
+        ):
+            for finding in part():
+                print(finding.line(), flush=True)
+                blocked |= finding.level == environment.BLOCKER
+                if finding.level == environment.BLOCKER and finding.check == "network":
+                    os._exit(1)  # the others would be waited for
+        if blocked:
             sys.exit(1)
 
     process.app(command)

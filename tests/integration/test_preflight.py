@@ -1,16 +1,19 @@
 """Faults of the environment, each of them one line with a remedy."""
 
 import collections
+import os
 import shutil
+import subprocess
 import sys
 import time
 
 import jax
 import pytest
-from helpers import ROOT, command, free_port, link, peak_memory, tiny
+from helpers import ROOT, arguments, free_port, link, peak_memory, tiny
 
 from unimm_jax import environment, memory, process, resolve, tpu_hosts
-from unimm_jax.checkpoint import find
+from unimm_jax.checkpoint import Checkpoints
+from unimm_jax.errors import CorruptCheckpointError
 
 
 def levels(findings):
@@ -38,7 +41,7 @@ def workdir(run, tmp_path):
 
 def test_a_good_environment_has_no_blocker(workdir):
     path, config = workdir
-    found = environment.findings(config, str(path), 0, "cpu")
+    found = [*environment.versions(), *environment.findings(config, str(path), 0, "cpu")]
     assert not blockers(found) and not path.exists()
     assert {"versions", "devices", "workdir", "disk", "device memory", "host memory", "data"} == set(levels(found))
 
@@ -82,6 +85,7 @@ def test_a_machine_whose_accelerator_jax_does_not_use(monkeypatch, has_tpu, name
 
 def test_a_coordinator_that_does_not_answer(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setattr(environment, "CONNECT_SECONDS", 1)
     one(environment.coordinator(), "network", "cannot be reached", "firewall")
 
 
@@ -98,8 +102,13 @@ def test_a_workdir_of_an_unknown_scheme():
 def test_a_full_disk(workdir, monkeypatch):
     path, config = workdir
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage(10, 10, 1000))
-    one(environment.workdir_checks(str(path), config), "disk", "0.0 GiB free", "config.train.keep")
+    size = memory.needs(config).checkpoint
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage(10, 10, 3 * size))
+    assert config.train.keep == 2
+    one(environment.workdir_checks(str(path), config), "disk", "4 checkpoints need", "config.train.keep")
+    (path / "checkpoints" / "7").mkdir(parents=True)
+    (path / "checkpoints" / "7" / "state").write_bytes(bytes(size))  # what is there needs no more room
+    assert levels(environment.workdir_checks(str(path), config))["disk"] == "ok"
 
 
 def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
@@ -107,6 +116,20 @@ def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
     monkeypatch.setattr(environment, "_available", lambda: 1000)
     one(environment.host_memory(config, None), "host memory", "0.0 GiB are free")
     one(environment.device_memory(resolve.parse(resolve.load("stage2:7b"))), "device memory", "stage2:7b needs")
+
+
+@pytest.mark.parametrize("names", environment.CONTROL_GROUPS)
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, names):
+    assert environment._available() > 10**9
+    limit, used, cache = names
+    monkeypatch.setattr(environment, "CONTROL_GROUP", tmp_path)
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("500000000\n")
+    (tmp_path / used).write_text("400000000\n")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 1\n{cache} 300000000\n")
+    assert environment._available() == 400_000_000
+    (tmp_path / limit).write_text("max\n")
+    assert environment._available() > 10**9
 
 
 def test_missing_and_damaged_inputs(workdir):
@@ -122,23 +145,124 @@ def test_missing_and_damaged_inputs(workdir):
     one(environment.inputs(config, str(path))[1], "data", "holds no finished records")
 
 
-def test_a_damaged_checkpoint_is_a_warning(run, tmp_path):
-    shutil.copytree(run / "text", tmp_path / "text")
-    for step in (tmp_path / "text" / "checkpoints").iterdir():
-        if step.name.isdigit() and step != find(run / "text"):
-            (step / "digests.json").unlink()
-    found = levels(environment.workdir_checks(str(tmp_path / "text"), None))
-    assert found == {"workdir": "warning", "checkpoint": "warning"} or found["checkpoint"] in ("ok", "warning")
+def test_where_a_run_with_damaged_checkpoints_would_resume(run, tmp_path):
+    """By the rule of the training command: see `Checkpoints.newest`."""
+    place, config = tmp_path / "text", tiny("text")
+    shutil.copytree(run / "text", place)
+
+    def checks(config=config):
+        return [f for f in environment.workdir_checks(str(place), config) if f.check == "checkpoint"]
+
+    assert checks()[0].line() == "ok       checkpoint: the run would resume from step 30"
+    file = next((place / "checkpoints" / "30" / "state").rglob("d/*"))
+    file.rename(file.with_name("other"))
+    (found,) = checks()
+    assert found.level == "warning" and "from step 20, because" in found.text and "is missing" in found.text
+    strict = tiny("text", train__use_previous_checkpoint=False)
+    one(checks(strict), "checkpoint", "is missing", "use_previous_checkpoint")
+    with pytest.raises(CorruptCheckpointError):
+        Checkpoints(place, use_previous=False).newest()
+    for step in ("10", "20"):
+        (place / "checkpoints" / step / "digests.json").write_text("{}")
+    one(checks(), "checkpoint", "is missing", "to start from the beginning")
+    with pytest.raises(CorruptCheckpointError):
+        Checkpoints(place).newest()
+    for step in ("10", "20", "30"):
+        (place / "checkpoints" / step / "digests.json").unlink()
+    assert checks()[0].level == "ok" and "would start from the beginning" in checks()[0].text
+    assert Checkpoints(place).newest() is None
 
 
-def test_the_command_prints_a_line_for_each_check_and_fails_for_a_blocker(run, tmp_path):
+def preflight(*flags, **env):
+    """The command with variables: (exit status, its lines that are not ok, seconds)."""
     began = time.monotonic()
-    done = command("preflight", "--config=stage2:7b", f"--workdir={tmp_path / 'new'}", "--chips=16")
-    assert time.monotonic() - began < 30  # 10 s on a machine without other work
+    words = [sys.executable, "-m", "unimm_jax.preflight", *flags]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=100)
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and all(line.split()[0] in ("ok", "warning", "blocker") for line in lines)
-    assert [line for line in lines if line.startswith("blocker  devices: ") and "not 16" in line]
-    assert not done.stderr.strip()
+    assert lines and all(line.split()[0] in ("ok", "warning", "blocker") for line in lines), done.stderr
+    assert not done.stderr.strip(), done.stderr
+    return done.returncode, [line for line in lines if not line.startswith("ok")], time.monotonic() - began
+
+
+def test_the_command_prints_a_line_for_each_check_and_fails_for_a_blocker(tmp_path):
+    status, bad, seconds = preflight("--config=stage2:7b", f"--workdir={tmp_path / 'new'}", "--chips=16")
+    assert status == 1 and [line for line in bad if line.startswith("blocker  devices: ") and "not 16" in line]
+    assert seconds < 30  # 10 s on a machine without other work
+
+
+def test_all_processes_say_which_one_cannot_write_the_workdir(tmp_path):
+    """The one that could write waited for the other, and was told that its own workdir cannot be written."""
+    (tmp_path / "file").write_text("")
+
+    def both(first, second):
+        env = os.environ | dict(JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}")
+        words = [[sys.executable, "-m", "unimm_jax.preflight", f"--workdir={w}"] for w in (first, second)]
+        started = [
+            subprocess.Popen(line, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
+            for i, line in enumerate(words)
+        ]
+        said = [process.communicate(timeout=100)[0] for process in started]
+        return [p.returncode for p in started], [s[s.index("workdir: ") :].splitlines()[0] for s in said]
+
+    statuses, lines = both(tmp_path / "new", tmp_path / "new")
+    assert statuses == [0, 0] and all("can be written" in line and "2 processes" in line for line in lines)
+    assert not (tmp_path / "new").exists()
+    statuses, lines = both(tmp_path / "new", tmp_path / "file" / "run")
+    assert statuses == [1, 1] and all("cannot be written (process 1: " in line for line in lines), lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.slow
+def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path):
+    """pytest -s -m slow tests/integration/test_preflight.py -k ten_seconds prints the lines and the seconds."""
+    good = tmp_path / "good"
+    link(run, good, "stage2", "tokenizer", "pixel_decoder", "records")
+    config, changes = ["--config=stage3:laptop", *arguments("stage3")], tmp_path / "changes"
+    changes.mkdir()
+    for name in ("damaged", "missing"):
+        link(run, changes / name, "stage2", "tokenizer", "pixel_decoder")
+    shutil.copytree(run / "records", changes / "damaged" / "records")
+    block = changes / "damaged" / "records" / "blocks" / "000000.array_record"
+    block.write_bytes(block.read_bytes()[:50])
+    link(run, changes / "untrained", "tokenizer", "pixel_decoder", "records")
+    for name in ("checkpoints", "digests"):
+        link(run, changes / name, "stage2", "tokenizer", "pixel_decoder", "records")
+        shutil.copytree(run / "stage3", changes / name / "stage3")
+    for file in (changes / "checkpoints" / "stage3").rglob("d/*"):
+        file.unlink()
+    for file in (changes / "digests" / "stage3").rglob("digests.json"):
+        file.write_text("{}")
+    (tmp_path / "file").write_text("")
+    for name in ("jaxlib", "libtpu"):
+        (tmp_path / name / f"{name}-0.0.1.dist-info").mkdir(parents=True)
+        (tmp_path / name / f"{name}-0.0.1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 0.0.1\n")
+    numbered = dict(JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}")
+    faults = [
+        ("versions", [], dict(PYTHONPATH=str(tmp_path / "jaxlib"))),
+        ("versions", [], dict(PYTHONPATH=str(tmp_path / "libtpu"))),
+        ("network", [], numbered | dict(JAX_PROCESS_ID="1")),
+        ("network", [], numbered | dict(JAX_PROCESS_ID="0", UNIMM_START_SECONDS="3")),
+        ("network", [], numbered | dict(JAX_PROCESS_ID="x")),
+        ("devices", [], dict(JAX_PLATFORMS="cuda")),
+        ("devices", ["--platform=tpu"], {}),
+        ("devices", ["--chips=16"], {}),
+        ("workdir", [f"--workdir={tmp_path / 'file' / 'run'}"], {}),
+        ("workdir", ["--workdir=hdfs://x/y"], {}),
+        ("workdir", ["--workdir=s3://bucket/run"], {}),
+        ("device memory", ["--config=stage2:7b"], {}),
+        ("data", [*config, f"--workdir={changes / 'damaged' / 'stage3'}"], {}),
+        ("data", [*config, f"--workdir={changes / 'missing' / 'stage3'}"], {}),
+        ("data", [*config, f"--workdir={changes / 'untrained' / 'stage3'}"], {}),
+        ("checkpoint", [*config, f"--workdir={changes / 'checkpoints' / 'stage3'}"], {}),
+        ("checkpoint", [*config, f"--workdir={changes / 'digests' / 'stage3'}"], {}),
+    ]
+    assert preflight(*config, f"--workdir={good / 'stage3'}")[:2] == (0, [])
+    for check, flags, env in faults:
+        status, bad, seconds = preflight(*flags, **env)
+        print(f"{seconds:4.1f} s  {bad}")
+        blockers = [line for line in bad if line.startswith("blocker")]
+        assert status == 1 and seconds < 10 and f" {check}: " in blockers[0], bad
+        assert len(blockers) == 1 or check == "device memory", bad  # which is host memory on a CPU
 
 
 @pytest.mark.slow
