@@ -345,7 +345,8 @@ class Tpu:
             file = pathlib.Path(folder) / "unimm_jax.env"
             pairs = (entry.partition("=") for entry in self.settings.env)
             file.touch(0o600)
-            file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, _, value in pairs))
+            lines = [f"export {name}={shlex.quote(value)}\n" for name, _, value in pairs]
+            file.write_text("".join([f"export UNIMM_COMMIT={self.version}\n", *lines]))  # for the run card
             for node in self.settings.nodes:
                 self.gcloud.call("tpu-vm", "scp", str(file), f"{node}:unimm_jax.env", "--worker=all")
                 self.ssh(node, start_script(self.settings.command))

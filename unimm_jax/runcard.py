@@ -41,7 +41,8 @@ STEPS = 20  # steps whose batches and metrics are recorded
 BANDS = 20  # parts of the run for the curve of the loss
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "ml-dtypes",
-    "tokenizers", "pillow", "simplejpeg",
+    "tokenizers", "pillow", "simplejpeg", "tensorstore", "array-record", "jax-cuda12-plugin", "jax-cuda12-pjrt",
+    "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 WIDTH = 118  # of a line of the file; entries that are longer get a line for each of their parts
@@ -214,10 +215,14 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the clone that runs, with "+" and a digest of its uncommitted changes; empty if it is no clone."""
+    """The commit of the clone that runs, with "+" and a digest of its uncommitted changes.
+
+    A copy without its history has the commit in the variable UNIMM_COMMIT, which `launch/tpu.py` sets; otherwise it is
+    empty.
+    """
     root = pathlib.Path(__file__).parent.parent
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("UNIMM_COMMIT", "")
     try:
         head, changes = (
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=20, check=True).stdout

@@ -29,7 +29,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from unimm_jax.errors import ConfigError, StorageError
 
@@ -40,7 +40,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the local disk whi
 THREADS = 16  # requests at a time
 LISTED = 4_000  # of more files, the versions come from a listing instead of one request each
 CACHE_GIB = 50
+OPEN_ATTEMPTS = 3  # of a local copy that other processes remove
 MD5 = "md5:"  # prefix of a checksum that an object store computed
+T = TypeVar("T")
 SHARED_CACHE = pathlib.Path.home() / ".cache" / "unimm_jax" / "files"
 
 
@@ -402,6 +404,25 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
         partial.unlink(missing_ok=True)
     _trim(cache_folder(), keep=copy)
     return copy
+
+
+def open_copy(file: pathlib.Path, opening: Callable[[pathlib.Path], T]) -> T:
+    """What `opening` makes of the local copy of a file; the copy is fetched again if it was removed meanwhile.
+
+    Raises:
+      StorageError: it is removed each time, because the bound of the cache is too small.
+    """
+    for _ in range(OPEN_ATTEMPTS):
+        copy = local_file(file)
+        try:
+            return opening(copy)
+        except (OSError, RuntimeError, ValueError):  # a library in C++ has errors of its own
+            if not is_remote(file) or copy.exists():
+                raise
+    raise StorageError(
+        f"the local copy of {file} is removed as soon as it is there: raise UNIMM_CACHE_GIB, the bound of the cache in "
+        f"{cache_folder()}"
+    )
 
 
 def cache_place(file: pathlib.Path, stamp: tuple[int, str], suffix: str = "") -> pathlib.Path:

@@ -253,6 +253,19 @@ def test_records_on_the_store_are_those_of_the_local_disk(run, bucket, capsys, n
     assert "are already in" in capsys.readouterr().out
 
 
+def test_a_cache_that_is_too_small_is_not_taken_for_damaged_records(run, bucket, monkeypatch, tmp_path):
+    put(run / "records", f"{bucket}/small_cache/records")
+    monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("UNIMM_CACHE_GIB", "1e-9")  # every copy removes all others
+    local, remote = Records(run / "records"), Records(f"{bucket}/small_cache/records")
+    assert remote[0].texts == local[0].texts and remote[len(local) - 1].texts == local[len(local) - 1].texts
+    monkeypatch.setattr(storage, "local_file", lambda file: tmp_path / "removed")
+    with pytest.raises(StorageError, match="is removed as soon as it is there: raise UNIMM_CACHE_GIB"):
+        Records(f"{bucket}/small_cache/records")
+    with pytest.raises(StorageError, match="raise UNIMM_CACHE_GIB"):
+        remote._reader._open(0)
+
+
 def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, caplog):
     put(run / "text", f"{bucket}/changed/text")
     step = find(f"{bucket}/changed/text")

@@ -137,6 +137,13 @@ def test_initial_weights_have_the_digests_of_their_files(run, tmp_path):
     assert found[0]["path"] == str(published) and found[0]["digest"] != found[1]["digest"]
 
 
+def test_a_copy_without_its_history_has_the_commit_of_its_launcher(monkeypatch, tmp_path):
+    monkeypatch.setattr(runcard, "__file__", str(tmp_path / "unimm_jax" / "runcard.py"))
+    assert runcard.commit() == ""
+    monkeypatch.setenv("UNIMM_COMMIT", "0123abcd")
+    assert runcard.commit() == "0123abcd"
+
+
 def test_bands_are_quantiles_of_twentieths():
     rows = [{"step": step, "loss": float(step)} for step in range(1, 101)]
     found = runcard.bands(rows, 100)

@@ -173,6 +173,11 @@ class StoredRecord:
     kinds: list[str]
 
 
+def _mapped(file: pathlib.Path) -> np.ndarray:
+    """An array over a mapped file, which stays readable when its name is removed."""
+    return np.asarray(np.load(file, mmap_mode="r"))
+
+
 class Records:
     """Random access to the records of one split, in a directory that `unimm_jax.pretokenize` wrote.
 
@@ -223,14 +228,13 @@ class Records:
 
     def _index(self) -> dict[str, np.ndarray]:
         if (self.path / "index.npz").exists():
-            return legacy.record_index(dict(np.load(storage.local_file(self.path / "index.npz"))))
+            return legacy.record_index(storage.open_copy(self.path / "index.npz", lambda file: dict(np.load(file))))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
         later = ("sizes", "sizes_ends")  # not in records of an earlier version
         if not any((self.path / "index" / f"{name}.npy").exists() for name in later):
             names = [name for name in names if name not in later]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
-        files = {name: storage.local_file(self.path / "index" / f"{name}.npy") for name in names}
-        return {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items()}
+        return {name: storage.open_copy(self.path / "index" / f"{name}.npy", _mapped) for name in names}
 
     @classmethod
     def open(cls, path: str | pathlib.Path, split: str = "train") -> "Records":

@@ -38,6 +38,13 @@ class RemoteBlocks:
         return bytes(record)
 
     def _open(self, block: int) -> tuple[Any, threading.Lock]:
-        from array_record.python.array_record_module import ArrayRecordReader
+        return storage.open_copy(self.files[block], _reader), threading.Lock()
 
-        return ArrayRecordReader(str(storage.local_file(self.files[block]))), threading.Lock()
+
+def _reader(file: pathlib.Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    if not reader.ok():  # it says why when a record is read
+        reader.read([0])
+    return reader
