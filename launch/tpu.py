@@ -47,6 +47,7 @@ VAIN = 10  # attempts in a row that failed soon, on a TPU that is there
 SOON_SECONDS = 1800
 STUCK_SECONDS = 300  # how long hosts may go on after the command has failed on another one
 FOLLOW_SECONDS = 120  # how long a connection shows the log until the hosts are asked whether the command still runs
+LONGEST, SHORT = 3600, 120  # seconds until a call of gcloud is given up: one that installs, one that asks
 TAIL = 30  # last lines of the log of a host on which the command failed
 PATIENCE = 8  # calls of gcloud until an error that passes counts as one
 LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # a request that will not become active again
@@ -207,10 +208,22 @@ class Gcloud:
             time.sleep(min(self.settings.poll, 60) * 2**attempt / 16)
         return done
 
-    def run(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-        """Runs a command line with its output captured."""
+    def run(self, line: Sequence[str], seconds: float = LONGEST) -> "subprocess.CompletedProcess[str]":
+        """Runs a command line with its output captured; a host that vanishes does not end a connection, so it has a
+        limit of `seconds`."""
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+            with subprocess.Popen(line, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+                try:
+                    said, error = process.communicate(timeout=seconds)
+                except subprocess.TimeoutExpired:
+                    end(process)
+                    said, error = process.communicate()
+                    error += f"\nERROR: no answer within {seconds:.0f} s"
+                except BaseException:
+                    end(process)
+                    raise
+                return subprocess.CompletedProcess(line, process.returncode, said, error)
         except FileNotFoundError:
             raise LaunchError("gcloud is not installed: cloud.google.com/sdk/docs/install") from None
 
@@ -284,18 +297,18 @@ class Tpu:
 
     # ---- Its hosts ---------------------------------------------------------------------------------------------------
 
-    def ssh(self, node: str, command: str, worker: str = "all") -> str:
-        """Runs a shell command on hosts of a node and returns the output.
+    def ssh(self, node: str, command: str, seconds: float = LONGEST) -> str:
+        """Runs a shell command on all hosts of a node, for so many seconds at most, and returns the output.
 
         Raises:
           Lost: a host cannot be reached, or the command fails there; names the host.
         """
-        words = ("tpu-vm", "ssh", node, f"--worker={worker}", f"--command={command}")
+        words = ("tpu-vm", "ssh", node, "--worker=all", f"--command={command}")
         if self.settings.dry_run:
             return self.gcloud.call(*words)
-        done = self.gcloud.run(self.gcloud.line(*words))
+        done = self.gcloud.run(self.gcloud.line(*words), seconds)
         if done.returncode:
-            which = f"worker {worker}" if worker != "all" else self._unreachable(node) or "a worker"
+            which = self._unreachable(node) or "a worker"
             raise Lost(f"{which} of {node}: {one_line(done.stderr or done.stdout)}")
         return done.stdout
 
@@ -303,7 +316,7 @@ class Tpu:
         """The hosts of a node that do not answer, such as "worker 3"; empty if all do."""
         hosts = range(self.settings.kind.hosts)
         lines = {i: self.gcloud.line("tpu-vm", "ssh", node, f"--worker={i}", "--command=true") for i in hosts}
-        bad = [str(i) for i, line in lines.items() if self.gcloud.run(line).returncode]
+        bad = [str(i) for i, line in lines.items() if self.gcloud.run(line, SHORT).returncode]
         return f"worker {', '.join(bad)}" if bad else ""
 
     @functools.cached_property
@@ -354,7 +367,7 @@ class Tpu:
     def stop(self) -> None:
         """Stops the command on every host where it is running."""
         for node in self.settings.nodes:
-            self.ssh(node, STOP_SCRIPT)
+            self.ssh(node, STOP_SCRIPT, 2 * SHORT)
 
     def log(self, worker: int, line: int, seconds: float) -> int:
         """Shows the log of a host of the first node from a line (from 1) on, until the command or the time ends.
@@ -428,7 +441,7 @@ class Tpu:
         """Exit status of the command on every host, by host; "running" where it has not ended."""
         found = {}
         for node in self.settings.nodes:
-            for text in self.ssh(node, STATUS_SCRIPT).splitlines():
+            for text in self.ssh(node, STATUS_SCRIPT, SHORT).splitlines():
                 mark, _, rest = text.partition(" ")
                 if mark == "unimm-status":
                     host, _, status = rest.rpartition(" ")
@@ -460,7 +473,7 @@ class Tpu:
         """Shows the last lines of the log of the first few of some hosts of each node."""
         for node in self.settings.nodes:
             try:
-                said = self.ssh(node, TAIL_SCRIPT).splitlines()
+                said = self.ssh(node, TAIL_SCRIPT, SHORT).splitlines()
             except Lost as error:
                 say(f"{node}: no log ({error})")
                 continue
