@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, storage, tpu_hosts
+from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
 from unimm_jax.errors import CorruptCheckpointError, UserError
@@ -26,6 +27,7 @@ GIB = 2**30
 CONNECT_SECONDS = 4  # how long a process tries to reach the first one
 WAIT_SECONDS = 60  # how long the processes wait for each other
 ROWS = 8  # of a batch that are read
+UTILIZATION, PRICED = 0.4, ("v5e", "v5p", "v6e", "h100")  # model FLOPs utilization and chips of `cost`
 CONTROL_GROUP = pathlib.Path("/sys/fs/cgroup")
 CONTROL_GROUPS = (  # limit, use, and in memory.stat the files that can be dropped; versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
@@ -68,7 +70,7 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
         yield from workdir_checks(workdir, config)
     if config is not None:
         data, read = inputs(config, workdir) if workdir else (None, [])
-        yield from (*device_memory(config), *host_memory(config, data), *read)
+        yield from (*device_memory(config), *host_memory(config, data), *read, *cost(config, data))
 
 
 def versions() -> Iterator[Finding]:
@@ -313,6 +315,23 @@ def _available() -> int:
 
 def _lines(file: pathlib.Path) -> Iterable[str]:
     return file.read_text().splitlines() if file.exists() else ()
+
+
+def cost(config: Config, data: Input | None) -> Iterator[Finding]:
+    """The chip-hours of the run at a utilization of `UTILIZATION`, if they are worth a line."""
+    objective_class = objectives.get(config.objective)
+    objective = objective_class(config, data or objective_class.abstract_input(config))
+    spec = objective_class.batch_spec(config, objective_class.batch_rows(config))
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()}
+    flops, steps = objective.step_flops(batch), config.train.steps
+    chips = {chip.name: chip.flops for chip in hardware.CHIPS.values()}
+    hours = {name: steps * flops / (chips[name] * UTILIZATION * 3600) for name in PRICED}
+    if max(hours.values()) < 1:
+        return
+    text = ", ".join(f"{value:,.0f} of {name}" for name, value in hours.items())
+    yield Finding(
+        OK, "cost", f"{flops / 1e15:.3g} PFLOP per step, {steps:,} steps: {text} (chip-hours at {UTILIZATION:.0%} MFU)"
+    )
 
 
 def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:

@@ -29,7 +29,7 @@ def stub(tmp_path):
     folder = tmp_path / "stub"
     folder.mkdir()
     (folder / "workers").write_text("2")
-    (folder / "gcloud").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/stub_gcloud.py "$@"\n')
+    (folder / "gcloud").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {ROOT}/tests/stub_gcloud.py "$@"\n')
     (folder / "gcloud").chmod(0o755)
     return folder
 

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,16 @@ def test_missing_and_damaged_inputs(workdir):
     one(environment.inputs(config, str(path))[1], "data", "there is no checkpoint at", "train that stage first")
     shutil.rmtree(path.parent / "records")
     one(environment.inputs(config, str(path))[1], "data", "holds no finished records")
+
+
+def test_the_chip_hours_of_a_large_run(workdir):
+    assert not [*environment.cost(workdir[1], None)]
+    (found,) = environment.cost(resolve.parse(resolve.load("stage2:7b")), None)
+    flops, steps, hours = (
+        float(x.replace(",", "")) for x in re.findall(r"([\d.,]+) (?:PFLOP|steps|of v5e)", found.text)
+    )
+    assert hours == pytest.approx(flops * 1e15 * steps / (197e12 * 0.4) / 3600, rel=0.01)
+    assert 6 * 6.7e9 * 2048 * 32 < flops * 1e15 < 6 * 8e9 * 2048 * 128  # 6 operations per parameter and token
 
 
 def test_where_a_run_with_damaged_checkpoints_would_resume(run, tmp_path):
