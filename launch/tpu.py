@@ -14,6 +14,7 @@ It needs the Google Cloud CLI (gcloud) and nothing beyond Python's standard libr
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -312,11 +313,24 @@ class Tpu:
             raise Lost(f"{which} of {node}: {one_line(done.stderr or done.stdout)}")
         return done.stdout
 
+    def copy(self, file: pathlib.Path, node: str) -> None:
+        """Copies a file to the home directory of all hosts of a node.
+
+        Raises:
+          Lost: a host cannot be reached; names the host.
+        """
+        try:
+            self.gcloud.call("tpu-vm", "scp", str(file), f"{node}:{file.name}", "--worker=all")
+        except LaunchError as error:
+            raise Lost(f"{self._unreachable(node) or 'a worker'} of {node}: {error}") from None
+
     def _unreachable(self, node: str) -> str:
         """The hosts of a node that do not answer, such as "worker 3"; empty if all do."""
         hosts = range(self.settings.kind.hosts)
         lines = {i: self.gcloud.line("tpu-vm", "ssh", node, f"--worker={i}", "--command=true") for i in hosts}
-        bad = [str(i) for i, line in lines.items() if self.gcloud.run(line, SHORT).returncode]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            done = pool.map(lambda line: self.gcloud.run(line, SHORT).returncode, lines.values())
+        bad = [str(i) for i, status in zip(lines, done, strict=True) if status]
         return f"worker {', '.join(bad)}" if bad else ""
 
     @functools.cached_property
@@ -343,10 +357,7 @@ class Tpu:
             subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), version], check=True)
             for node in self.settings.nodes:
                 say(f"{node}: installing {version[:12]}")
-                try:
-                    self.gcloud.call("tpu-vm", "scp", str(archive), f"{node}:unimm_jax.tar.gz", "--worker=all")
-                except LaunchError as error:
-                    raise Lost(f"{self._unreachable(node) or 'a worker'} of {node}: {error}") from None
+                self.copy(archive, node)
                 self.ssh(node, install_script(self.settings.install, mark))
 
     def start(self) -> None:
@@ -361,7 +372,7 @@ class Tpu:
             lines = [f"export {name}={shlex.quote(value)}\n" for name, _, value in pairs]
             file.write_text("".join([f"export UNIMM_COMMIT={self.version}\n", *lines]))  # for the run card
             for node in self.settings.nodes:
-                self.gcloud.call("tpu-vm", "scp", str(file), f"{node}:unimm_jax.env", "--worker=all")
+                self.copy(file, node)
                 self.ssh(node, start_script(self.settings.command))
 
     def stop(self) -> None:
@@ -486,7 +497,8 @@ class Tpu:
 # ---- What the hosts run ----------------------------------------------------------------------------------------------
 
 
-RUNNING = '[ -e pid ] && kill -0 "$(cat pid)" 2>/dev/null'
+# after a restart of the host, another process can have the number
+RUNNING = f'[ -e pid ] && grep -qsa {TREE}/status "/proc/$(cat pid)/cmdline"'
 
 
 def install_script(install: str, mark: str) -> str:
