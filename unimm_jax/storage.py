@@ -458,7 +458,8 @@ def _trim(folder: pathlib.Path, keep: pathlib.Path) -> None:
 def output_folder(target: pathlib.Path, last: str = "") -> Iterator[pathlib.Path]:
     """A local directory that becomes `target` when the block ends without an error; nothing is left otherwise.
 
-    On an object store, its files are copied then: a process that is killed in between leaves a part.
+    What a process left that was killed is removed at the next call with the same target. On an object store, the files
+    are copied at the end: a process that is killed in between leaves a part.
 
     Args:
       last: name of a file that is copied after the others, so that it shows that all of them are there.
@@ -469,14 +470,35 @@ def output_folder(target: pathlib.Path, last: str = "") -> Iterator[pathlib.Path
             upload_tree(pathlib.Path(folder), target, last)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.partial.", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _remove_abandoned(target)
+    partial = target.with_name(f".{target.name}.partial.{uuid.uuid4().hex}")
+    lock = _lock_of(partial)
+    with lock.open("w") as stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        partial.mkdir()
+        try:
+            yield partial
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(partial: pathlib.Path) -> pathlib.Path:
+    return partial.with_name(f"{partial.name}.lock")
+
+
+def _remove_abandoned(target: pathlib.Path) -> None:
+    """Removes the directories of `output_folder` for a target whose processes are gone: nobody holds their locks."""
+    for partial in target.parent.glob(f".{target.name}.partial.{'[0-9a-f]' * 32}"):
+        lock = _lock_of(partial)
+        with contextlib.suppress(OSError), lock.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 class Spool:
