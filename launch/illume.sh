@@ -33,7 +33,7 @@ enhance drawings generate --checkpoint="$RUN/stage2" --records="$RUN/records" --
   --share=0.35 --source=scenes
 enhance drawings/verdicts assess --drawings="$RUN/drawings" --judge=scenes
 enhance assessments build --drawings="$RUN/drawings" --records="$RUN/records" --output="$RUN/assessments" --max_bad_share=0.6
-records records_stage3 "scenes;$MORE;chat:$RUN/assessments/documents.jsonl" --text_tokenizer="$RUN/stage2"
+records records_stage3 "scenes;$MORE;chat:$RUN/assessments/documents.jsonl" --reuse="$RUN/records"
 for stage in questions stage3; do
   step "$RUN/$stage" -m unimm_jax.main --config="launch/illume_$stage.py:$SIZE" --workdir="$RUN/$stage" --config.seed="$SEED"
 done

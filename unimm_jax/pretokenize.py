@@ -19,6 +19,7 @@ def cli() -> None:
         "text_tokenizer", "", "tokenizer.json, .model, a directory or checkpoint with one; trained if empty."
     )
     flags.DEFINE_integer("text_vocab_size", 512, "Number of ids of a trained text tokenizer.", lower_bound=300)
+    flags.DEFINE_string("reuse", "", "Finished records whose sources come first in --sources: they are copied from there.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)
 
     def command() -> None:
@@ -26,7 +27,8 @@ def cli() -> None:
         from unimm_jax.inference.pretokenization import pretokenize
 
         distributed.start()
-        pretokenize(f.image_tokenizer, f.output, f.sources, f.text_tokenizer, f.text_vocab_size, f.batch_size)
+        words = (f.text_tokenizer, f.text_vocab_size)
+        pretokenize(f.image_tokenizer, f.output, f.sources, *words, f.batch_size, f.reuse)
 
     process.app(command)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from helpers import ROOT, TEXT_VOCAB, command, free_port, tiny, xla_flags
 from PIL import Image
 
-from unimm_jax import checkpoint
+from unimm_jax import checkpoint, text_tokenizer
 from unimm_jax.data import pipeline
 from unimm_jax.data.records import RAGGED, Records
 from unimm_jax.data.transforms import decode_image
@@ -118,6 +118,60 @@ def test_finished_records_are_kept_and_others_refused(run, capsys):
     assert "already in" in capsys.readouterr().out
     with pytest.raises(DataError, match="another tokenizer or of other data"):
         pretokenization.pretokenize(str(run / "tokenizer"), str(run / "records"), "scenes:count=5", *ARGUMENTS[1:])
+
+
+# ---- Records of more sources -----------------------------------------------------------------------------------------
+
+
+def test_blocks_of_the_same_sources_are_copied(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretokenization, "BLOCK", 20)
+    old, more = "scenes:count=50", "scenes:count=50;scenes:count=30,seed=1"
+    pretokenization.pretokenize(str(run / "tokenizer"), str(tmp_path / "old"), old, *ARGUMENTS[1:])
+    words = (str(tmp_path / "words.json"), *ARGUMENTS[2:])
+    (tmp_path / "words.json").write_text(Records(tmp_path / "old").text_tokenizer.payload["model"])
+    pretokenization.pretokenize(str(run / "tokenizer"), str(tmp_path / "anew"), more, *words)
+    write, written = pretokenization.RecordWriter.write, []
+
+    def counted(self, block, items):
+        written.append((self.path.name, block))
+        write(self, block, items)
+
+    monkeypatch.setattr(pretokenization.RecordWriter, "write", counted)
+    capsys.readouterr()
+    arguments = (str(run / "tokenizer"), str(tmp_path / "new"), more, *ARGUMENTS[1:], str(tmp_path / "old"))
+    pretokenization.pretokenize(*arguments)
+    # the third block holds the last 10 records of the old source and the first 10 of the new one
+    assert [block for name, block in written if name == "new"] == [2, 3]
+    assert f"records: 40 of 80 copied from {tmp_path / 'old'}" in capsys.readouterr().out
+    for name in ("header.json", "blocks/000000.array_record", "blocks/000002.npz", "test/header.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes(), name
+
+
+def test_records_that_cannot_be_copied_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretokenization, "BLOCK", 20)
+    old, output = tmp_path / "old", tmp_path / "new"
+    pretokenization.pretokenize(str(run / "tokenizer"), str(old), "scenes:count=50", *ARGUMENTS[1:])
+
+    def refused(match, sources="scenes:count=50;scenes:count=30,seed=1", words="", reuse=old):
+        with pytest.raises(DataError, match=match):
+            pretokenization.pretokenize(
+                str(run / "tokenizer"), str(output), sources, words, *ARGUMENTS[2:], str(reuse)
+            )
+        assert not (output / "header.json").exists()
+
+    refused("begin with other data; name their sources first", "scenes:count=30,seed=1;scenes:count=50")
+    (tmp_path / "words.json").write_text(text_tokenizer.train(["other words"] * 9, 300).payload["model"])
+    refused("another text tokenizer; leave out --text_tokenizer", words=str(tmp_path / "words.json"))
+    refused("holds no finished records", reuse=tmp_path / "nothing")
+    header = json.loads((old / "header.json").read_text())
+    (old / "header.json").write_text(json.dumps(header | {"block": 4096}))
+    refused("of an earlier version")
+    (old / "header.json").write_text(json.dumps(header | {"fingerprint": "0"}))
+    refused("another image tokenizer")
+    (old / "header.json").write_text(json.dumps(header))
+    block = old / "blocks" / "000001.array_record"
+    block.write_bytes(block.read_bytes()[:-1] + b"x")
+    refused("000001.array_record is damaged")
 
 
 # ---- Sampled masks ---------------------------------------------------------------------------------------------------

@@ -117,6 +117,24 @@ class RecordWriter:
         np.savez(buffer, digest=np.array([digest]), **arrays)
         storage.write_whole(self._file(block, "npz"), buffer.getvalue())
 
+    def copy(self, block: int, other: pathlib.Path) -> None:
+        """Copies a block from the directory `other`.
+
+        Raises:
+          DamagedRecordsError: the block in `other` is missing or damaged.
+        """
+        source = other / "blocks" / f"{block:06d}.array_record"
+        try:
+            data, index = source.read_bytes(), source.with_suffix(".npz").read_bytes()
+            with np.load(io.BytesIO(index)) as arrays:
+                intact = arrays["digest"][0] == hashlib.sha256(data).hexdigest()
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedRecordsError(f"block {block} of the records in {other} cannot be read ({error})") from None
+        if not intact:
+            raise DamagedRecordsError(f"{source} is damaged (its digest differs)")
+        storage.write_whole(self._file(block, "array_record"), data)
+        storage.write_whole(self._file(block, "npz"), index)
+
     def close(self, blocks: int, header: dict[str, Any]) -> dict[str, Any]:
         """Writes `index/` and `header.json`, once all blocks are complete.
 

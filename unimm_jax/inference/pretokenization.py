@@ -18,7 +18,7 @@ from unimm_jax.checkpoint import find, read_meta
 from unimm_jax.config import Config
 from unimm_jax.data import pipeline
 from unimm_jax.data.outlines import Record
-from unimm_jax.data.records import Records, RecordWriter
+from unimm_jax.data.records import FORMAT, Records, RecordWriter
 from unimm_jax.data.sources import DecodedDataset, split_sources
 from unimm_jax.data.sources.base import Decoded
 from unimm_jax.errors import CheckpointError, DataError, EmptySplitError
@@ -38,7 +38,13 @@ HELD_OUT_RECORDS = 512  # at most, per source
 
 
 def pretokenize(
-    image_tokenizer: str, output: str, sources: str, text_tokenizer_path: str, text_vocab_size: int, batch: int
+    image_tokenizer: str,
+    output: str,
+    sources: str,
+    text_tokenizer_path: str,
+    text_vocab_size: int,
+    batch: int,
+    reuse: str = "",
 ) -> None:
     """Tokenizes every usable record of the sources and writes them to `output`, held-out records to `output/test`.
 
@@ -49,9 +55,12 @@ def pretokenize(
       image_tokenizer: workdir of the tokenizer stage. sources: data sources; those of the tokenizer if empty.
       text_tokenizer_path: file, directory or checkpoint; trains one with `text_vocab_size` ids if empty.
       batch: images at a time.
+      reuse: directory of finished records. Their blocks are copied, and the text tokenizer if no path is given, as long
+        as the sources are the same. The records are those that are written without it.
 
     Raises:
-      CheckpointError: no tokenizer. DataError: no data, or records of another tokenizer in `output`.
+      CheckpointError: no tokenizer. DataError: no data, records of another tokenizer in `output`, or records in `reuse`
+        that cannot be copied.
     """
     started = time.perf_counter()
     tokenizer = load_image_tokenizer(image_tokenizer)
@@ -68,7 +77,13 @@ def pretokenize(
             )
         print(f"records: {header['records']} are already in {output}")
         return
-    words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
+    reused = Records(reuse) if reuse else None
+    if reused and not text_tokenizer_path:
+        words = reused.text_tokenizer
+    else:
+        words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
+    if reused:
+        _check_reuse(reused, tokenizer, words, _common_places(reused.header, sources, datasets))
     target = target_keep_rate(tokenizer.config, image_tokenizer)  # in every process: Orbax reads collectively
     encoder = Encoder(tokenizer, batch)
     try:
@@ -77,7 +92,7 @@ def pretokenize(
         print(f"records: no held-out split ({error})", flush=True)
     else:
         write_split(encoder, held_out, folder / "test", words, sources, HELD_OUT_RECORDS)
-    count, skipped, mean = write_split(encoder, datasets, folder, words, sources)
+    count, skipped, mean = write_split(encoder, datasets, folder, words, sources, reused=reused)
     if jax.process_index() == 0:
         seconds = round(time.perf_counter() - started, 1)
         (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
@@ -133,6 +148,34 @@ def _fingerprints(datasets: dict[int, DecodedDataset]) -> list[str]:
     return [dataset.source.fingerprint() for dataset in datasets.values()]
 
 
+def _common_places(header: dict[str, Any], sources: str, datasets: dict[int, DecodedDataset]) -> int:
+    """How many records the first sources hold that are the same in the header of finished records, usable or not."""
+    same = 0
+    for old, new in zip(split_sources(header["sources"]), split_sources(sources), strict=False):
+        if old != new:
+            break
+        same += 1
+    places = 0
+    for known, (number, dataset) in zip(header["source_fingerprints"], datasets.items(), strict=False):
+        if number >= same or dataset.source.fingerprint() != known:
+            break
+        places += len(dataset)
+    return places
+
+
+def _check_reuse(records: Records, tokenizer: LoadedTokenizer, words: TextTokenizer, places: int) -> None:
+    """Raises DataError if nothing of finished records can be copied."""
+    here = f"--reuse={records.path}: the records there"
+    if records.header["fingerprint"] != tokenizer.fingerprint:
+        raise DataError(f"{here} are of another image tokenizer")
+    if records.text_tokenizer.payload != words.payload:
+        raise DataError(f"{here} are of another text tokenizer; leave out --text_tokenizer to use theirs")
+    if records.header.get("records_format") != FORMAT or records.header.get("block") != BLOCK:
+        raise DataError(f"{here} are of an earlier version")
+    if not places:
+        raise DataError(f"{here} begin with other data; name their sources first in --sources, in the same order")
+
+
 def _text_tokenizer(path: str, vocab_size: int, datasets: dict[int, DecodedDataset]) -> TextTokenizer:
     if path and (storage.path(path) / "checkpoints").exists():
         return text_tokenizer_of(read_meta(path), path)
@@ -174,17 +217,26 @@ def write_split(
     words: TextTokenizer,
     sources: str,
     limit: int = 0,
+    reused: Records | None = None,
 ) -> tuple[int, int, float]:
     """Writes the records of one split: (records, unusable records, mean tokens per image).
 
     Args:
       datasets: by the number of their source. limit: maximum number of records per data set; 0 is all.
+      reused: finished records of the same tokenizers, whose first blocks are copied while the sources are the same.
     """
     lengths = {source: min(len(d), limit) if limit else len(d) for source, d in datasets.items()}
     items = [(source, i) for source, length in lengths.items() for i in range(length)]
     identity = dict(fingerprint=encoder.tokenizer.fingerprint, sources=sources, places=len(items), block=BLOCK)
     writer = RecordWriter(folder, words, identity | {"source_fingerprints": _fingerprints(datasets)})
     blocks = range(-(-len(items) // BLOCK))
+    if reused:
+        whole = _common_places(reused.header, sources, datasets) // BLOCK
+        for block in range(jax.process_index(), whole, jax.process_count()):
+            if not writer.has(block):
+                writer.copy(block, reused.path)
+        if jax.process_index() == 0:
+            print(f"records: {whole * BLOCK} of {len(items)} copied from {reused.path}", flush=True)
     mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
     progress = Progress(sum(len(items[b * BLOCK : (b + 1) * BLOCK]) for b in mine))
     for block in mine:
