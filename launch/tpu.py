@@ -40,10 +40,7 @@ PROVISIONING = ("on-demand", "spot", "reserved", "flex-start")
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 STOPPED = 143  # exit status of a command that was stopped by SIGTERM, as before a preemption
 GONE = 255  # stands for a host on which the command neither runs nor has left a status, as after a restart of the host
-# Exit statuses after which the command starts again; JAX aborts a process that has lost another one
-REPEATED = {
-    STOPPED: "was stopped by SIGTERM", 137: "was killed", 134: "was aborted", 75: "lost another host", GONE: "is gone",
-}  # fmt: skip
+REPEATED = tpu_manifests.RECOVERED | {GONE: "is gone"}  # after these, the command starts again
 VAIN = 10  # attempts in a row that failed soon, on a TPU that is there
 SOON_SECONDS = 1800
 STUCK_SECONDS = 300  # how long hosts may go on after the command has failed on another one

@@ -5,7 +5,8 @@ import shlex
 from typing import Any
 
 RESTARTS = 100  # after preemption
-RECOVERED = [143, 137, 134, 75]  # exit statuses after which SkyPilot starts the command again; see launch/tpu.py
+# Exit statuses after which a command starts again; JAX aborts a process that has lost another one
+RECOVERED = {143: "was stopped by SIGTERM", 137: "was killed", 134: "was aborted", 75: "lost another host"}
 
 
 def problem(settings: Any, target: str) -> str:
@@ -72,7 +73,7 @@ def skypilot(settings: Any, image: str, cluster: str) -> str:
         "accelerators": f"tpu-{settings.kind.name}",
         "accelerator_args": {"runtime_version": settings.runtime},
         "use_spot": settings.provisioning == "spot",
-        "job_recovery": {"max_restarts_on_errors": RESTARTS, "recover_on_exit_codes": RECOVERED},
+        "job_recovery": {"max_restarts_on_errors": RESTARTS, "recover_on_exit_codes": list(RECOVERED)},
     }
     install = (
         "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 venv"

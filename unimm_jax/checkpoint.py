@@ -16,7 +16,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -182,20 +182,13 @@ class Checkpoints:
         Raises:
           CorruptCheckpointError: the newest is damaged and `use_previous` is off, or every one is damaged.
         """
-        reports = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                _verify_once(self.root / str(step))
-                return step
-            except CorruptCheckpointError as error:
-                if not self.use_previous:
-                    raise
-                self._corrupt.add(step)
-                reports.append(str(error))
-                logging.warning("checkpoint not used: %s", error)
-        if reports and not all("did not finish" in r for r in reports):
-            raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(reports))
-        return None
+        found, unusable = newest_intact(
+            self._manager.all_steps(), lambda step: _verify_once(self.root / str(step)), self.use_previous
+        )
+        for step, report in unusable.items():
+            self._corrupt.add(step)
+            logging.warning("checkpoint not used: %s", report)
+        return found
 
     def restore(self, step: int, target: Tree) -> tuple[Tree, dict[str, Any]]:
         """(state, meta) of a verified step.
@@ -229,6 +222,31 @@ class Checkpoints:
         finally:
             self._manager.close()
             self._thread.shutdown()
+
+
+def newest_intact(
+    steps: Iterable[int], verify: Callable[[int], Any], use_previous: bool
+) -> tuple[int | None, dict[int, str]]:
+    """The newest step that verifies, None if a run starts from the beginning, and what is wrong with the later ones.
+
+    Args:
+      verify: raises CorruptCheckpointError for a step that cannot be used. use_previous: see `Checkpoints`.
+
+    Raises:
+      CorruptCheckpointError: the newest is damaged and `use_previous` is off, or every one is damaged.
+    """
+    unusable: dict[int, str] = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            verify(step)
+            return step, unusable
+        except CorruptCheckpointError as error:
+            if not use_previous:
+                raise
+            unusable[step] = str(error)
+    if not all("did not finish" in report for report in unusable.values()):
+        raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(unusable.values()))
+    return None, unusable
 
 
 def _remove_interrupted(root: pathlib.Path) -> None:

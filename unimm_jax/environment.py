@@ -255,28 +255,26 @@ def _disk(path: pathlib.Path, config: Config) -> Finding:
 
 def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
     """Where the run would resume, by the rule of `Checkpoints.newest`; the files of local checkpoints are not read."""
-    steps = sorted((int(name) for name in storage.children(path / "checkpoints") if name.isdigit()), reverse=True)
-    reports = []
-    for step in steps:
-        try:
-            checkpoint.verify(path / "checkpoints" / str(step), contents=False)
-        except CorruptCheckpointError as error:
-            reports.append(str(error).replace("\n", " "))
-            if not use_previous:
-                break
-        except UserError as error:
-            return Finding(BLOCKER, "checkpoint", str(error))
-        else:
-            text = f"the run would resume from step {step}"
-            if reports:
-                return Finding(WARNING, "checkpoint", f"{text}, because {reports[0]}", "none needed")
-            return Finding(OK, "checkpoint", text)
-    if reports and not all("did not finish" in report for report in reports):
-        remedy = f"remove {path / 'checkpoints'} to start from the beginning, or copy it again"
+    root = path / "checkpoints"
+    steps = [int(name) for name in storage.children(root) if name.isdigit()]
+    try:
+        step, unusable = checkpoint.newest_intact(
+            steps, lambda step: checkpoint.verify(root / str(step), contents=False), use_previous
+        )
+    except CorruptCheckpointError as error:
+        remedy = f"remove {root} to start from the beginning, or copy it again"
         if not use_previous:
             remedy = "set config.train.use_previous_checkpoint to resume from the one before, if there is one"
-        return Finding(BLOCKER, "checkpoint", reports[0], remedy)
-    return Finding(OK, "checkpoint", "there is no complete one, the run would start from the beginning")
+        return Finding(BLOCKER, "checkpoint", " ".join(str(error).split()), remedy)
+    except UserError as error:
+        return Finding(BLOCKER, "checkpoint", str(error))
+    if step is None:
+        return Finding(OK, "checkpoint", "there is no complete one, the run would start from the beginning")
+    text = f"the run would resume from step {step}"
+    if unusable:
+        reason = " ".join(next(iter(unusable.values())).split())
+        return Finding(WARNING, "checkpoint", f"{text}, because {reason}", "none needed")
+    return Finding(OK, "checkpoint", text)
 
 
 def device_memory(config: Config) -> Iterator[Finding]:

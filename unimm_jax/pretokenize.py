@@ -19,7 +19,9 @@ def cli() -> None:
         "text_tokenizer", "", "tokenizer.json, .model, a directory or checkpoint with one; trained if empty."
     )
     flags.DEFINE_integer("text_vocab_size", 512, "Number of ids of a trained text tokenizer.", lower_bound=300)
-    flags.DEFINE_string("reuse", "", "Finished records whose sources come first in --sources: they are copied from there.")
+    flags.DEFINE_string(
+        "reuse", "", "Finished records whose sources come first in --sources: they are copied from there."
+    )
     flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)
 
     def command() -> None:

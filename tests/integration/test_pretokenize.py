@@ -154,9 +154,7 @@ def test_records_that_cannot_be_copied_are_refused(run, tmp_path, monkeypatch):
 
     def refused(match, sources="scenes:count=50;scenes:count=30,seed=1", words="", reuse=old):
         with pytest.raises(DataError, match=match):
-            pretokenization.pretokenize(
-                str(run / "tokenizer"), str(output), sources, words, *ARGUMENTS[2:], str(reuse)
-            )
+            pretokenization.pretokenize(str(run / "tokenizer"), str(output), sources, words, *ARGUMENTS[2:], str(reuse))
         assert not (output / "header.json").exists()
 
     refused("begin with other data; name their sources first", "scenes:count=30,seed=1;scenes:count=50")
