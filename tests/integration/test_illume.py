@@ -11,7 +11,7 @@ from PIL import Image
 
 from unimm_jax import metrics, resolve
 from unimm_jax.checkpoint import find, read_meta, read_params
-from unimm_jax.data import packing, scenes, tasks, transforms
+from unimm_jax.data import packing, scenes, slices, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.data.records import Records
 from unimm_jax.errors import ConfigError, DataError, UserError
@@ -271,3 +271,49 @@ def test_a_stage_at_another_image_size_starts_with_interpolated_positions(stages
     image = scenes.render(scenes.draw_scene(5, "test", 0), 128)
     assert g.tokenize([image])[0].shape == (1, 16)  # the image tokenizer keeps its size
     assert len(g.generate_text([image, image], ["", ""])) == 2
+
+
+def test_a_model_that_reads_larger_images_than_its_tokenizer_is_exported(stages, sliced, tmp_path):
+    """As `illume-7b`: images and slices of 128 pixels, 4 features each, and 16 codes of 64 pixels."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    root = link(sliced, tmp_path, "tokenizer", "records", "pixel_decoder", "stage1")
+    changes = dict(
+        train__steps=2,
+        evals={},
+        data__image_size=128,
+        model__encoder__image_size=128,
+        model__unified__patch_merge=4,
+        model__unified__max_image_tokens=4,
+        **SLICED,
+    )
+    config = tiny_dict("stage3", VARIANT, **changes)
+    start = dict(checkpoint="../stage1", rename=[("(encoder|language)/", r"\1/")], allow=("encoder.image_size",))
+    config.init_from = (start,)
+    train(resolve.parse(config), root / "stage3")
+    lines = export(str(root / "stage3"), str(tmp_path / "out"))
+    assert len(lines) == 5 and all("equal" in line or float(line.rsplit(" ", 1)[1]) < 1e-4 for line in lines)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    g = Generator(load_model(root / "stage3"), batch=4)
+    drawn = [scenes.render(scenes.draw_scene(5, "test", i), side) for i, side in enumerate((300, 128, 64))]
+    images = [g.read_image(transforms.encode_png(x)) for x in drawn]
+    assert [x.shape[0] for x in images] == [300, 128, 64]
+    codes, keep = g.tokenize(images)
+    vectors = model.image_tokenizer.quantizer.vectors  # of two nearly equal ones, each library may take another
+    for given in ([Image.fromarray(x) for x in drawn], [Image.fromarray(drawn[0]), *map(torch.tensor, drawn[1:])]):
+        seen = model.seen(given)
+        assert [len(image.views) for image in seen] == [10, 1, 1]
+        for i, image in enumerate(seen):
+            wanted = slices.views(Image.fromarray(drawn[i]), 128, slices.choose_grid(*[len(drawn[i])] * 2, 128, 9))
+            assert np.array_equal(image.views, wanted) and np.array_equal(image.keep, keep[i])
+            gap = vectors[image.codes] - vectors[torch.tensor(codes[i]).long()]
+            assert gap.abs().max() < 5e-3
+        questions = ["", "is there a cross?", "what is it?"]
+        assert model.describe(given, questions) == g.generate_text(images, questions)
+        prompts = [[image, "and a cross"] for image in given]
+        ours = [g.image_prompt_of([image, "and a cross"]) for image in images]
+        ids = g.continue_with_image(ours, GREEDY)[:, :16]  # the last one is [/IMG]
+        assert model.compose_image_tokens(prompts, temperature=0.0) == ids.tolist()
+    asked, how = [["make it red", "remove it"]] * 3, dict(guidance=1.5, temperature=0.0)
+    turns, ours = model.edit(given, asked, **how), g.edit_images(images, asked, Sampling(**how))
+    assert len(turns) == len(ours) == 2 and turns[1].shape == ours[1].shape == (3, 64, 64, 3)
+    assert np.abs(turns[0].numpy().astype(int) - ours[0]).max() <= 1

@@ -71,7 +71,6 @@ class Generator:
         self.layout = pipeline.layout_of(self.header, self.text_tokenizer, self.config)
         self.vocabulary = self.layout.vocabulary
         self.fit = str(self.header.get("fit", "stretch"))  # how an image becomes a square
-        self.max_image_tokens = self.layout.max_image_tokens
         self.task_settings = pipeline.task_settings(self.config)
         self.batch, self.answer_length = batch, answer_length
         self.prompt_length = prompt_length or max(self.config.data.seq_len, 1024)
@@ -275,20 +274,27 @@ class Generator:
         return Prompt(tasks.image_prompt(numbered, settings), images)
 
     def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
-        """An encoded image, or pixels, as the model reads them: uint8 [S, S, 3], or in their own size [H, W, 3] where
-        the model reads slices.
+        """An encoded image, or pixels, for prompts: uint8 [S, S, 3] in the size that the model reads.
+
+        In their own size [H, W, 3] where the model reads slices, or where the image tokenizer reads another size.
 
         Raises:
           InvalidRecordError: see `transforms.decode_image`.
         """
         data = self.config.data
-        if not data.max_slices:
+        if not data.max_slices and data.image_size == self.header["image_size"]:
             return to_pixels(image, data.image_size, self.fit)
         return np.asarray(decode_image(image)) if isinstance(image, bytes) else image
 
     def input_size(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Generated images, each uint8 [H, W, 3], in the size that the model reads: [N, S, S, 3]."""
-        return _resized(images, self.config.data.image_size, self.fit)
+        """Generated images for prompts, each uint8 [H, W, 3]: [N, S, S, 3], in the size that the model reads.
+
+        Images in the size of the image tokenizer stay as they are: they are tokenized again, and enlarged where the
+        model reads another size.
+        """
+        tokenized = self.header["image_size"]
+        is_tokenized = all(image.shape[:2] == (tokenized, tokenized) for image in images)
+        return _resized(images, tokenized if is_tokenized else self.config.data.image_size, self.fit)
 
     # ---- Text ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,9 @@ TIE = 1e-4  # squared distance of unit vectors
 
 
 def main(folder: str, expected: str) -> None:
-    """Prints the largest difference of logits, relative to the largest logit, and whether codes and ids are equal.
+    """Prints the largest differences of logits and of image features, and whether codes and ids are equal.
+
+    Differences are relative to the largest value, or to 1.
 
     The ids are those of conversations and of prompts for images. Two codes at the same distance, up to rounding, count
     as equal: which one is nearer differs between libraries.
@@ -24,8 +26,7 @@ def main(folder: str, expected: str) -> None:
     language = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         found = language(torch.tensor(wanted["ids"])).logits.numpy()
-    gap = np.abs(found - wanted["logits"]).max() / max(1.0, np.abs(wanted["logits"]).max())
-    print(f"language model: largest difference of logits {gap:.1e}")
+    print(f"language model: largest difference of logits {difference(found, wanted['logits']):.1e}")
     if "images" in wanted:
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         distances: list[Any] = []
@@ -39,6 +40,12 @@ def main(folder: str, expected: str) -> None:
             excess = of_kept.gather(1, theirs[:, None])[:, 0] - of_kept.min(1).values
             same = bool((excess < TIE).all())
         print(f"image tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
+        gap = 0.0
+        for view, mask, features in zip(*(wanted[name] for name in ("views", "keep", "features")), strict=False):
+            with torch.no_grad():
+                rows = model.features(torch.tensor(view), torch.tensor(mask)).numpy()
+            gap = max(gap, difference(rows, features[: len(rows)]))
+        print(f"vision encoder and connector: largest difference of features {gap:.1e}")
         same = all(
             chat_ids(model.processor, json.loads(chat), torch.tensor(wanted["keep"])) == json.loads(ids)
             for chat, ids in zip(wanted["chats"].tolist(), wanted["ids_of_chats"].tolist(), strict=True)
@@ -50,6 +57,11 @@ def main(folder: str, expected: str) -> None:
         print(f"prompts for images: token ids of {len(prompts)} prompts {'equal' if same else 'DIFFER'}")
     if "jax" in sys.modules:
         raise RuntimeError("JAX was imported")
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """The largest difference of two arrays, relative to the largest value, or to 1."""
+    return float(abs(found - wanted).max() / max(1.0, abs(wanted).max()))
 
 
 def chat_ids(processor: Any, chat: list[dict[str, Any]], keep: Any) -> list[int]:

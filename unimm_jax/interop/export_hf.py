@@ -19,7 +19,7 @@ from flax import nnx
 from unimm_jax.checkpoint import read_params
 from unimm_jax.data.documents import Layout
 from unimm_jax.data.tasks import TEMPLATES, TaskSettings
-from unimm_jax.errors import CheckpointError, UnsupportedConfigError, WeightMismatchError
+from unimm_jax.errors import CheckpointError, WeightMismatchError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
 from unimm_jax.interop import chat_template, llama, unimm
@@ -69,8 +69,7 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
 
     Raises:
       CheckpointError: a checkpoint without a language model, or one whose companions are missing.
-      UnsupportedConfigError: no class of transformers can hold the language model, or the model reads images in
-        another size than the image tokenizer.
+      UnsupportedConfigError: no class of transformers can hold the language model.
     """
     if "language" not in source.sections:
         raise CheckpointError(
@@ -79,7 +78,6 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     if "unified" not in source.sections:
         return _language(source, folder, dtype, verify)
     generator = Generator(load_model(source.path), batch=8)
-    _refuse_other_features(generator, source.path)
     language: LanguageConfig = source.sections["language"]
     v, text_tokenizer = generator.vocabulary, generator.text_tokenizer
     used = v.first_position + v.num_position_ids - v.text_rows
@@ -104,30 +102,10 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     write_text_tokenizer(folder, text_tokenizer, v)
     data = generator.config.data
     reading = dict(fit=generator.fit, max_slices=data.max_slices, slice_grids=data.slice_grids)
+    reading |= dict(code_size=generator.header["image_size"], view_features=generator.layout.view_features)
     write_processor(folder, generator.layout, data.image_size, generator.task_settings, **reading)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
-
-
-def _refuse_other_features(generator: Generator, path: Any) -> None:
-    """Refuses a model whose images are read as other features than an exported model reads: one per kept patch.
-
-    Raises:
-      UnsupportedConfigError: it does.
-    """
-    config, header = generator.config, generator.header
-    size, tokenized = config.data.image_size, header["image_size"]
-    if size != tokenized:
-        raise UnsupportedConfigError(
-            f"{path} reads images of {size} pixels and generates codes of {tokenized} pixels; an exported model has "
-            "one size for both"
-        )
-    features = generator.layout.view_features
-    if features and (features != header["num_patches"] or header["selection"] != "all"):
-        raise UnsupportedConfigError(
-            f"{path} reads {features} features of an image, which has up to {header['num_patches']} codes; an exported "
-            "model reads one feature for each code"
-        )
 
 
 def _settings(generator: Generator, source: Source) -> dict[str, Any]:
@@ -135,8 +113,10 @@ def _settings(generator: Generator, source: Source) -> dict[str, Any]:
     v, t, header = generator.vocabulary, generator.text_tokenizer, generator.header
     special = {i for i in (t.pad, t.bos) if i is not None and i != t.eos}
     names = ("encoder", "image_tokenizer", "unified")
+    model = {name: dataclasses.asdict(source.sections[name]) for name in names}
+    model["tokenizer_encoder"] = dataclasses.asdict(generator.image_tokenizer.config.model["encoder"])
     return {
-        "model": {name: dataclasses.asdict(source.sections[name]) for name in names},
+        "model": model,
         "text_rows": v.text_rows,
         "start": v.start,
         "end": v.end,
@@ -146,7 +126,8 @@ def _settings(generator: Generator, source: Source) -> dict[str, Any]:
         "num_position_ids": v.num_position_ids,
         "num_patches": header["num_patches"],
         "selection": header["selection"],
-        "max_image_tokens": min(header["num_patches"], generator.max_image_tokens),
+        "max_image_tokens": min(header["num_patches"], generator.layout.max_codes or header["num_patches"]),
+        "view_features": generator.layout.view_features,
         "eos": t.eos,
         "pad": t.pad,
         "banned": sorted(special | {*range(t.vocab_size, t.num_rows)}),
@@ -191,10 +172,15 @@ def _expected(generator: Generator, rows: int) -> dict[str, np.ndarray]:
     """Random inputs, and what JAX computes from them."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, rows, (2, 24))
-    logits = _logits(generator.objective.module(generator.params).language, ids, rows)
-    size = generator.config.data.image_size
+    model = generator.objective.module(generator.params)
+    logits = _logits(model.language, ids, rows)
+    size = generator.header["image_size"]
     images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
     codes, keep = generator.tokenize(images)
+    side = generator.config.data.image_size
+    views = rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    with jax.default_matmul_precision("highest"):
+        features = model.features(model.encoder.normalize(jnp.asarray(views)), jnp.asarray(keep[:2]))
     ids_of_chats = chat_template.expected_ids(keep, generator.layout, generator.task_settings)
     prompts = [*chat_template.IMAGE_PROMPTS, *(dict(edits=edits) for edits in chat_template.EDITS)]
     ids_of_prompts = chat_template.expected_image_prompts(keep, codes, generator.layout, generator.task_settings)
@@ -202,6 +188,8 @@ def _expected(generator: Generator, rows: int) -> dict[str, np.ndarray]:
     return {
         "ids": ids,
         "logits": logits,
+        "views": views,
+        "features": np.asarray(features),
         "images": images,
         "keep": keep,
         "codes": codes,
@@ -278,14 +266,15 @@ def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, tasks
 
     Args:
       image_size: side of the images in pixels. tasks: how conversations and prompts are laid out.
-      reading: `fit`, `max_slices` and `slice_grids` of the processor, if other than its defaults.
+      reading: `fit`, `max_slices`, `slice_grids`, `code_size` and `view_features` of the processor, if other than its
+        defaults.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {
         "processor_class": "UniMMProcessor",
         "auto_map": {"AutoProcessor": "processing_unimm.UniMMProcessor"},
         "image_size": image_size,
-        "max_image_tokens": layout.max_image_tokens,
+        "max_image_tokens": layout.max_codes,
         "start": v.start,
         "end": v.end,
         "first_code": v.first_code,

@@ -53,7 +53,7 @@ class UniMM(nn.Module):
         self.settings, self.language, self.processor = settings, language, processor
         m, width = settings["model"], settings["model"]["encoder"]["width"]
         self.image_size: int = m["encoder"]["image_size"]
-        self.image_tokenizer = ImageTokenizer(m["encoder"], m["image_tokenizer"])
+        self.image_tokenizer = ImageTokenizer(m["tokenizer_encoder"], m["image_tokenizer"])
         self.encoder = ViT(m["encoder"])
         config: Any = language.config
         d: int = config.hidden_size
@@ -66,13 +66,14 @@ class UniMM(nn.Module):
             self.merger = Merger(width, m["image_tokenizer"])
             self.adapter = nn.Linear(width, d)
         else:
-            self.adapter_inner, self.adapter = nn.Linear(width, d), nn.Linear(d, d)
+            inner = width * m["unified"]["patch_merge"] ** 2
+            self.adapter_inner, self.adapter = nn.Linear(inner, d), nn.Linear(d, d)
         if "pixel_decoder" in m:
-            self.pixel_decoder = PixelDecoder(m["pixel_decoder"], width, m["encoder"]["patch_size"])
+            self.pixel_decoder = PixelDecoder(m["pixel_decoder"], width, m["tokenizer_encoder"]["patch_size"])
         if "unet" in m:
             self.unet = UNet(m["unet"])
         latent = {
-            name: LatentDecoder(m["encoder"], m["image_tokenizer"], part["conditioner"])
+            name: LatentDecoder(m["tokenizer_encoder"], m["image_tokenizer"], part["conditioner"])
             for name, part in settings["latent"].items()
         }
         self.latent = nn.ModuleDict(latent)
@@ -124,13 +125,15 @@ class UniMM(nn.Module):
     @torch.no_grad()
     def tokenize(self, images: Any) -> tuple[Tensor, Tensor]:
         """Images of any kind that the processor takes → (keep boolean [B, P], codes [B, P])."""
-        return self.image_tokenizer.encode(self.processor(images)["pixel_values"])
+        return self.image_tokenizer.encode(self.processor.for_codes(images))
 
     def features(self, image: Tensor, keep: Tensor) -> Tensor:
         """What the language model reads of one image, uint8 [H, W, 3]: [S, D]."""
         x = self.encoder(self.encoder.normalize(image[None]))
         if self.has_merger:
-            return self.adapter(self.merger.kept(x, keep[None]))[0]
+            rows = min(int(keep.sum()), self.settings["max_image_tokens"])
+            return self.adapter(self.merger.kept(x, keep[None]))[0, :rows]
+        x = merge_patches(x, self.settings["model"]["unified"]["patch_merge"])
         return self.adapter(F.gelu(self.adapter_inner(x)))[0]
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -165,9 +168,7 @@ class UniMM(nn.Module):
           images: views that the prompt reads in order, uint8 [N, S, S, 3]. keep: their keep masks [N, P].
         """
         x = self.embed(ids)
-        limit = self.settings["max_image_tokens"]
-        read = zip(images, keep, strict=True)
-        rows = [self.features(image, mask)[: min(int(mask.sum()), limit)] for image, mask in read]
+        rows = [self.features(image, mask) for image, mask in zip(images, keep, strict=True)]
         if rows:
             x[0, where] = torch.cat(rows).to(x.dtype)
         return x
@@ -197,7 +198,9 @@ class UniMM(nn.Module):
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, mask, strict=True)]
         counts = [sum(pair == (start, end) for pair in zip(ids, ids[1:], strict=False)) for ids in prompts]
         images = torch.zeros(0, self.image_size, self.image_size, 3) if pixel_values is None else pixel_values
-        keep = self.tokenize(images)[0] if len(images) else torch.zeros(0, self.settings["num_patches"])
+        keep = torch.ones(len(images), self.settings["num_patches"], dtype=torch.bool)
+        if len(images) and not self.settings["view_features"]:
+            keep = self.tokenize(images)[0]
         if len(images) != sum(counts):
             raise ValueError(f"the prompts have {sum(counts)} images, and pixel_values has {len(images)}")
         parts = zip(prompts, images.split(counts), keep.split(counts), strict=True)
@@ -377,7 +380,7 @@ class UniMM(nn.Module):
     def decode_pixels(self, context: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Samples a U-Net of unshuffled pixels: [N, H, W, 3] in [-1, 1]."""
         d = self.settings["diffusion"]
-        side = self.image_size // d["unshuffle"]
+        side = self.settings["model"]["tokenizer_encoder"]["image_size"] // d["unshuffle"]
         if noise is None:
             noise = torch.randn(len(context), side, side, 3 * d["unshuffle"] ** 2, generator=generator)
         both = torch.cat([context, torch.zeros_like(context)])
@@ -509,8 +512,15 @@ class UniMM(nn.Module):
         return self.embed_parts(segments, [image]) if segments else None
 
     def input_size(self, images: Tensor) -> Tensor:
-        """Generated images, uint8 [N, H, W, 3], in the size that the model reads."""
-        if images.shape[1:3] == (self.image_size,) * 2:
+        """Generated images, uint8 [N, H, W, 3], in the size that the model or the image tokenizer reads."""
+        if images.shape[1] == images.shape[2] and images.shape[1] in (self.image_size, self.processor.code_size):
             return images
         pil = importlib.import_module("PIL.Image")
         return self.processor([pil.fromarray(image.numpy()) for image in images.cpu()])["pixel_values"]
+
+
+def merge_patches(x: Tensor, side: int) -> Tensor:
+    """Concatenates the features of squares of `side` × `side` patches: [B, P, D] → [B, P / side², side² · D]."""
+    b, p, d = x.shape
+    n = round(p**0.5) // side
+    return x.view(b, n, side, n, side, d).transpose(2, 3).reshape(b, n * n, side * side * d)

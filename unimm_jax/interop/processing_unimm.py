@@ -31,16 +31,19 @@ RECONSTRUCT = "reconstruct"  # the instruction that guidance of an edit is away 
 ACCEPTED = "images are uint8 tensors or NumPy arrays [H, W, 3] or [B, H, W, 3], PIL images, or lists of them"
 
 
-def as_images(images: Any, size: int, fit: str = "stretch") -> Tensor:
+def as_images(images: Any, size: int, fit: str = "stretch", other: int = 0) -> Tensor:
     """Images of any accepted kind → uint8 [B, size, size, 3].
 
     PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
+
+    Args:
+      other: a second side that tensors and arrays may have; they are resized. 0 is none.
 
     Raises:
       TypeError: another kind of object or dtype. ValueError: another shape.
     """
     if isinstance(images, list | tuple):
-        return joined([as_images(image, size, fit) for image in flat_images(images)])
+        return joined([as_images(image, size, fit, other) for image in flat_images(images)])
     if type(images).__module__.split(".")[0] == "PIL":
         images = pil_pixels(images, size, fit)
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
@@ -49,6 +52,9 @@ def as_images(images: Any, size: int, fit: str = "stretch") -> Tensor:
         dtype = f" of {images.dtype}" if isinstance(images, np.ndarray | Tensor) else ""
         raise TypeError(f"{ACCEPTED}; this is a {type(images).__name__}{dtype}")
     images = images[None] if images.ndim == 3 else images
+    if other and images.shape[1:] == (other, other, 3):
+        pil = importlib.import_module("PIL.Image")
+        return joined([as_images(pil.fromarray(image.cpu().numpy()), size) for image in images])
     if images.shape[1:] != (size, size, 3):
         raise ValueError(f"images are {list(images.shape)}; this model reads [B, {size}, {size}, 3]")
     return images
@@ -154,7 +160,10 @@ class UniMMProcessor(ProcessorMixin):
 
     Args (constructor):
       tokenizer: with [IMG], [/IMG], codes and positions as added tokens.
-      image_size: side of the images in pixels. max_image_tokens: maximum number of kept patches per image.
+      image_size: side in pixels of the images that the model reads. code_size: side of those that the image tokenizer
+        reads.
+      max_image_tokens: maximum number of kept patches per image; None for all. view_features: number of features of
+        every view that is read; 0 where they are those of the kept patches.
       start, end: ids of [IMG] and [/IMG]. first_code: id of image code 0. first_position: id of patch position 0.
       num_position_ids: 0 for none.
       bos, eos: ids of the beginning and end of a text; None where texts have no beginning token.
@@ -174,7 +183,9 @@ class UniMMProcessor(ProcessorMixin):
         self,
         tokenizer: Any,
         image_size: int,
-        max_image_tokens: int,
+        code_size: int,
+        max_image_tokens: int | None,
+        view_features: int,
         start: int,
         end: int,
         first_code: int,
@@ -190,7 +201,8 @@ class UniMMProcessor(ProcessorMixin):
         slice_grids: str = "illume",
         chat_template: str | None = None,
     ):
-        self.image_size, self.max_image_tokens = image_size, max_image_tokens
+        self.image_size, self.code_size = image_size, code_size
+        self.max_image_tokens, self.view_features = max_image_tokens, view_features
         self.start, self.end, self.first_code = start, end, first_code
         self.first_position, self.num_position_ids = first_position, num_position_ids
         self.bos, self.eos = bos, eos
@@ -375,7 +387,11 @@ class UniMMProcessor(ProcessorMixin):
 
     def whole(self, image: Any) -> Tensor:
         """An image of any accepted kind as a whole: uint8 [1, S, S, 3]."""
-        return as_images(image, self.image_size, self.fit)
+        return as_images(image, self.image_size, self.fit, self.code_size)
+
+    def for_codes(self, images: Any) -> Tensor:
+        """Images of any accepted kind in the size of the image tokenizer: uint8 [N, C, C, 3]."""
+        return as_images(self.flat_images(images), self.code_size, self.fit, self.image_size)
 
     def views(self, image: Any) -> Tensor:
         """An image as a whole and, where a large PIL image is read in slices, its slices: uint8 [1 + N, S, S, 3]."""
@@ -388,14 +404,14 @@ class UniMMProcessor(ProcessorMixin):
         return self.whole(image)
 
     def place_images(self, ids: Sequence[int], keep: Sequence[Tensor] | Tensor) -> tuple[list[int], list[int]]:
-        """Places the kept patches of images between [IMG] and [/IMG].
+        """Places the features of images between [IMG] and [/IMG].
 
         Args:
           ids: of a prompt without padding. keep: keep masks of its images in order, boolean [N, P].
 
         Returns:
-          all ids, and the indices of those that stand for the feature of a patch: at most `max_image_tokens` per image,
-          in raster order, each after the id of its position if the model has such ids.
+          all ids, and the indices of those that stand for a feature: `view_features` per image, or those of at most
+          `max_image_tokens` kept patches in raster order, each after the id of its position if the model has such ids.
 
         Raises:
           ValueError: the number of images differs.
@@ -409,8 +425,9 @@ class UniMMProcessor(ProcessorMixin):
                 continue
             if not masks:
                 raise ValueError(f"the prompt has more than {len(keep)} images; give pixel_values for all of them")
-            for patch in masks.pop(0).nonzero()[:, 0].tolist()[: self.max_image_tokens]:
-                if self.num_position_ids:
+            kept = masks.pop(0).nonzero()[:, 0].tolist()[: self.max_image_tokens]
+            for patch in range(self.view_features) if self.view_features else kept:
+                if self.num_position_ids and not self.view_features:
                     found.append(self.first_position + patch)
                 features.append(len(found))
                 found.append(self.start)
