@@ -1,7 +1,7 @@
 """Edits of real images: emoji in two styles, "draw it in the style of twitter".
 
 python -m benchmarks.emoji_edits write EMOJI OUTPUT [--concepts=400] [--held_out=0.2] [--seed=0]
-python -m benchmarks.emoji_edits score --checkpoint=RUN/stage3 --data=OUTPUT/test
+python -m benchmarks.emoji_edits score --checkpoint=RUN/stage3 --data=OUTPUT/test [--images=FILE.png]
 
 EMOJI is a directory with `emoji.jsonl`, one row {"image", "name", "style", ...} per image, and the images. `write`
 makes OUTPUT/train/ and OUTPUT/test/: images with .txt captions, and `edits.jsonl` with both directions of every pair.
@@ -10,7 +10,8 @@ The concepts of the two are disjoint.
 `score` edits the images of a directory and compares squared errors of pixels. *Concept* is the share of the results
 that are nearer to their target than to the targets of 15 other edits into the same style (by chance: 0.0625). *Style*
 is the share that are nearer to their target than to their source. Beside the results stand the source itself, and the
-target decoded from its own codes, which no edit can be expected to exceed.
+target decoded from its own codes, which no edit can be expected to exceed. `--images` draws sources, results and
+targets of 32 edits.
 """
 
 import argparse
@@ -78,9 +79,24 @@ def nearer(made: np.ndarray, targets: np.ndarray, sources: np.ndarray) -> float:
     return float(np.mean(((pixels - goal) ** 2).mean((1, 2, 3)) < ((pixels - start) ** 2).mean((1, 2, 3))))
 
 
-def score(checkpoint: str, data: str) -> dict[str, tuple[float, float]]:
-    """Edits all images of a directory: (concept, style) of the results, the sources and the decoded targets."""
+def grid(columns: Sequence[np.ndarray], count: int = 32, width: int = 16) -> np.ndarray:
+    """Images uint8 [N, S, S, 3] below each other, `count` of each evenly over the N, `width` beside each other."""
+    chosen = np.linspace(0, len(columns[0]) - 1, min(count, len(columns[0]))).astype(int)
+    rows = []
+    for at in range(0, len(chosen), width):
+        part = [np.concatenate(list(images[chosen[at : at + width]]), 1) for images in columns]
+        rows += [np.pad(row, ((0, 0), (0, width * row.shape[0] - row.shape[1]), (0, 0))) for row in part]
+    return np.concatenate(rows)
+
+
+def score(checkpoint: str, data: str, drawing: str) -> dict[str, tuple[float, float]]:
+    """Edits all images of a directory: (concept, style) of the results, the sources and the decoded targets.
+
+    Args:
+      drawing: PNG file for `grid` of sources, results and targets; none if empty.
+    """
     import jax
+    from PIL import Image
 
     from unimm_jax.data.sources import DecodedDataset, open_source
     from unimm_jax.inference.generator import Generator
@@ -98,6 +114,8 @@ def score(checkpoint: str, data: str) -> dict[str, tuple[float, float]]:
             list(sources), [[text] for text in asked], Sampling(guidance=1.25, temperature=0.7)
         )
         decoded = generator.decode(*generator.tokenize(targets), generator.decoder_name(""))
+    if drawing:
+        Image.fromarray(grid([sources, made[0], targets])).save(drawing)
     found = {"edited": made[0], "source": sources, "target from its codes": decoded}
     return {name: (matches(result, targets, asked), nearer(result, targets, sources)) for name, result in found.items()}
 
@@ -115,13 +133,14 @@ def main() -> None:
     scoring = commands.add_parser("score")
     scoring.add_argument("--checkpoint", required=True)
     scoring.add_argument("--data", required=True)
+    scoring.add_argument("--images", default="")
     given = parser.parse_args()
     if given.command == "write":
         counts = write(given.emoji, given.output, given.concepts, given.held_out, given.seed)
         print(f"{counts['train']} training edits and {counts['test']} held-out edits in {given.output}")
     else:
         print(f"{'':24s} concept   style")
-        for name, (concept, style) in score(given.checkpoint, given.data).items():
+        for name, (concept, style) in score(given.checkpoint, given.data, given.images).items():
             print(f"{name:24s} {concept:7.3f} {style:7.3f}")
 
 

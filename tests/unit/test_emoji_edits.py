@@ -53,3 +53,12 @@ def test_a_style_is_right_if_the_result_is_nearer_to_the_target_than_to_the_sour
     targets, sources = np.full((4, 2, 2, 3), 200, np.uint8), np.full((4, 2, 2, 3), 100, np.uint8)
     made = np.stack([targets[0], sources[0], np.full((2, 2, 3), 160, np.uint8), np.full((2, 2, 3), 140, np.uint8)])
     assert emoji_edits.nearer(made, targets, sources) == 0.5
+
+
+def test_the_grid_shows_each_edit_in_a_column():
+    sources, made, targets = (np.full((20, 4, 4, 3), value, np.uint8) for value in (10, 20, 30))
+    sources[19] = 11
+    found = emoji_edits.grid([sources, made, targets], count=5, width=3)
+    assert found.shape == (2 * 3 * 4, 3 * 4, 3)
+    assert [found[4 * row, 0, 0] for row in range(6)] == [10, 20, 30] * 2
+    assert found[12, 4, 0] == 11 and found[12, 8, 0] == 0  # the last one is shown, then nothing
