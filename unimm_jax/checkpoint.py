@@ -257,11 +257,21 @@ def _remove_interrupted(root: pathlib.Path) -> None:
     if not storage.is_remote(root):
         for folder in root.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(folder)
-        return
-    for name in storage.children(root):
-        step = root / name
-        if name.isdigit() and not any(storage.kind(step / file) for file in ("commit_success.txt", DIGESTS)):
-            step.rmtree()  # type: ignore[attr-defined]
+    for step in set(all_steps(root)) - set(all_steps(root, is_committed=True)):
+        (root / str(step)).rmtree()  # type: ignore[attr-defined]
+
+
+def all_steps(root: pathlib.Path, is_committed: bool = False) -> list[int]:
+    """The steps that a directory of checkpoints has, verified or not.
+
+    Args:
+      is_committed: without those of interrupted saves on an object store, which a run removes when it starts.
+    """
+    steps = [int(name) for name in storage.children(root) if name.isdigit()]
+    if not is_committed or not storage.is_remote(root):
+        return steps
+    marks = ("commit_success.txt", DIGESTS)
+    return [step for step in steps if any(storage.kind(root / str(step) / file) for file in marks)]
 
 
 @contextlib.contextmanager

@@ -256,7 +256,7 @@ def _disk(path: pathlib.Path, config: Config) -> Finding:
 def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
     """Where the run would resume, by the rule of `Checkpoints.newest`; the files of local checkpoints are not read."""
     root = path / "checkpoints"
-    steps = [int(name) for name in storage.children(root) if name.isdigit()]
+    steps = checkpoint.all_steps(root, is_committed=True)
     try:
         step, unusable = checkpoint.newest_intact(
             steps, lambda step: checkpoint.verify(root / str(step), contents=False), use_previous

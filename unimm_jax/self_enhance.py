@@ -31,7 +31,7 @@ def generate() -> None:
         f.share, f.samples, f.guidance, f.temperature, f.top_k, f.top_p, f.seed, f.decoder, f.batch_size, f.source
     )
     began = time.perf_counter()
-    draw(f.checkpoint, f.records, f.output, settings)
+    draw(f.checkpoint, f.records, f.output, settings, f.tensor)
     found = Drawings(storage.path(f.output))
     if len(found.complete()) == found.header["blocks"]:
         mark_done(found.path, began)
@@ -86,6 +86,7 @@ def define_flags(name: str) -> None:
         flags.DEFINE_string("decoder", "", "Decoder from codes to pixels; the first one present if empty.")
         flags.DEFINE_string("source", "", "Only records of this source, or of the only one with this format.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
+        flags.DEFINE_integer("tensor", 1, "Devices over which the language model is split.", lower_bound=1)
     else:
         flags.DEFINE_string("drawings", None, "Directory that `generate` wrote.", required=True)
     if name == "assess":

@@ -142,7 +142,7 @@ def test_blocks_of_the_same_sources_are_copied(run, tmp_path, monkeypatch, capsy
     pretokenization.pretokenize(*arguments)
     # the third block holds the last 10 records of the old source and the first 10 of the new one
     assert [block for name, block in written if name == "new"] == [2, 3]
-    assert f"records: 40 of 80 copied from {tmp_path / 'old'}" in capsys.readouterr().out
+    assert f"records: 40 of 80 are copied from {tmp_path / 'old'}" in capsys.readouterr().out
     for name in ("header.json", "blocks/000000.array_record", "blocks/000002.npz", "test/header.json"):
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes(), name
 
@@ -169,7 +169,12 @@ def test_records_that_cannot_be_copied_are_refused(run, tmp_path, monkeypatch):
     (old / "header.json").write_text(json.dumps(header))
     block = old / "blocks" / "000001.array_record"
     block.write_bytes(block.read_bytes()[:-1] + b"x")
-    refused("000001.array_record is damaged")
+    refused("block 1 of the records in .* is damaged or missing; leave out --reuse")
+    block.with_suffix(".npz").write_bytes(b"")
+    refused("block 1 of the records in .* is damaged or missing")
+    for name in ("sizes", "sizes_ends"):
+        (old / "index" / f"{name}.npy").unlink()
+    refused("of an earlier version")
 
 
 # ---- Sampled masks ---------------------------------------------------------------------------------------------------

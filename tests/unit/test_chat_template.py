@@ -100,7 +100,7 @@ def random_conversation(rng):
 def write(folder, layout, settings):
     folder.mkdir(parents=True)
     export_hf.write_text_tokenizer(folder, layout.text_tokenizer, layout.vocabulary)
-    export_hf.write_processor(folder, layout, 24, settings)
+    export_hf.write_processor(folder, layout, (24, 24), settings)
     (folder / "config.json").write_text('{"model_type": "llama"}')
 
 

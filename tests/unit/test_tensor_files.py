@@ -290,6 +290,18 @@ def test_files_that_are_not_weights_are_refused(tmp_path):
     check(error_of(tmp_path / ("a" * 300)), "cannot be read: File name too long")
 
 
+def test_variants_of_a_file_are_left_out(tmp_path):
+    """As in the directories of Stable Diffusion on the Hub."""
+    for number, name in enumerate(("unet", "unet.fp16", "unet.non_ema", "other.fp16", "part.0")):
+        safetensors.numpy.save_file({f"x{number}": sample((3,), np.float32)}, tmp_path / f"{name}.safetensors")
+    assert [f.name for f in find_files(tmp_path)] == [
+        "other.fp16.safetensors",
+        "part.0.safetensors",
+        "unet.safetensors",
+    ]
+    assert set(Tensors(tmp_path).shapes) == {"x0", "x3", "x4"}
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         safetensors.numpy.save_file({"x": sample((3,), np.float32)}, tmp_path / f"{name}.safetensors")

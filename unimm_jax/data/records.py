@@ -12,6 +12,7 @@ import os
 import pathlib
 import threading
 import uuid
+import zipfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -125,13 +126,16 @@ class RecordWriter:
         """
         source = other / "blocks" / f"{block:06d}.array_record"
         try:
-            data, index = source.read_bytes(), source.with_suffix(".npz").read_bytes()
+            data, index = storage.read(source), storage.read(source.with_suffix(".npz"))
             with np.load(io.BytesIO(index)) as arrays:
                 intact = arrays["digest"][0] == hashlib.sha256(data).hexdigest()
-        except (OSError, ValueError, KeyError) as error:
-            raise DamagedRecordsError(f"block {block} of the records in {other} cannot be read ({error})") from None
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            intact = False
         if not intact:
-            raise DamagedRecordsError(f"{source} is damaged (its digest differs)")
+            raise DamagedRecordsError(
+                f"block {block} of the records in {other} is damaged or missing; leave out --reuse, or write those "
+                "records again"
+            )
         storage.write_whole(self._file(block, "array_record"), data)
         storage.write_whole(self._file(block, "npz"), index)
 

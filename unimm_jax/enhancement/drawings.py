@@ -144,7 +144,7 @@ def _complete(folder: pathlib.Path, blocks: Sequence[int]) -> list[int]:
     return [block for block in blocks if _block_file(folder, block).name in names]
 
 
-def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) -> None:
+def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings, tensor: int = 1) -> None:
     """Draws images for a share of the captions and prompts of the training split.
 
     Blocks of `BLOCK` drawings are split over the processes; an interrupted run resumes with the missing blocks. Does
@@ -152,7 +152,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
 
     Args:
       checkpoint: workdir or step directory of a language stage. records: directory that `pretokenize` wrote.
-      output: directory for the drawings.
+      output: directory for the drawings. tensor: local devices over which the language model is split.
 
     Raises:
       CheckpointError: no such model, or no decoder beside it.
@@ -174,7 +174,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings) 
         print(
             f"drawings: {unusable} chosen records have no caption or prompt of at most {MAX_TOKENS} tokens", flush=True
         )
-    generator = Generator(load_model(checkpoint), settings.batch)
+    generator = Generator(load_model(checkpoint, tensor), settings.batch)
     decoder = generator.decoder_name(settings.decoder)
     model = generator.model
     used = dataclasses.asdict(settings) | {"decoder": decoder}

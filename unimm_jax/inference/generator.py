@@ -274,9 +274,10 @@ class Generator:
         return Prompt(tasks.image_prompt(numbered, settings), images)
 
     def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
-        """An encoded image, or pixels, for prompts: uint8 [S, S, 3] in the size that the model reads.
+        """An encoded image, or pixels, for prompts: uint8 [H, W, 3].
 
-        In their own size [H, W, 3] where the model reads slices, or where the image tokenizer reads another size.
+        The size is the one that the model reads. The image keeps its own size where the model reads slices, or where
+        the image tokenizer reads another size.
 
         Raises:
           InvalidRecordError: see `transforms.decode_image`.

@@ -55,12 +55,13 @@ def pretokenize(
       image_tokenizer: workdir of the tokenizer stage. sources: data sources; those of the tokenizer if empty.
       text_tokenizer_path: file, directory or checkpoint; trains one with `text_vocab_size` ids if empty.
       batch: images at a time.
-      reuse: directory of finished records. Their blocks are copied, and the text tokenizer if no path is given, as long
-        as the sources are the same. The records are those that are written without it.
+      reuse: directory of finished records. Its first blocks are copied while the sources are the same, and its text
+        tokenizer is taken if no path is given. The records are those that are written without it and with this text
+        tokenizer.
 
     Raises:
       CheckpointError: no tokenizer. DataError: no data, records of another tokenizer in `output`, or records in `reuse`
-        that cannot be copied.
+        that are of other tokenizers, of an earlier version, or begin with another source.
     """
     started = time.perf_counter()
     tokenizer = load_image_tokenizer(image_tokenizer)
@@ -83,7 +84,12 @@ def pretokenize(
     else:
         words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
     if reused:
-        _check_reuse(reused, tokenizer, words, _common_places(reused.header, sources, datasets))
+        _check_reuse(reused, tokenizer, words)
+        if not _common_places(reused.header, sources, datasets):
+            raise DataError(
+                f"--reuse={reuse}: the records there begin with other data; name their sources first in --sources, in "
+                "the same order"
+            )
     target = target_keep_rate(tokenizer.config, image_tokenizer)  # in every process: Orbax reads collectively
     encoder = Encoder(tokenizer, batch)
     try:
@@ -163,17 +169,15 @@ def _common_places(header: dict[str, Any], sources: str, datasets: dict[int, Dec
     return places
 
 
-def _check_reuse(records: Records, tokenizer: LoadedTokenizer, words: TextTokenizer, places: int) -> None:
-    """Raises DataError if nothing of finished records can be copied."""
+def _check_reuse(records: Records, tokenizer: LoadedTokenizer, words: TextTokenizer) -> None:
+    """Raises DataError if finished records are of other tokenizers or of an earlier version."""
     here = f"--reuse={records.path}: the records there"
     if records.header["fingerprint"] != tokenizer.fingerprint:
         raise DataError(f"{here} are of another image tokenizer")
     if records.text_tokenizer.payload != words.payload:
         raise DataError(f"{here} are of another text tokenizer; leave out --text_tokenizer to use theirs")
-    if records.header.get("records_format") != FORMAT or records.header.get("block") != BLOCK:
-        raise DataError(f"{here} are of an earlier version")
-    if not places:
-        raise DataError(f"{here} begin with other data; name their sources first in --sources, in the same order")
+    if records.header.get("records_format") != FORMAT or records.header.get("block") != BLOCK or not records.has_sizes:
+        raise DataError(f"{here} are of an earlier version; leave out --reuse")
 
 
 def _text_tokenizer(path: str, vocab_size: int, datasets: dict[int, DecodedDataset]) -> TextTokenizer:
@@ -232,11 +236,11 @@ def write_split(
     blocks = range(-(-len(items) // BLOCK))
     if reused:
         whole = _common_places(reused.header, sources, datasets) // BLOCK
+        if jax.process_index() == 0:
+            print(f"records: {whole * BLOCK} of {len(items)} are copied from {reused.path}", flush=True)
         for block in range(jax.process_index(), whole, jax.process_count()):
             if not writer.has(block):
                 writer.copy(block, reused.path)
-        if jax.process_index() == 0:
-            print(f"records: {whole * BLOCK} of {len(items)} copied from {reused.path}", flush=True)
     mine = [b for b in blocks if b % jax.process_count() == jax.process_index() and not writer.has(b)]
     progress = Progress(sum(len(items[b * BLOCK : (b + 1) * BLOCK]) for b in mine))
     for block in mine:

@@ -40,12 +40,13 @@ def main(folder: str, expected: str) -> None:
             excess = of_kept.gather(1, theirs[:, None])[:, 0] - of_kept.min(1).values
             same = bool((excess < TIE).all())
         print(f"image tokenizer: keep masks and codes {'equal' if same else 'DIFFER'}")
-        gap = 0.0
-        for view, mask, features in zip(*(wanted[name] for name in ("views", "keep", "features")), strict=False):
+        gaps = []
+        for view, mask, features in zip(wanted["views"], wanted["keep"], wanted["features"], strict=False):
             with torch.no_grad():
                 rows = model.features(torch.tensor(view), torch.tensor(mask)).numpy()
-            gap = max(gap, difference(rows, features[: len(rows)]))
-        print(f"vision encoder and connector: largest difference of features {gap:.1e}")
+            count = model.settings["view_features"] or min(int(mask.sum()), len(features))
+            gaps.append(difference(rows, features[:count]))
+        print(f"vision encoder and connector: largest difference of features {np.max(gaps):.1e}")
         same = all(
             chat_ids(model.processor, json.loads(chat), torch.tensor(wanted["keep"])) == json.loads(ids)
             for chat, ids in zip(wanted["chats"].tolist(), wanted["ids_of_chats"].tolist(), strict=True)

@@ -102,8 +102,8 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     write_text_tokenizer(folder, text_tokenizer, v)
     data = generator.config.data
     reading = dict(fit=generator.fit, max_slices=data.max_slices, slice_grids=data.slice_grids)
-    reading |= dict(code_size=generator.header["image_size"], view_features=generator.layout.view_features)
-    write_processor(folder, generator.layout, data.image_size, generator.task_settings, **reading)
+    sides = data.image_size, generator.header["image_size"]
+    write_processor(folder, generator.layout, sides, generator.task_settings, **reading)
     write_card(folder, source, MODEL_USAGE, "transformers")
     return verify_in_pytorch(folder, _expected(generator, v.text_rows + used), dtype) if verify else []
 
@@ -112,11 +112,11 @@ def _settings(generator: Generator, source: Source) -> dict[str, Any]:
     """`unimm.json`, which `modeling_unimm.py` reads, without what belongs to the decoders."""
     v, t, header = generator.vocabulary, generator.text_tokenizer, generator.header
     special = {i for i in (t.pad, t.bos) if i is not None and i != t.eos}
-    names = ("encoder", "image_tokenizer", "unified")
-    model = {name: dataclasses.asdict(source.sections[name]) for name in names}
-    model["tokenizer_encoder"] = dataclasses.asdict(generator.image_tokenizer.config.model["encoder"])
+    tokenizer = generator.image_tokenizer.config.model
+    sections = {name: source.sections[name] for name in ("encoder", "image_tokenizer", "unified")}
+    sections |= {"tokenizer": tokenizer["image_tokenizer"], "tokenizer_encoder": tokenizer["encoder"]}
     return {
-        "model": model,
+        "model": {name: dataclasses.asdict(section) for name, section in sections.items()},
         "text_rows": v.text_rows,
         "start": v.start,
         "end": v.end,
@@ -261,20 +261,24 @@ def write_text_tokenizer(folder: pathlib.Path, text_tokenizer: TextTokenizer, v:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def write_processor(folder: pathlib.Path, layout: Layout, image_size: int, tasks: TaskSettings, **reading: Any) -> None:
+def write_processor(
+    folder: pathlib.Path, layout: Layout, sides: tuple[int, int], tasks: TaskSettings, **reading: Any
+) -> None:
     """Writes the processor and its chat template; the text tokenizer is written already.
 
     Args:
-      image_size: side of the images in pixels. tasks: how conversations and prompts are laid out.
-      reading: `fit`, `max_slices`, `slice_grids`, `code_size` and `view_features` of the processor, if other than its
-        defaults.
+      sides: of the images that the model and its image tokenizer read, in pixels.
+      tasks: how conversations and prompts are laid out.
+      reading: `fit`, `max_slices` and `slice_grids` of the processor, if other than its defaults.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {
         "processor_class": "UniMMProcessor",
         "auto_map": {"AutoProcessor": "processing_unimm.UniMMProcessor"},
-        "image_size": image_size,
+        "image_size": sides[0],
+        "code_size": sides[1],
         "max_image_tokens": layout.max_codes,
+        "view_features": layout.view_features,
         "start": v.start,
         "end": v.end,
         "first_code": v.first_code,

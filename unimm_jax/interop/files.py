@@ -86,6 +86,8 @@ class Tensors:
 def find_files(source: pathlib.Path) -> list[pathlib.Path]:
     """Lists the tensor files of a file or directory. Prefers safetensors if a directory contains both formats.
 
+    Variants such as `model.fp16.safetensors` are left out beside `model.safetensors`.
+
     Raises:
       WeightsFileError: there are no tensor files, or an index is invalid or names files that are missing.
     """
@@ -99,6 +101,8 @@ def find_files(source: pathlib.Path) -> list[pathlib.Path]:
             if indices:
                 return _read_index(indices[0])
             found = sorted(source.glob(f"*.{suffix}"))
+            plain = {file.name for file in found if file.name.count(".") == 1}
+            found = [file for file in found if file.name in plain or f"{file.name.split('.')[0]}.{suffix}" not in plain]
             if found:
                 return found
     except (OSError, ValueError) as error:  # no permission; a path too long or with a null byte

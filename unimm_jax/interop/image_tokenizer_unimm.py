@@ -377,10 +377,10 @@ class ImageTokenizer(nn.Module):
 class PixelDecoder(nn.Module):
     """Features → pixels in [0, 1] in one pass."""
 
-    def __init__(self, c: dict[str, Any], width: int, patch: int):
+    def __init__(self, c: dict[str, Any], encoder: dict[str, Any]):
         super().__init__()
-        self.patch = patch
-        self.inner = nn.Linear(width, c["width"])
+        self.patch = patch = encoder["patch_size"]
+        self.inner = nn.Linear(encoder["width"], c["width"])
         shape = (c["width"], c["heads"], c["mlp_width"])
         self.blocks = nn.ModuleList(Block(*shape, activation="relu2") for _ in range(c["depth"]))
         self.out = nn.Linear(c["width"], patch * patch * 3)

@@ -53,7 +53,7 @@ class UniMM(nn.Module):
         self.settings, self.language, self.processor = settings, language, processor
         m, width = settings["model"], settings["model"]["encoder"]["width"]
         self.image_size: int = m["encoder"]["image_size"]
-        self.image_tokenizer = ImageTokenizer(m["tokenizer_encoder"], m["image_tokenizer"])
+        self.image_tokenizer = ImageTokenizer(m["tokenizer_encoder"], m["tokenizer"])
         self.encoder = ViT(m["encoder"])
         config: Any = language.config
         d: int = config.hidden_size
@@ -69,11 +69,11 @@ class UniMM(nn.Module):
             inner = width * m["unified"]["patch_merge"] ** 2
             self.adapter_inner, self.adapter = nn.Linear(inner, d), nn.Linear(d, d)
         if "pixel_decoder" in m:
-            self.pixel_decoder = PixelDecoder(m["pixel_decoder"], width, m["tokenizer_encoder"]["patch_size"])
+            self.pixel_decoder = PixelDecoder(m["pixel_decoder"], m["tokenizer_encoder"])
         if "unet" in m:
             self.unet = UNet(m["unet"])
         latent = {
-            name: LatentDecoder(m["tokenizer_encoder"], m["image_tokenizer"], part["conditioner"])
+            name: LatentDecoder(m["tokenizer_encoder"], m["tokenizer"], part["conditioner"])
             for name, part in settings["latent"].items()
         }
         self.latent = nn.ModuleDict(latent)
@@ -197,7 +197,9 @@ class UniMM(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         prompts = [row[own.bool()].tolist() for row, own in zip(input_ids, mask, strict=True)]
         counts = [sum(pair == (start, end) for pair in zip(ids, ids[1:], strict=False)) for ids in prompts]
-        images = torch.zeros(0, self.image_size, self.image_size, 3) if pixel_values is None else pixel_values
+        images = torch.zeros(0, self.image_size, self.image_size, 3)
+        if pixel_values is not None and len(pixel_values):
+            images = self.processor(pixel_values)["pixel_values"]
         keep = torch.ones(len(images), self.settings["num_patches"], dtype=torch.bool)
         if len(images) and not self.settings["view_features"]:
             keep = self.tokenize(images)[0]

@@ -37,7 +37,7 @@ def as_images(images: Any, size: int, fit: str = "stretch", other: int = 0) -> T
     PIL images are converted to RGB and resized as in training; tensors and arrays must have the right size.
 
     Args:
-      other: a second side that tensors and arrays may have; they are resized. 0 is none.
+      other: a second side that tensors and arrays may have; they are resized.
 
     Raises:
       TypeError: another kind of object or dtype. ValueError: another shape.
@@ -52,11 +52,12 @@ def as_images(images: Any, size: int, fit: str = "stretch", other: int = 0) -> T
         dtype = f" of {images.dtype}" if isinstance(images, np.ndarray | Tensor) else ""
         raise TypeError(f"{ACCEPTED}; this is a {type(images).__name__}{dtype}")
     images = images[None] if images.ndim == 3 else images
-    if other and images.shape[1:] == (other, other, 3):
+    if other not in (0, size) and images.shape[1:] == (other, other, 3):
         pil = importlib.import_module("PIL.Image")
         return joined([as_images(pil.fromarray(image.cpu().numpy()), size) for image in images])
     if images.shape[1:] != (size, size, 3):
-        raise ValueError(f"images are {list(images.shape)}; this model reads [B, {size}, {size}, 3]")
+        sides = " or ".join(f"[B, {side}, {side}, 3]" for side in {size: 0, other or size: 0})
+        raise ValueError(f"images are {list(images.shape)}; this model reads {sides}")
     return images
 
 
