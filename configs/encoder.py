@@ -1,7 +1,6 @@
 """Encoder stage: a vision transformer, trained contrastively against captions and to predict pixels from its features.
 
-This stage is for the small sizes. The published recipes use EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training an
-encoder.
+The small sizes need it. The published recipes use EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training an encoder.
 
 Command: python -m unimm_jax.main --config=configs/encoder.py:laptop --workdir=runs/encoder
 At laptop: 107 s on two cores of an AMD EPYC of family 25; held-out accuracy of retrieval among 64 images 0.91.

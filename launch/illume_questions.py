@@ -1,12 +1,12 @@
 """The stage between 2 and 3 of `launch/illume.sh`: questions, before edits and assessments join them.
 
-Answers that need a match (existence, color, shape) are learned late and suddenly, after about 130,000 questions.
-Stage 3 spends most of its steps on other documents, so without this stage it has too few questions, and slices of large
-images help little (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
+Some answers, such as whether an object exists, are learned late and suddenly: by size `laptop-illume` after about
+130,000 questions, in two of three seeds. Stage 3 spends most of its steps on other documents, so without this stage it
+has too few questions (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
 
 Command: python -m unimm_jax.main --config=launch/illume_questions.py:laptop-illume --workdir=runs/illume/questions
 At laptop-illume: 690 s on two cores of an AMD EPYC of family 25, 1,154 s beside other runs on another machine of this
-kind; scores in docs/results.md.
+kind.
 """
 
 from configs import stage3
@@ -23,5 +23,5 @@ def get_config(size=None):
     c = stage3.get_config(size or "laptop-illume")
     c.train.update(steps=4_200, batch_size=40)
     c.data.mixture = MIXTURE
-    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)  # as in illume_stage3.py
+    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)  # see illume_stage3.py
     return c

@@ -1,4 +1,4 @@
-"""Stage 3 of `launch/illume.sh`: all kinds of documents that ILLUME fine-tunes on, as scenes.
+"""Stage 3 of `launch/illume.sh`: scene versions of all kinds of documents that ILLUME fine-tunes on.
 
 The shares of ILLUME's data are not published, apart from the assessments (50,000 of about 8 million examples seen).
 

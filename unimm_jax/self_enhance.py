@@ -49,12 +49,10 @@ def assess() -> None:
     distributed.start()
     began = time.perf_counter()
     found = run(FLAGS.drawings, FLAGS.judge, FLAGS.output)
-    if found["remaining"]:
-        raise DataError(f"{found['remaining']} drawings have no verdict yet; run the same command again to assess them")
-    if found["not_drawn"]:
-        raise DataError(
-            f"{found['not_drawn']} images are not drawn yet; run self_enhance generate again, then this command"
-        )
+    if left := found["remaining"]:
+        raise DataError(f"{left} drawings have no verdict yet; run the same command again to assess them")
+    if missing := found["not_drawn"]:
+        raise DataError(f"{missing} images are not drawn yet; run self_enhance generate again, then this command")
     mark_done(verdict_folder(Drawings(storage.path(FLAGS.drawings)), FLAGS.output), began)
 
 

@@ -8,7 +8,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "unimm_jax"
 COMMANDS = (
     "main", "pretokenize", "generate", "evaluate", "export", "import_weights", "aot", "report", "inspect_data",
-    "self_enhance", "replay",
+    "self_enhance", "replay", "preflight",
 )  # fmt: skip
 MODULES = {
     ".".join(("unimm_jax", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): f
