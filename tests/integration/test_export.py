@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
-from helpers import ROOT, STAGES, command, link, tiny
+from helpers import ROOT, STAGES, TEXT_VOCAB, command, link, tiny, tiny_dict
 from PIL import Image
 
+from unimm_jax import resolve
 from unimm_jax.checkpoint import Checkpoints, read_meta, read_params
 from unimm_jax.data import pipeline, scenes, tasks, transforms
 from unimm_jax.errors import CheckpointError, ConfigError, DataError, UnsupportedConfigError, UserError
 from unimm_jax.inference.generator import Generator, Prompt
 from unimm_jax.inference.loading import load_model
+from unimm_jax.inference.pretokenization import pretokenize
 from unimm_jax.inference.sampling import Sampling
 from unimm_jax.interop import processing_unimm
 from unimm_jax.interop.exporter import export
@@ -673,6 +675,30 @@ def test_a_selector_starts_from_the_encoder_of_an_imported_lavit(published, tmp_
     found, given = (dict(flatten(read_params(folder))) for folder in (tmp_path / "selector", source))
     names = [name for name in given if name.startswith("encoder/")]
     assert len(names) > 10 and all(np.array_equal(found[name], given[name]) for name in names)
+
+
+def test_stage_1_starts_from_the_image_tokenizer_of_an_imported_lavit(published, tmp_path):
+    """The shorter way of docs/tpu.md: without training an image tokenizer."""
+    shutil.copytree(published[0] / "in" / "tokenizer", tmp_path / "tokenizer")
+    pretokenize(str(tmp_path / "tokenizer"), str(tmp_path / "records"), "scenes:count=24", "", TEXT_VOCAB, 32)
+    saved = json.loads(read_meta(tmp_path / "tokenizer")["config"])
+    sections = {
+        f"model__{section}__{name}": value
+        for section in ("encoder", "image_tokenizer")
+        for name, value in saved["model"][section].items()
+    }
+    size, patches = saved["data"]["image_size"], (saved["data"]["image_size"] // 14) ** 2
+    sections |= dict(data__image_size=size, model__unified__max_image_tokens=patches)
+    config = tiny_dict("stage1", train__steps=2, evals={}, **sections)
+    config.init_from = config.init_from[:1]  # the image tokenizer; without a language model
+    train(resolve.parse(config), tmp_path / "stage1")
+    found, given = (dict(flatten(read_params(tmp_path / name))) for name in ("stage1", "tokenizer"))
+    names = [name for name in given if name.startswith("encoder/")]
+    assert len(names) > 10 and all(np.array_equal(found[name], given[name]) for name in names)
+    assert {name for name in given if name.startswith("merger/")} <= set(found)
+    g = Generator(load_model(tmp_path / "stage1"), batch=2)
+    codes, keep = g.codes(g.generate_image_tokens(["a red circle"], Sampling()))
+    assert keep.any() and codes.shape == (1, patches)
 
 
 def test_lavits_files_come_in_and_go_out_again(published, tmp_path):
