@@ -57,10 +57,10 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "7b": dict(remat="full"),  # LLaMA-7B
     "one_gpu": dict(width=512, layers=8, heads=8, kv_heads=8, head_width=64, mlp_width=1408),
     "laptop": dict(width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384, scan=False),
-    # What probably limits the scores of `laptop` is its language model, whose million parameters learn both to answer and to
-    # draw. `colab` has eight times as many and keeps the image tokenizer. All widths are multiples of 128, the side of
-    # a TPU's matrix unit. The chip has room for much more: the host, which renders and decodes the images, is expected
-    # to set the speed, so the schedule is sized by the number of images.
+    # What probably limits the scores of `laptop` is its language model, whose million parameters learn both to answer
+    # and to draw. `colab` has eight times as many and keeps the image tokenizer. All widths are multiples of 128, the
+    # side of a TPU's matrix unit. The chip has room for much more: the host, which renders and decodes the images, is
+    # expected to set the speed, so the schedule is sized by the number of images.
     "colab": dict(width=256, layers=8, heads=4, kv_heads=4, head_width=64, mlp_width=768),
 }
 
