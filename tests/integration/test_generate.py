@@ -453,9 +453,6 @@ def test_the_command_edits_turn_by_turn(run, tmp_path):
     image.write_bytes(transforms.encode_png(scenes.render(scenes.draw_scene(0, "test", 0))))
     edits = ["--edit=make the circle red", "--edit=remove the square"]
     arguments = ["generate", f"--checkpoint={run / 'stage3'}", f"--output={out}", *edits]
-    done = command(*arguments)
-    assert done.returncode == 1 and "--edit needs exactly one --image, and no --prompt" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
     done = command(*arguments, f"--image={image}", "--samples=2", "--guidance=1.5")
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in out.iterdir()) == [f"000{i}_edit{t}.png" for i in (0, 1) for t in (1, 2)]
@@ -469,8 +466,6 @@ def test_the_command_edits_turn_by_turn(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(list((out / "drawn").iterdir())) == 4
     document = [*asked, f"--output={out}/document", "--document", "--max_parts=3", "--samples=2"]
-    done = command(*document, "--prompt=<image> <image>")
-    assert done.returncode == 1 and "has <image> 2 times, and there are 1 images" in done.stderr
     done = command(*document, "--prompt=a red circle <image> add a blue square", "--temperature=5")
     assert done.returncode == 0, done.stderr
     pages = (out / "document" / "document.md").read_text().split("\n---\n\n")

@@ -307,12 +307,12 @@ def test_a_model_that_reads_larger_images_than_its_tokenizer_is_exported(stages,
             assert np.array_equal(image.views, wanted) and np.array_equal(image.keep, keep[i])
             gap = vectors[image.codes] - vectors[torch.tensor(codes[i]).long()]
             assert gap.abs().max() < 5e-3
-        questions = ["", "is there a cross?", "what is it?"]
-        assert model.describe(given, questions) == g.generate_text(images, questions)
-        prompts = [[image, "and a cross"] for image in given]
-        ours = [g.image_prompt_of([image, "and a cross"]) for image in images]
-        ids = g.continue_with_image(ours, GREEDY)[:, :16]  # the last one is [/IMG]
-        assert model.compose_image_tokens(prompts, temperature=0.0) == ids.tolist()
+    questions = ["", "is there a cross?", "what is it?"]
+    assert model.describe(given, questions) == g.generate_text(images, questions)
+    prompts = [[image, "and a cross"] for image in given]
+    ours = [g.image_prompt_of([image, "and a cross"]) for image in images]
+    ids = g.continue_with_image(ours, GREEDY)[:, :16]  # the last one is [/IMG]
+    assert model.compose_image_tokens(prompts, temperature=0.0) == ids.tolist()
     asked, how = [["make it red", "remove it"]] * 3, dict(guidance=1.5, temperature=0.0)
     turns, ours = model.edit(given, asked, **how), g.edit_images(images, asked, Sampling(**how))
     assert len(turns) == len(ours) == 2 and turns[1].shape == ours[1].shape == (3, 64, 64, 3)

@@ -310,7 +310,13 @@ def test_an_evaluation_that_fails_does_not_end_the_run(run, tmp_path, monkeypatc
     assert json.loads((tmp_path / "selector" / "done.json").read_text())["steps"] == STEPS
 
 
-@pytest.mark.parametrize("error", [DataError("a block is missing"), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("a block is missing"),
+        pytest.param(OSError(errno.ENOSPC, "No space left on device"), marks=pytest.mark.slow),
+    ],
+)
 def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(run, tmp_path, monkeypatch, error):
     from unimm_jax.evals.heldout_loss import HeldOutLoss
 

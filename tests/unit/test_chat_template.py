@@ -107,7 +107,7 @@ def write(folder, layout, settings):
 def test_ids_of_chats_and_of_prompts_for_images_are_those_of_the_rendering(tmp_path):
     rng = np.random.default_rng(0)
     image_codes = rng.integers(0, CODES, KEEP.shape)
-    chats = [*chat_template.EXAMPLES, *(random_conversation(rng) for _ in range(60))]
+    chats = [*chat_template.EXAMPLES, *(random_conversation(rng) for _ in range(20))]
     tokenizers = {
         "bpe": bpe(),
         "chat_bpe": chat_bpe(),

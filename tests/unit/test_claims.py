@@ -246,6 +246,7 @@ def test_the_arms_of_the_semantic_tokenizer_differ_in_the_codes_only(tmp_path, p
     assert found["P/records"].arguments[-1] == f"--text_tokenizer={tmp_path / 'text'}"
 
 
+@pytest.mark.slow
 def test_a_pixel_tokenizer_trains_its_encoder_and_becomes_an_image_tokenizer(tmp_path, pixel_objective):
     from benchmarks.claims.extract_image_tokenizer import extract
     from unimm_jax.checkpoint import read_params
@@ -595,6 +596,7 @@ def test_other_settings_need_another_output(tmp_path, monkeypatch):
         experiment.prepare(tmp_path / "out", "name", True)
 
 
+@pytest.mark.slow
 def test_results_of_single_examples_are_paired_and_complete(run, tmp_path):
     """The tiny stage 3: the results of single questions and scenes have the means that the benchmark reports."""
     from unimm_jax.evals import scenes as evaluator
