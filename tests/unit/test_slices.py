@@ -5,7 +5,7 @@ import io
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from unimm_jax.data import slices, transforms
 from unimm_jax.models.unified import merge_patches
@@ -61,14 +61,18 @@ def test_the_aspect_ratio_is_kept_and_the_rest_is_black():
     assert not canvas[:16].any() and not canvas[112:].any()
 
 
-def test_sizes_are_read_without_decoding():
+def test_sizes_are_read_without_decoding(monkeypatch):
     image = Image.new("RGB", (40, 30))
     exif = image.getexif()
     exif[transforms.ORIENTATION] = 6
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", exif=exif)
-    assert transforms.size_of(buffer.getvalue()) == (30, 40) == transforms.decode_image(buffer.getvalue()).size
+    for form in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        image.save(buffer, form, exif=exif)
+        assert transforms.size_of(buffer.getvalue()) == (30, 40) == transforms.decode_image(buffer.getvalue()).size
     assert transforms.size_of(np.zeros((5, 7, 3), np.uint8)) == (7, 5)
+    plain = transforms.encode_png(np.zeros((5, 7, 3), np.uint8))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)  # would fail if it were called
+    assert transforms.size_of(plain) == (7, 5)
 
 
 def test_merged_patches_are_squares_in_raster_order():

@@ -71,6 +71,9 @@ def _load(image: Image.Image, data: bytes) -> Image.Image:
     return image
 
 
+PNG_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG can say how it is turned
+
+
 def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
     """(width, height) of encoded bytes, as `decode_image` gives them, or of pixels uint8 [H, W, 3]; decodes nothing.
 
@@ -82,7 +85,9 @@ def size_of(image: bytes | np.ndarray) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ORIENTATION, 1) >= 5
+            # Pillow decodes a PNG to look for metadata behind the pixels
+            has_exif = opened.format != "PNG" or any(mark in image for mark in PNG_METADATA)
+            turned = has_exif and opened.getexif().get(ORIENTATION, 1) >= 5
     except Exception as error:  # Pillow raises many types for damaged files
         raise InvalidRecordError(f"not a readable image: {error}") from error
     return (height, width) if turned else (width, height)
