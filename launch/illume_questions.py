@@ -23,5 +23,6 @@ def get_config(size=None):
     c = stage3.get_config(size or "laptop-illume")
     c.train.update(steps=4_200, batch_size=40)
     c.data.mixture = MIXTURE
-    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)  # see illume_stage3.py
+    # half of the large images are read in slices, as in stage 3
+    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)
     return c

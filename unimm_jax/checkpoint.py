@@ -245,8 +245,12 @@ def newest_intact(
                 raise
             unusable[step] = str(error)
     if not all("did not finish" in report for report in unusable.values()):
-        raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(unusable.values()))
+        raise _none_left(unusable)
     return None, unusable
+
+
+def _none_left(unusable: dict[int, str]) -> CorruptCheckpointError:
+    return CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(unusable.values()))
 
 
 def _remove_interrupted(root: pathlib.Path) -> None:
@@ -319,18 +323,14 @@ def find(path: str | pathlib.Path) -> pathlib.Path:
         _verify_once(path)
         return path
     root = path / "checkpoints"
-    steps = [int(name) for name in storage.children(root) if name.isdigit()]
-    reports = []
-    for step in (root / str(number) for number in sorted(steps, reverse=True)):
-        try:
-            _verify_once(step)
-            return step
-        except CorruptCheckpointError as error:
-            reports.append(str(error))
-            logging.warning("checkpoint not used: %s", error)
-    if reports:
-        raise CorruptCheckpointError("no complete checkpoint is left:\n  " + "\n  ".join(reports))
-    raise CheckpointError(f"no checkpoint in {path}; give the workdir of a stage that has run")
+    step, unusable = newest_intact(all_steps(root), lambda step: _verify_once(root / str(step)), use_previous=True)
+    if step is None and unusable:
+        raise _none_left(unusable)
+    if step is None:
+        raise CheckpointError(f"no checkpoint in {path}; give the workdir of a stage that has run")
+    for report in unusable.values():
+        logging.warning("checkpoint not used: %s", report)
+    return root / str(step)
 
 
 _verified: set[tuple[str, str]] = set()  # steps by path and text of their digests

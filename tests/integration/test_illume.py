@@ -248,17 +248,12 @@ def test_settings_that_do_not_fit_slices_are_refused(sliced, tmp_path):
         opened(config)
 
 
+LARGER = dict(evals={}, data__image_size=128, model__encoder__image_size=128)
+
+
 def test_a_stage_at_another_image_size_starts_with_interpolated_positions(stages, tmp_path):
     root = link(stages, tmp_path, "tokenizer", "records", "pixel_decoder", "stage1")
-    changes = dict(
-        train__steps=1,
-        evals={},
-        data__image_size=128,
-        model__encoder__image_size=128,
-        model__unified__patch_merge=2,
-        **SIMVQ,
-    )
-    config = tiny_dict("stage2", VARIANT, **changes)
+    config = tiny_dict("stage2", VARIANT, train__steps=1, model__unified__patch_merge=2, **LARGER, **SIMVQ)
     config.init_from = (dict(checkpoint="../stage1", rename=[("(encoder|language)/", r"\1/")]),)
     with pytest.raises(UserError, match="encoder.image_size"):
         train(resolve.parse(config), root / "stage2")
@@ -277,16 +272,8 @@ def test_a_model_that_reads_larger_images_than_its_tokenizer_is_exported(stages,
     """As `illume-7b`: images and slices of 128 pixels, 4 features each, and 16 codes of 64 pixels."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     root = link(sliced, tmp_path, "tokenizer", "records", "pixel_decoder", "stage1")
-    changes = dict(
-        train__steps=2,
-        evals={},
-        data__image_size=128,
-        model__encoder__image_size=128,
-        model__unified__patch_merge=4,
-        model__unified__max_image_tokens=4,
-        **SLICED,
-    )
-    config = tiny_dict("stage3", VARIANT, **changes)
+    merging = dict(model__unified__patch_merge=4, model__unified__max_image_tokens=4)
+    config = tiny_dict("stage3", VARIANT, train__steps=2, **merging, **LARGER, **SLICED)
     start = dict(checkpoint="../stage1", rename=[("(encoder|language)/", r"\1/")], allow=("encoder.image_size",))
     config.init_from = (start,)
     train(resolve.parse(config), root / "stage3")

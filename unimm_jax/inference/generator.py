@@ -77,9 +77,9 @@ class Generator:
         self.image_tokenizer, self.decoders = companions or load_companions(model)
         self._encode = jax.jit(self._encode_images)
         self._encode_kept = jax.jit(self._encode_with_mask)
-        max_codes = min(self.header["num_patches"], self.layout.max_codes or self.header["num_patches"])
+        self.max_codes = min(self.header["num_patches"], self.layout.max_codes or self.header["num_patches"])
         fixed = self.header["selection"] == "all"
-        decoding = Decoding(self.objective, self.vocabulary, self.text_tokenizer, max_codes, fixed, answer_length)
+        decoding = Decoding(self.objective, self.vocabulary, self.text_tokenizer, self.max_codes, fixed, answer_length)
         self._run = jax.jit(decoding, static_argnames=("drawing", "sampling", "may_draw"))
 
     def _encode_images(
@@ -465,7 +465,7 @@ class Generator:
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt has at most `prompt_length` tokens."""
-        kept = [self.layout.max_codes or self.header["num_patches"]] * len(prompt.images)
+        kept = [self.max_codes] * len(prompt.images)
         document = with_slices(prompt.document, [self._slices(image, prompt) for image in prompt.images])
         return length(document, (), kept, self.layout) <= self.prompt_length
 

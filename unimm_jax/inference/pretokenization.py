@@ -78,14 +78,15 @@ def pretokenize(
             )
         print(f"records: {header['records']} are already in {output}")
         return
-    reused = Records(reuse) if reuse else None
+    reused, common = Records(reuse) if reuse else None, 0
     if reused and not text_tokenizer_path:
         words = reused.text_tokenizer
     else:
         words = _text_tokenizer(text_tokenizer_path, text_vocab_size, datasets)
     if reused:
         _check_reuse(reused, tokenizer, words)
-        if not _common_places(reused.header, sources, datasets):
+        common = _common_places(reused.header, sources, datasets)
+        if not common:
             raise DataError(
                 f"--reuse={reuse}: the records there begin with other data; name their sources first in --sources, in "
                 "the same order"
@@ -98,7 +99,7 @@ def pretokenize(
         print(f"records: no held-out split ({error})", flush=True)
     else:
         write_split(encoder, held_out, folder / "test", words, sources, HELD_OUT_RECORDS)
-    count, skipped, mean = write_split(encoder, datasets, folder, words, sources, reused=reused)
+    count, skipped, mean = write_split(encoder, datasets, folder, words, sources, reused=reused, common=common)
     if jax.process_index() == 0:
         seconds = round(time.perf_counter() - started, 1)
         (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
@@ -222,12 +223,14 @@ def write_split(
     sources: str,
     limit: int = 0,
     reused: Records | None = None,
+    common: int = 0,
 ) -> tuple[int, int, float]:
     """Writes the records of one split: (records, unusable records, mean tokens per image).
 
     Args:
       datasets: by the number of their source. limit: maximum number of records per data set; 0 is all.
-      reused: finished records of the same tokenizers, whose first blocks are copied while the sources are the same.
+      reused: finished records of the same tokenizers, of which whole blocks are copied.
+      common: number of their first records, usable or not, that are the same.
     """
     lengths = {source: min(len(d), limit) if limit else len(d) for source, d in datasets.items()}
     items = [(source, i) for source, length in lengths.items() for i in range(length)]
@@ -235,7 +238,7 @@ def write_split(
     writer = RecordWriter(folder, words, identity | {"source_fingerprints": _fingerprints(datasets)})
     blocks = range(-(-len(items) // BLOCK))
     if reused:
-        whole = _common_places(reused.header, sources, datasets) // BLOCK
+        whole = common // BLOCK
         if jax.process_index() == 0:
             print(f"records: {whole * BLOCK} of {len(items)} are copied from {reused.path}", flush=True)
         for block in range(jax.process_index(), whole, jax.process_count()):

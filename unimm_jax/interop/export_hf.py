@@ -126,7 +126,7 @@ def _settings(generator: Generator, source: Source) -> dict[str, Any]:
         "num_position_ids": v.num_position_ids,
         "num_patches": header["num_patches"],
         "selection": header["selection"],
-        "max_image_tokens": min(header["num_patches"], generator.layout.max_codes or header["num_patches"]),
+        "max_image_tokens": generator.max_codes,
         "view_features": generator.layout.view_features,
         "eos": t.eos,
         "pad": t.pad,

@@ -56,7 +56,7 @@ def as_images(images: Any, size: int, fit: str = "stretch", other: int = 0) -> T
         pil = importlib.import_module("PIL.Image")
         return joined([as_images(pil.fromarray(image.cpu().numpy()), size) for image in images])
     if images.shape[1:] != (size, size, 3):
-        sides = " or ".join(f"[B, {side}, {side}, 3]" for side in {size: 0, other or size: 0})
+        sides = " or ".join(f"[B, {side}, {side}, 3]" for side in dict.fromkeys((size, other or size)))
         raise ValueError(f"images are {list(images.shape)}; this model reads {sides}")
     return images
 
