@@ -6,8 +6,9 @@ A tiny stage 2 is trained from random records. It reads images in threads, saves
 (each every few seconds). Memory, open files and threads of the process and its children are sampled every few seconds.
 Memory is resident and anonymous; the kernel may drop pages of mapped files at any time. The last half of the run is cut
 into blocks of equal length, and a line is fitted to their means. A quantity grows if its growth per hour exceeds its
-bound by more than two standard errors; then the command fails. A short run does not decide: the errors are large.
-OUTPUT/results.md has the table, OUTPUT/*.svg the plots, OUTPUT/samples.jsonl the samples.
+bound by more than two standard errors; then the command fails. A short run does not decide, because the errors are
+large; from `DECIDES` minutes on, a quantity that is not decided is a failure, too. OUTPUT/results.md has the table,
+OUTPUT/*.svg the plots, OUTPUT/samples.jsonl the samples; all are there after a run that ended early, too.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from benchmarks.claims import experiment, plots
 from benchmarks.faults.records import write_records
 from benchmarks.faults.stage import Launch, command
 
-GROWS = "grows"
+GROWS, UNDECIDED = "grows", "not decided: train longer"
 EVERY = 5.0  # seconds between samples
 BLOCKS = 8  # of the last half
+DECIDES = 60.0  # minutes
 # name → (unit, bound of the growth per hour)
 BOUNDS = {"memory": ("MiB", 16.0), "files": ("open files", 1.0), "threads": ("threads", 1.0)}
 
@@ -45,7 +47,7 @@ class Growth:
         """Whether the growth, with a margin of two standard errors, is above or below the bound."""
         if self.per_hour - 2 * self.error > bound:
             return GROWS
-        return "no growth" if self.per_hour + 2 * self.error < bound else "not decided: train longer"
+        return "no growth" if self.per_hour + 2 * self.error < bound else UNDECIDED
 
 
 def growth(hours: Sequence[float], values: Sequence[float]) -> Growth:
@@ -73,8 +75,18 @@ def sample(pid: int) -> dict[str, float]:
     """Memory in MiB, open files and threads of a process and its descendants.
 
     Raises:
-      OSError: a process ended meanwhile.
+      OSError: the process has ended.
     """
+    for attempt in range(5):
+        try:
+            return _sample(pid)
+        except (OSError, KeyError):  # a descendant ended meanwhile
+            if attempt == 4:
+                raise
+    raise AssertionError
+
+
+def _sample(pid: int) -> dict[str, float]:
     found = {"memory": 0.0, "files": 0.0, "threads": 0.0}
     for each in tree(pid):
         status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{each}/status").read_text().splitlines())
@@ -84,8 +96,8 @@ def sample(pid: int) -> dict[str, float]:
     return found
 
 
-def train(output: pathlib.Path, minutes: float) -> list[dict[str, float]]:
-    """Trains for so long, stops with SIGTERM, and returns the samples.
+def train(output: pathlib.Path, minutes: float, samples: list[dict[str, float]]) -> None:
+    """Trains for so long, stops with SIGTERM, and appends the samples.
 
     Raises:
       SystemExit: training ends before, or does not stop.
@@ -100,10 +112,12 @@ def train(output: pathlib.Path, minutes: float) -> list[dict[str, float]]:
         str(folder / "stage2"), str(records), "stage2", init_from=(), train__steps=10_000_000, train__log_every=20,
         train__checkpoint_every=400, evals__held_out__every=200, optimizer__schedule="constant",
     )  # fmt: skip
-    launch, samples = Launch(line, 1, folder, 1), []
+    launch = Launch(line, 1, folder, 1)
     try:
         while launch.seconds < 60 * minutes and not launch.has_ended():
             time.sleep(EVERY)
+            if launch.has_ended():
+                break
             found = {"hours": launch.seconds / 3600, "step": launch.step()} | sample(launch.processes[0].pid)
             samples.append(found)
             with (output / "samples.jsonl").open("a") as lines:
@@ -116,11 +130,10 @@ def train(output: pathlib.Path, minutes: float) -> list[dict[str, float]]:
             raise SystemExit(f"training did not stop at SIGTERM with status 143; see {launch.logs[0]}")
     finally:
         launch.end()
-    return samples
 
 
-def report(output: pathlib.Path, samples: list[dict[str, float]]) -> bool:
-    """Writes the table and the plots; whether nothing grows."""
+def report(output: pathlib.Path, samples: list[dict[str, float]]) -> list[str]:
+    """Writes the table and the plots; the quantities that grow and, in a long run, those that are not decided."""
     hours = [row["hours"] for row in samples]
     found = {name: growth(hours, [row[name] for row in samples]) for name in BOUNDS}
     rows, pictures = [], {}
@@ -134,7 +147,9 @@ def report(output: pathlib.Path, samples: list[dict[str, float]]) -> bool:
     heading = f"{60 * hours[-1]:.0f} minutes, {samples[-1]['step']:.0f} steps"
     numbers = {name: dataclasses.asdict(value) for name, value in found.items()}
     experiment.write(output, "Soak", {heading: experiment.table(head, rows)}, numbers, pictures)
-    return not any(found[name].verdict(bound) == GROWS for name, (_, bound) in BOUNDS.items())
+    verdicts = {name: found[name].verdict(bound) for name, (_, bound) in BOUNDS.items()}
+    passing = {"no growth"} if 60 * hours[-1] >= DECIDES else {"no growth", UNDECIDED}
+    return [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict not in passing]
 
 
 def main() -> None:
@@ -146,11 +161,17 @@ def main() -> None:
     output = flags.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     (output / "samples.jsonl").unlink(missing_ok=True)
-    samples = train(output, flags.minutes)
+    samples: list[dict[str, float]] = []
+    bad: list[str] = []
+    try:
+        train(output, flags.minutes, samples)
+    finally:
+        if len(samples) >= 4 * BLOCKS:
+            bad = report(output, samples)
     if len(samples) < 4 * BLOCKS:
         raise SystemExit(f"{len(samples)} samples are too few; train for more --minutes")
-    if not report(output, samples):
-        raise SystemExit(f"something grows; see {output / 'results.md'}")
+    if bad:
+        raise SystemExit(f"{'; '.join(bad)}; see {output / 'results.md'}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import shlex
@@ -29,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,7 +50,9 @@ FOLLOW_SECONDS = 120  # how long a connection shows the log until the hosts are 
 LONGEST, SHORT = 3600, 120  # seconds until a call of gcloud is given up: one that installs, one that asks
 TAIL = 30  # last lines of the log of a host on which the command failed
 PATIENCE = 8  # calls of gcloud until an error that passes counts as one
-LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")  # a request that will not become active again
+LEAVING = ("SUSPENDING", "DELETING")  # states in which gcloud refuses to delete a request
+LOST = ("FAILED", "SUSPENDED", *LEAVING)  # a request that will not become active again
+REFUSED = 3  # requests in a row that failed before there was a TPU
 TREE = "unimm"  # directory in the home directory of every host
 INSTALL = (
     "python3 -m pip install --quiet --user uv && "
@@ -200,6 +204,8 @@ class Gcloud:
         """Runs a command line again, with pauses, while it fails with an error that passes."""
         for attempt in range(PATIENCE):
             done = self.run(line)
+            if attempt and done.returncode and "create" in line and remedy_of(done.stderr) == REMEDIES["exists"]:
+                return subprocess.CompletedProcess(line, 0, "", "")  # the attempt before made it
             if not done.returncode or not passes(done.stderr) or attempt == PATIENCE - 1:
                 break
             say(f"gcloud: {one_line(done.stderr)}; trying again")
@@ -226,6 +232,23 @@ class Gcloud:
             raise LaunchError("gcloud is not installed: cloud.google.com/sdk/docs/install") from None
 
 
+def git(*words: str) -> str:
+    """What git says about this clone.
+
+    Raises:
+      LaunchError: it is no clone, or git is not installed.
+    """
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise LaunchError("git is not installed; install needs it to know which files to copy") from None
+    if done.returncode:
+        raise LaunchError(
+            f"git {words[0]} failed in {ROOT}: {one_line(done.stderr)}. To mend it: install needs a git clone"
+        )
+    return done.stdout.strip()
+
+
 def end(process: "subprocess.Popen[str]") -> None:
     """Ends a process and its children."""
     if process.poll() is None:
@@ -238,21 +261,26 @@ class Tpu:
 
     def __init__(self, settings: Settings):
         self.settings, self.gcloud = settings, Gcloud(settings)
+        self.failed_requests = 0  # in a row
 
     # ---- The request -------------------------------------------------------------------------------------------------
 
     def state(self) -> str:
         """State of the request, empty if there is none."""
+        state: str = self.describe().get("state", {}).get("state", "")
+        return state
+
+    def describe(self) -> dict[str, Any]:
+        """The request as Google Cloud's API gives it, empty if there is none."""
         if self.settings.dry_run:
-            return ""
-        done = self.gcloud.ask(
-            self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=value(state.state)")
-        )
+            return {}
+        done = self.gcloud.ask(self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=json"))
         error = error_of(done.stderr).lower()
         if done.returncode and "not_found" not in error and "not found" not in error:
             message, hint = one_line(done.stderr), remedy_of(done.stderr)
             raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
-        return done.stdout.strip() if not done.returncode else ""
+        found: dict[str, Any] = json.loads(done.stdout) if not done.returncode else {}
+        return found
 
     def create(self) -> None:
         """Requests the TPU."""
@@ -279,16 +307,28 @@ class Tpu:
         """Waits until the TPU is there.
 
         Raises:
-          Lost: the request failed.
+          Lost: the request failed, or ended.
+          LaunchError: it waited for as long as it may, or `REFUSED` requests in a row failed.
         """
         began, before = time.monotonic(), ""
         while not self.settings.dry_run:
-            state = self.state()
+            found = self.describe()
+            state = found.get("state", {}).get("state", "")
             if state != before:
                 say(f"{self.settings.name}: {state or 'deleted'} after {time.monotonic() - began:.0f} s")
                 before = state
             if state == "ACTIVE":
+                self.failed_requests = 0
                 return
+            if state == "FAILED":
+                self.failed_requests += 1
+                reason = found["state"].get("failedData", {}).get("error", {}).get("message", "no reason is given")
+                hours, limit = (time.monotonic() - began) / 3600, self.settings.wait_hours
+                if limit and hours > 0.95 * limit:
+                    raise LaunchError(f"the request waited for {limit} h (--wait-hours) without getting a TPU")
+                if self.failed_requests == REFUSED:
+                    raise LaunchError(f"{REFUSED} requests in a row failed: {one_line(reason)}")
+                raise Lost(f"the request is FAILED: {one_line(reason)}")
             if state not in WAITING:
                 raise Lost(f"the request is {state or 'deleted'}")
             time.sleep(self.settings.poll)
@@ -337,12 +377,7 @@ class Tpu:
         Raises:
           LaunchError: it is no clone.
         """
-        found = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        if not found:
-            raise LaunchError(f"{ROOT} is not a git clone; install needs one to know which files to copy")
-        return found
+        return git("rev-parse", "HEAD")
 
     def install(self) -> None:
         """Copies this clone (what is committed) to every host and installs it there; nothing on a host where it is, or
@@ -351,7 +386,7 @@ class Tpu:
         mark = hashlib.sha256(f"{version} {self.settings.install}".encode()).hexdigest()[:16]
         with tempfile.TemporaryDirectory() as folder:
             archive = pathlib.Path(folder) / "unimm_jax.tar.gz"
-            subprocess.run(["git", "-C", str(ROOT), "archive", "-o", str(archive), version], check=True)
+            git("archive", "-o", str(archive), version)
             for node in self.settings.nodes:
                 say(f"{node}: installing {version[:12]}")
                 self.copy(archive, node)
@@ -453,7 +488,8 @@ class Tpu:
                 mark, _, rest = text.partition(" ")
                 if mark == "unimm-status":
                     host, _, status = rest.rpartition(" ")
-                    found[f"{node} {host}"] = status
+                    is_known = status == "running" or status.isdigit()  # not empty, as after a full disk
+                    found[f"{node} {host}"] = status if is_known else str(GONE)
         if not found:
             raise Lost("no host says whether the command is running")
         return found
@@ -569,7 +605,7 @@ def up(tpu: Tpu, delete: bool) -> int:
                     raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None
                 say(f"{s.name} is lost: {error}; attempt {attempt + 2} of {s.retries + 1}")
                 time.sleep(s.poll)
-    except LaunchError as error:
+    except Exception as error:
         _leave(tpu, delete, f"ended with an error after {(time.monotonic() - began) / 3600:.2f} h", active, error)
         raise
     _leave(tpu, delete, f"ended with status {status} after {(time.monotonic() - began) / 3600:.2f} h", active)
@@ -580,25 +616,40 @@ def _request(tpu: Tpu, is_first: bool) -> None:
     """Requests the TPU, unless it is requested, and waits for it.
 
     Raises:
-      Lost: the request failed, or was refused after an earlier one: capacity and quota come back.
-      LaunchError: the first request was refused.
+      Lost: the request failed, or gcloud refused a request after an earlier one: capacity and quota come back.
+      LaunchError: the first request was refused, or the TPU that has the name is of another type.
     """
-    s, state = tpu.settings, tpu.state()
-    if state in LOST:
-        tpu.delete()
-        state = ""
-    if not state:
-        say(f"requesting {s.slices} × {s.kind.name} ({s.kind.chips * s.slices} chips), {s.provisioning}")
-        try:
+    s, found = tpu.settings, tpu.describe()
+    state = found.get("state", {}).get("state", "")
+    if state in LEAVING:
+        say(f"{s.name}: {state}")
+        while state in LEAVING:
+            time.sleep(s.poll)
+            state = tpu.state()
+    try:
+        if state in LOST:
+            tpu.delete()
+            state = ""
+        if not state:
+            say(f"requesting {s.slices} × {s.kind.name} ({s.kind.chips * s.slices} chips), {s.provisioning}")
             tpu.create()
-        except LaunchError as error:
-            if is_first:
-                raise
-            raise Lost(str(error)) from None
+        elif (kind := _type_of(found)) not in ("", s.kind.name):
+            raise LaunchError(f"{s.name} is of the type {kind}; give --type={kind}, or another name")
+    except LaunchError as error:
+        if is_first:
+            raise
+        raise Lost(str(error)) from None
     tpu.wait()
 
 
-def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: LaunchError | None = None) -> None:
+def _type_of(request: dict[str, Any]) -> str:
+    """The type of the TPUs of a request, empty if the request does not say it."""
+    nodes = request.get("tpu", {}).get("nodeSpec") or [{}]
+    found: str = nodes[0].get("node", {}).get("acceleratorType", "")
+    return found
+
+
+def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | None = None) -> None:
     """Deletes the TPU if that is wanted, and prints what the run took."""
     s, hours = tpu.settings, active / 3600
     try:
@@ -676,6 +727,10 @@ def settings_of(flags: argparse.Namespace, command: Sequence[str]) -> Settings:
         kind = tpu_type(flags.type)
     except ValueError as error:
         raise LaunchError(str(error)) from None
+    low = dict(slices=1, hours=1, wait_hours=0, retries=0, poll=0.001)
+    for name, least in low.items():
+        if getattr(flags, name) < least:
+            raise LaunchError(f"--{name.replace('_', '-')}={getattr(flags, name):g} is below {least}")
     env = [f"{e}={os.environ[e]}" if "=" not in e and e in os.environ else e for e in flags.env]
     if wrong := [entry for entry in env if not entry.partition("=")[0].isidentifier() or "=" not in entry]:
         raise LaunchError(f"--env={wrong[0]} is neither NAME=VALUE nor the name of a variable that is set here")

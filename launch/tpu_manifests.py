@@ -13,7 +13,7 @@ def problem(settings: Any, target: str) -> str:
     """What a launcher cannot do of the settings, in one line; empty if nothing."""
     if target == "skypilot" and settings.slices > 1:
         return "SkyPilot does not connect several slices; give --slices=1, or --target=jobset or xpk"
-    if settings.provisioning == "flex-start" or (settings.provisioning == "reserved" and target == "skypilot"):
+    if settings.provisioning not in ("on-demand", "spot") or (settings.provisioning == "spot" and target == "xpk"):
         other = "on-demand or spot" if target == "skypilot" else "on-demand, for a node pool that is made with it"
         return f"--provisioning={settings.provisioning} cannot be rendered for {target}; give {other}"
     return ""
@@ -45,20 +45,24 @@ def jobset(settings: Any, image: str, cluster: str) -> str:
     }
     pod = {"restartPolicy": "Never", "nodeSelector": selector, "containers": [container]}
     pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet", "terminationGracePeriodSeconds": 300}
-    job = {
+    job: dict[str, Any] = {
         "parallelism": kind.hosts,
         "completions": kind.hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "template": {"spec": pod},
     }
+    # another status is an error of the command, which a restart does not mend
+    codes = {"containerName": container["name"], "operator": "NotIn", "values": sorted(RECOVERED)}
+    job["podFailurePolicy"] = {"rules": [{"action": "FailJob", "onExitCodes": codes}]}
+    stop = {"name": "error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     topology = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     found = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {"name": settings.name, "annotations": topology},
         "spec": {
-            "failurePolicy": {"maxRestarts": RESTARTS},
+            "failurePolicy": {"maxRestarts": RESTARTS, "rules": [stop]},
             "replicatedJobs": [{"name": "slice", "replicas": settings.slices, "template": {"spec": job}}],
         },
     }

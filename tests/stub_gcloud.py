@@ -1,9 +1,10 @@
 """A stand-in for gcloud: TPU requests that walk through their states, and hosts that are directories of this machine.
 
-STUB is its directory: `request.json` (state and node names), `fail_create` (what create says instead), `fail_once` (a
-JSON list of [action, what it says instead], each used once), `hosts/NODE-I` (home of a host), `unreachable` (hosts
-without ssh), `repeat` (seconds after which the connection to a log breaks once; gcloud then repeats the command), `log`
-(every call), `workers` (hosts of a node).
+STUB is its directory: `request.json` (state, type and node names), `fail_create` (what create says instead),
+`fail_request` (why every request fails), `fail_once` (a JSON list of [action, what it says instead, and perhaps a new
+`request.json`], each used once), `hosts/NODE-I` (home of a host), `unreachable` (hosts without ssh), `repeat` (seconds
+after which the connection to a log breaks once; gcloud then repeats the command), `log` (every call), `workers` (hosts
+of a node).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ CREATE = {  # flags of `queued-resources create` by release track, of those that
     "alpha": {"provisioning-model", "max-run-duration"},
 }  # fmt: skip
 CREATE["alpha"] |= CREATE[""]
-NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE"}
+NEXT = {"WAITING_FOR_RESOURCES": "PROVISIONING", "PROVISIONING": "ACTIVE", "SUSPENDING": "SUSPENDED"}
 
 
 def refuse(text):
@@ -44,6 +45,8 @@ def fail_once(action):
     if said := next((entry for entry in waiting if entry[0] == action), None):
         waiting.remove(said)
         file.write_text(json.dumps(waiting))
+        if said[2:]:  # it failed, but the request was made
+            REQUEST.write_text(said[2])
         refuse(said[1])
 
 
@@ -60,15 +63,21 @@ def requests(words, track):
             refuse(f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {name} already exists")
         count, prefix = option(words, "node-count"), option(words, "node-prefix")
         nodes = [f"{prefix}-{i}" for i in range(int(count))] if count else [option(words, "node-id")]
-        REQUEST.write_text(json.dumps({"state": "WAITING_FOR_RESOURCES", "nodes": nodes}))
+        state = "FAILED" if (STUB / "fail_request").exists() else "WAITING_FOR_RESOURCES"
+        REQUEST.write_text(json.dumps({"state": state, "nodes": nodes, "type": option(words, "accelerator-type")}))
         return
     if not REQUEST.exists():
         refuse(f"ERROR: (gcloud.compute.tpus.queued-resources.{action}) NOT_FOUND: Resource {name} was not found")
+    found = json.loads(REQUEST.read_text())
     if action == "delete":
+        if found["state"] == "SUSPENDING":
+            refuse("ERROR: (gcloud.compute.tpus.queued-resources.delete) FAILED_PRECONDITION: it is SUSPENDING")
         REQUEST.unlink()
         return
-    found = json.loads(REQUEST.read_text())
-    print(found["state"])
+    state = {"state": found["state"]}
+    if (STUB / "fail_request").exists():
+        state["failedData"] = {"error": {"code": 8, "message": (STUB / "fail_request").read_text()}}
+    print(json.dumps({"state": state, "tpu": {"nodeSpec": [{"node": {"acceleratorType": found["type"]}}]}}))
     if found["state"] in NEXT:
         found["state"] = NEXT[found["state"]]
         if found["state"] == "ACTIVE":  # new machines with empty disks

@@ -41,8 +41,9 @@ STEPS = 20  # steps whose batches and metrics are recorded
 BANDS = 20  # parts of the run for the curve of the loss
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "ml-dtypes",
-    "tokenizers", "pillow", "simplejpeg", "tensorstore", "array-record", "jax-cuda12-plugin", "jax-cuda12-pjrt",
-    "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+    "tokenizers", "sentencepiece", "pillow", "simplejpeg", "tensorstore", "array-record", "pyarrow", "msgpack",
+    "tensorflow-datasets", "safetensors", "scikit-image", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin",
+    "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas",
 )  # fmt: skip
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 WIDTH = 118  # of a line of the file; entries that are longer get a line for each of their parts

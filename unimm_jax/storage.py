@@ -27,6 +27,7 @@ import posixpath
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -40,6 +41,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of the local disk whi
 THREADS = 16  # requests at a time
 LISTED = 4_000  # of more files, the versions come from a listing instead of one request each
 CACHE_GIB = 50
+PARTIAL = "partial"  # folder in the cache of copies that are being fetched
+ABANDONED = 24 * 3600  # seconds after which such a copy is taken to be of a process that was killed
 OPEN_ATTEMPTS = 3  # of a local copy that other processes remove
 MD5 = "md5:"  # prefix of a checksum that an object store computed
 T = TypeVar("T")
@@ -383,6 +386,9 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
     """The file itself, or a local copy of one on an object store, fetched unless this version of it is there.
 
     The least recently used copies are removed when all of them together exceed UNIMM_CACHE_GIB.
+
+    Raises:
+      StorageError: the store fails, or the cache folder cannot be written.
     """
     if not is_remote(file):
         return file
@@ -392,17 +398,20 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
         return copy
     except FileNotFoundError:
         pass
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}")
+    partial = cache_folder() / PARTIAL / uuid.uuid4().hex
     try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with _request(file):
             _filesystem(file).get_file(str(file), str(partial))
         if partial.stat().st_size != stamp[0]:
             raise StorageError(f"{file} has {stamp[0]} bytes, and {partial.stat().st_size} arrived; start again")
-        partial.rename(copy)
+        _put(partial, copy)
+    except (StorageError, FileNotFoundError):
+        raise
+    except OSError as error:  # not a fault of the file that is copied
+        raise StorageError(f"{file} cannot be copied to {cache_folder()}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    _trim(cache_folder(), keep=copy)
     return copy
 
 
@@ -435,21 +444,26 @@ def cache_place(file: pathlib.Path, stamp: tuple[int, str], suffix: str = "") ->
     return cache_folder() / key / f"{file.name}{suffix}"
 
 
-def _trim(folder: pathlib.Path, keep: pathlib.Path) -> None:
-    """Removes the least recently used copies beyond the bound; one process at a time."""
-    bound = float(os.environ.get("UNIMM_CACHE_GIB") or CACHE_GIB) * 2**30
+def _put(partial: pathlib.Path, copy: pathlib.Path) -> None:
+    """Moves a copy to its place, and removes the least recently used ones beyond the bound; one process at a time."""
+    bound, folder = float(os.environ.get("UNIMM_CACHE_GIB") or CACHE_GIB) * 2**30, cache_folder()
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        copy.parent.mkdir(exist_ok=True)
+        partial.rename(copy)
         copies = []
         for file in folder.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process renames or removes it
                 status = file.stat()
-                copies.append((status.st_mtime, status.st_size, file))
+                if file.parent.name != PARTIAL:
+                    copies.append((status.st_mtime, status.st_size, file))
+                elif time.time() - status.st_mtime > ABANDONED:
+                    file.unlink()
         total = sum(size for _, size, _ in copies)
         for _, size, file in sorted(copies):
             if total <= bound:
                 return
-            if file != keep:
+            if file.parent != copy.parent:
                 shutil.rmtree(file.parent, ignore_errors=True)
                 total -= size
 

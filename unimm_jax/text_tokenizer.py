@@ -15,7 +15,10 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 class TextTokenizer:
-    """Encodes text to ids and decodes ids to text. `encode` adds no special tokens and returns a tuple of ints.
+    """Encodes text to ids and decodes ids to text. `encode` returns a tuple of ints without special tokens.
+
+    `encode` takes the name of a special token in a text, such as "</s>", as plain text, because captions and prompts
+    are data. `encode_markup` is for the texts of a template: there the name stands for the token.
 
     Attributes:
       vocab_size: number of ids that the tokenizer knows.
@@ -37,6 +40,7 @@ class TextTokenizer:
             import tokenizers
 
             self._fast: Any = tokenizers.Tokenizer.from_str(payload["model"])
+            self._fast.encode_special_tokens = True
             self.vocab_size: int = self._fast.get_vocab_size()
             bos = self._first_id(BOS, "<|begin_of_text|>", "<bos>")
             eos = self._first_id(EOS, "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
@@ -58,6 +62,7 @@ class TextTokenizer:
         self.eos: int = eos
         self.pad: int = eos if pad is None else pad
         self.encode = functools.lru_cache(maxsize=200_000)(self._encode)
+        self.encode_markup = functools.lru_cache(maxsize=1000)(self._encode_markup)
 
     def _first_id(self, *names: str) -> int | None:
         """Id of the first of the tokens that exists."""
@@ -67,6 +72,15 @@ class TextTokenizer:
         if self.payload["kind"] == "tokenizers":
             return tuple(self._fast.encode(text, add_special_tokens=False).ids)
         return tuple(self._piece.encode(text))
+
+    def _encode_markup(self, text: str) -> tuple[int, ...]:
+        if self.payload["kind"] == "tokenizers":
+            return tuple(self._markup.encode(text, add_special_tokens=False).ids)
+        return tuple(self._piece.encode(text))
+
+    @functools.cached_property
+    def _markup(self) -> Any:
+        return self.as_tokenizers()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to stripped text. Special tokens and ids of `vocab_size` and above are skipped."""

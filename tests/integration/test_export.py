@@ -615,7 +615,7 @@ for name, size in (("unet_decoder", (16, 16)), ("unet_decoder_high", (32, 16))):
     out[name] = model.decode(codes, keep, name, torch.tensor(g[name]), size=size).numpy()
 ids = model.generate_image_tokens(["two red stars."], guidance=4.0, temperature=0)
 out["drawn"] = model.codes(ids)[0].numpy()
-composed = [[images[0], "two red stars."], [images[0], images[1]]]
+composed = [[images[0], "two red stars."], [images[0], images[1]], [images[0], "two red stars.", images[1]]]
 out["composed"] = model.codes(model.compose_image_tokens(composed, guidance=4.0, temperature=0))[0].numpy()
 assert "jax" not in sys.modules
 np.savez(found, **out)
@@ -651,7 +651,9 @@ def test_an_imported_lavit_reads_and_draws_here_and_in_pytorch(published, tmp_pa
     ids = g.generate_image_tokens(["two red stars."], Sampling(guidance=4.0, temperature=0))
     assert (found["drawn"] == g.codes(ids)[0]).all()
     assert g.task_settings.image_prompts == "codes"
-    composed = [g.image_prompt_of(parts) for parts in ([images[0], "two red stars."], [images[0], images[1]])]
+    words = "two red stars."
+    parts = ([images[0], words], [images[0], images[1]], [images[0], words, images[1]])
+    composed = [g.image_prompt_of(each) for each in parts]
     ids = g.continue_with_image(composed, Sampling(guidance=4.0, temperature=0))
     assert (found["composed"] == g.codes(ids)[0]).all()
     (tmp_path / "a.png").write_bytes(transforms.encode_png(images[0]))

@@ -1,5 +1,6 @@
 """launch/tpu.py against a stand-in for gcloud whose hosts are directories and processes of this machine."""
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, arguments, free_port, link, xla_flags
 
+from launch import tpu
 from unimm_jax import metrics, storage
 from unimm_jax.checkpoint import find, read_params
 
@@ -99,7 +101,7 @@ def test_training_goes_on_after_preemption_with_the_same_bits(run, stub, tmp_pat
     assert "is lost" not in follow("whole", 0)
     (stub / "request.json").unlink()
     said = follow("preempted", 10)
-    assert said.count("is lost: the request is SUSPENDED; attempt 2") == 1, said[-3000:]
+    assert len(re.findall("is lost: the request is SUSPEND(ING|ED); attempt 2", said)) == 1, said[-3000:]
     assert said.count("ACTIVE after") == 2 and " 24/24" in said
     whole, broken = tmp_path / "whole" / "selector", tmp_path / "preempted" / "selector"
     losses = [np.array([row["loss"] for row in metrics.read(place)]) for place in (whole, broken)]
@@ -113,7 +115,7 @@ def preempt(stub):
     found = json.loads((stub / "request.json").read_text())
     for file in (stub / "hosts").glob("*/unimm/pid"):
         os.killpg(int(file.read_text()), signal.SIGKILL)
-    (stub / "request.json").write_text(json.dumps(found | {"state": "SUSPENDED"}))
+    (stub / "request.json").write_text(json.dumps(found | {"state": "SUSPENDING"}))
 
 
 def test_a_second_line_follows_the_run_that_goes_on(stub, tmp_path):
@@ -189,6 +191,49 @@ def test_a_refusal_after_a_preemption_is_tried_again(stub, tmp_path):
     assert process.returncode == 0 and said.count("no more capacity") == 2, said
 
 
+def test_a_request_that_always_fails_ends_the_run_with_the_reason(stub):
+    (stub / "fail_request").write_text("the zone has no such machines")
+    done = up(stub, "--delete")
+    assert done.returncode == 1 and "3 requests in a row failed: the zone has no such machines" in done.stderr
+    assert sum("create" in words for words in calls(stub)) == 3 and not (stub / "request.json").exists()
+
+
+def test_a_request_that_waited_for_long_enough_ends_the_run(stub, monkeypatch, capsys):
+    monkeypatch.setenv("STUB", str(stub))
+    monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
+    clock = itertools.count(0, 3600)
+    monkeypatch.setattr(tpu.time, "monotonic", lambda: next(clock))
+    (stub / "fail_request").write_text("expired")
+    flags = ["up", "run", "--zone=us-west4-a", "--poll=0.01", "--wait-hours=1", "--", "true"]
+    assert tpu.main(flags) == 1
+    assert "waited for 1 h (--wait-hours)" in capsys.readouterr().err
+
+
+def test_a_request_that_was_made_although_gcloud_failed_is_used(stub):
+    words = ["compute", "tpus", "queued-resources", "create", "run", "--accelerator-type=v5p-16", "--node-id=run"]
+    _, env = line(stub, "up")
+    subprocess.run([str(stub / "gcloud"), *words], env=env, check=True)
+    request = (stub / "request.json").read_text()
+    (stub / "request.json").unlink()
+    timed_out = "ERROR: (gcloud) DEADLINE_EXCEEDED: no answer"
+    (stub / "fail_once").write_text(json.dumps([["create", timed_out, request]]))
+    done = up(stub)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_tpu_of_another_type_is_refused(stub):
+    assert up(stub).returncode == 0
+    done = launch(stub, "up", "--type=v6e-8", "--poll=0.1")
+    assert done.returncode == 1 and "is of the type v5p-16" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_host_without_a_status_counts_as_gone_and_the_tpu_is_deleted(stub):
+    script = 'echo > "$HOME/unimm/status"; kill -9 $PPID'  # as on a full disk
+    done = up(stub, "--retries=1", "--delete", command=("bash", "-c", script))
+    assert done.returncode == 1 and "the command is gone" in done.stderr, done.stderr
+    assert "delete" in calls(stub)[-1] and not (stub / "request.json").exists()
+
+
 def test_an_error_that_lasts_deletes_the_tpu_if_wanted(stub):
     (stub / "unreachable").write_text("1")
     done = up(stub, "--retries=1", "--delete")
@@ -256,10 +301,12 @@ def test_an_installation_that_always_fails_ends_the_run(stub):
     [
         (dict(name="Run"), "lower-case"),
         (dict(command=()), "needs the command after --"),
+        (dict(more="--slices=0"), "--slices=0 is below 1"),
+        (dict(more="--retries=-1"), "--retries=-1 is below 0"),
     ],
 )
 def test_wrong_flags_are_one_line(stub, flags, part):
-    done = up(stub, **flags)
+    done = up(stub, *[more] if (more := flags.pop("more", "")) else [], **flags)
     assert done.returncode == 1 and part in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -281,7 +328,13 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stub):
 
 @pytest.mark.parametrize(
     "flags",
-    [("skypilot", "--slices=2"), ("skypilot", "--provisioning=reserved"), ("jobset", "--provisioning=flex-start")],
+    [
+        ("skypilot", "--slices=2"),
+        ("skypilot", "--provisioning=reserved"),
+        ("jobset", "--provisioning=flex-start"),
+        ("jobset", "--provisioning=reserved"),
+        ("xpk", "--provisioning=spot"),
+    ],
 )
 def test_what_another_launcher_cannot_do_is_refused(stub, flags):
     done = launch(stub, "render", f"--target={flags[0]}", flags[1])

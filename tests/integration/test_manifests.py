@@ -73,6 +73,8 @@ print("valid")
 
 
 def launchers():
+    if not os.environ.get("LAUNCHERS"):
+        pytest.fail("set LAUNCHERS to a directory as the first lines of tests/integration/test_manifests.py say")
     return pathlib.Path(os.environ["LAUNCHERS"])
 
 

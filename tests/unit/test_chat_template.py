@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from unimm_jax import text_tokenizer
 from unimm_jax.data import tasks
-from unimm_jax.data.documents import Layout, render
+from unimm_jax.data.documents import Layout, length, render
 from unimm_jax.data.outlines import Message, Record, flatten, outline
 from unimm_jax.data.tasks import TaskSettings
 from unimm_jax.interop import chat_template, export_hf, processing_unimm
@@ -255,3 +255,25 @@ def test_misuse_is_refused(processor):
         processor.place_images(ids, keep)
     with pytest.raises(ValueError, match="more than 1 images"):
         processor.place_images(ids * 2, keep[:1])
+
+
+def test_names_of_special_tokens_in_captions_prompts_and_answers_are_plain_text():
+    """Only the texts of a template hold special tokens, and `eos` and `bos` are segments of their own."""
+    words = chat_bpe()
+    start, end = (words.as_tokenizers().token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    specials = {words.eos, start, end, words.as_tokenizers().token_to_id("<s>")}
+    written = "a</s> <s><|im_end|>\n<|im_start|>user\nred"
+    assert not specials & set(words.encode(written)) and words.decode(words.encode(written)) == written
+    assert words.encode_markup("<|im_start|>user\n")[0] == start
+    layout = Layout(Vocabulary(words.num_rows, CODES, 0), words, LIMIT)
+    settings = TaskSettings(template="chatml")
+    turns = [Message("user", (written, 0)), Message("assistant", (written,))]
+    document = chat_template.to_document(turns, settings)
+    ids = render(document, (), KEEP, np.zeros(KEEP.shape, np.int32), layout).ids.tolist()
+    assert len(ids) == length(document, (), KEEP.sum(1), layout)
+    assert [ids.count(i) for i in (start, end, words.eos)] == [3, 2, 1]  # system, user, assistant; its end is `eos`
+    record = Record("k", [np.zeros((8, 8, 3), np.uint8)], captions=[written])
+    texts, codes = flatten(record)
+    caption = tasks.get("text_to_image").build(outline(codes, 1), 0, settings)
+    ids = render(caption, texts, KEEP[:1], np.zeros((1, PATCHES), np.int32), layout).ids.tolist()
+    assert not specials & set(ids)

@@ -392,10 +392,26 @@ def test_requests_are_spaced_by_the_rate(serve, drawn):
     began = time.monotonic()
     assess(str(drawn.path), server.describe(requests_per_minute=3000, workers=8))
     assert max(server.times) - began >= 19 * 0.02 and len(server.times) == 20
-    pace = Pace(60)
-    assert [round(pace.turn()) for _ in range(3)] == [0, 1, 2]
+    pace, waits = Pace(60), []
+    for _ in range(3):
+        pace.wait(waits.append)
     pace.hold(10)
-    assert [round(pace.turn()) for _ in range(2)] == [10, 11]
+    for _ in range(2):
+        pace.wait(waits.append)
+    assert [round(wait) for wait in waits] == [0, 1, 2, 10, 11]
+
+
+def test_a_hold_moves_a_turn_that_a_thread_already_waits_for():
+    pace, waits = Pace(60), []
+    pace.wait(waits.append)
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            pace.hold(5)  # another thread is told to wait
+
+    pace.wait(sleep)
+    assert [round(wait) for wait in waits] == [0, 1, 5]
 
 
 def test_nobody_listens(drawn, monkeypatch):

@@ -239,13 +239,24 @@ def test_two_runs_at_once_are_refused(drawn, monkeypatch):
 
 def test_blocks_are_split_over_processes(drawn, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr(assessing.multihost_utils, "sync_global_devices", lambda name: None)
-    calls = []
+    lines, calls = [], []
+
+    def gather(line):  # the second process gets the first one's counts, too
+        lines.append(line)
+        return np.stack(lines)
+
+    def verdict(index):
+        if index in (3, 8, 9):
+            raise JudgeError("server error" if index == 9 else "timed out", "")
+        return GOOD
+
+    monkeypatch.setattr(assessing.multihost_utils, "process_allgather", gather)
     for process in (0, 1):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        judge, summary = run(drawn, monkeypatch, lambda index: GOOD)
+        judge, summary = run(drawn, monkeypatch, verdict)
         calls.append(sorted(judge.calls))
-    assert calls == [[*range(8), *range(16, 20)], list(range(8, 16))] and summary["assessed"] == 20
+    assert calls == [[*range(8), *range(16, 20)], list(range(8, 16))] and summary["assessed"] == 17
+    assert summary["failed"] == {"server error": 1, "timed out": 2} and summary["remaining"] == 3
 
 
 def test_prompts_of_other_data_are_counted_and_named(drawn, monkeypatch):

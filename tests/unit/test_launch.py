@@ -1,6 +1,9 @@
 """The scripts under launch/ and the configs beside them."""
 
+import os
 import re
+import shutil
+import signal
 import subprocess
 
 import pytest
@@ -13,6 +16,52 @@ from unimm_jax.data.sources import source_number, split_sources
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "launch").glob("*.sh")))
 def test_scripts_have_no_syntax_errors(script):
     subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], check=True)
+
+
+# stands for Python: writes what a command of the scripts would, and kills the script at the call that DIE names
+PYTHON = """#!/usr/bin/env bash
+set -eu
+echo "$*" >> "$LOG"
+if [ "$(wc -l < "$LOG")" = "$DIE" ]; then kill -9 $PPID; exit 1; fi
+case "$*" in
+  *"unimm_jax.report "*) echo scores; exit ;;
+  *"self_enhance assess"*) folder=$(sed 's/.*--drawings=\\([^ ]*\\).*/\\1/' <<< "$*")/verdicts ;;
+  *) folder=$(sed 's/.*--\\(workdir\\|output\\)=\\([^ ]*\\).*/\\2/' <<< "$*") ;;
+esac
+mkdir -p "$folder"
+touch "$folder/done.json"
+"""
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "illume.sh"])
+def test_a_killed_script_continues_where_it_was(script, tmp_path):
+    """Killed at each of its commands once, it runs each command to its end once, in order."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / ".venv" / "bin" / "python").write_text(PYTHON)
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+
+    def run(name, die):
+        places = dict(RUN=str(tmp_path / name), LOG=str(tmp_path / f"{name}.log"), DIE=str(die))
+        command = ["bash", str(tmp_path / "launch" / script)]
+        return subprocess.run(command, env=os.environ | places, capture_output=True, text=True)
+
+    assert run("whole", 0).returncode == 0
+    expected = (tmp_path / "whole.log").read_text().splitlines()
+    assert len(expected) > 10
+    for i in range(len(expected)):
+        assert run("killed", 2 * i + 1).returncode == -signal.SIGKILL
+    last = run("killed", 0)
+    assert last.returncode == 0 and last.stdout == "scores\n", last.stderr
+    found = (tmp_path / "killed.log").read_text().replace("/killed", "/whole").splitlines()
+    assert found == [line for line in expected for _ in range(2)]  # killed in it, then whole
+    commands = [(tmp_path / name / "commands.txt").read_text() for name in ("whole", "killed")]
+    assert commands[0] == commands[1].replace("/killed", "/whole")
+    assert run("whole", 0).returncode == 0
+    again = (tmp_path / "whole.log").read_text().splitlines()[len(expected) :]
+    assert again == [expected[-1]]  # the report only
 
 
 def test_stage_3_of_illume_names_the_sources_of_its_records():

@@ -23,10 +23,12 @@ class Text:
     Attributes:
       text: the text itself, or its index in the texts of the record.
       weight: loss weight of its tokens.
+      is_markup: whether the text is from a template, where the names of special tokens stand for the tokens.
     """
 
     text: str | int
     weight: float = 0.0
+    is_markup: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +115,18 @@ class Layout:
         return None if self.view_features else self.max_image_tokens
 
     @functools.cached_property
-    def _counts(self) -> dict[str, int]:
+    def _counts(self) -> dict[tuple[str, bool], int]:
         return {}
 
-    def count(self, text: str) -> int:
-        """Number of tokens of a text that is not stored in a record (of a template); cached."""
-        if text not in self._counts:
-            self._counts[text] = len(self.text_tokenizer.encode(text))
-        return self._counts[text]
+    def count(self, text: str, is_markup: bool) -> int:
+        """Number of tokens of a text that is not stored in a record; cached."""
+        if (text, is_markup) not in self._counts:
+            self._counts[text, is_markup] = len(self.encode(text, is_markup))
+        return self._counts[text, is_markup]
+
+    def encode(self, text: str, is_markup: bool) -> tuple[int, ...]:
+        """Token ids of a text; see `TextTokenizer`."""
+        return (self.text_tokenizer.encode_markup if is_markup else self.text_tokenizer.encode)(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +189,7 @@ def length(
     for segment in document:
         if isinstance(segment, Text):
             text = segment.text
-            total += layout.count(text) if isinstance(text, str) else int(text_counts[text])
+            total += layout.count(text, segment.is_markup) if isinstance(text, str) else int(text_counts[text])
         elif isinstance(segment, ImageIn) and layout.view_features:
             total += 2 + layout.view_features
         elif isinstance(segment, ImageIn | ImageOut):
@@ -235,7 +241,7 @@ def render(
     for segment in document:
         if isinstance(segment, Text):
             text = segment.text if isinstance(segment.text, str) else texts[segment.text]
-            put(tokenizer.encode(text), segment.weight)
+            put(layout.encode(text, segment.is_markup), segment.weight)
         elif isinstance(segment, Special):
             token = getattr(tokenizer, segment.name)
             put([] if token is None else [token], segment.weight)

@@ -199,7 +199,7 @@ def converse(
         turns = [Spoken("system", (template.system,)), *turns]
     generated: list[int] = []
     for turn, answer in zip(turns, [*turns[1:], None], strict=True):
-        segments += _literal(template.before.get(turn.role))
+        segments += _markup(template.before.get(turn.role))
         again: list[Segment] = [ImageIn(image) for image in generated]
         generated = []
         speaks = turn.role == "assistant"
@@ -221,9 +221,9 @@ def converse(
                 segments.append(ImageIn(part.number, image_targets))
         if speaks:
             segments.append(Special("eos", 1.0))
-        segments += _literal(template.after.get(turn.role))
+        segments += _markup(template.after.get(turn.role))
     if turns[-1].role == "user":
-        segments += _literal(template.before.get("assistant"))
+        segments += _markup(template.before.get("assistant"))
     return tuple(segments)
 
 
@@ -231,8 +231,8 @@ def _is_image(part: Part | str) -> bool:
     return not isinstance(part, str) and part.is_image
 
 
-def _literal(text: str | None) -> list[Segment]:
-    return [Text(text)] if text else []
+def _markup(text: str | None) -> list[Segment]:
+    return [Text(text, is_markup=True)] if text else []
 
 
 def _question(outline: Outline, variant: int, settings: TaskSettings) -> Document:

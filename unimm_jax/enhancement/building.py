@@ -105,7 +105,7 @@ def write(
     summary = counts_of({drawing.index: verdicts[drawing.index] for drawing in chosen})
     summary |= {"duplicates": duplicates, "surplus": len(kept) - len(chosen)}
     summary |= {"without_verdict": len(drawings) - len(verdicts)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    storage.write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 

@@ -6,6 +6,7 @@ Prompts are data: they go to the endpoint as a JSON string, and its reply is onl
 import base64
 import dataclasses
 import email.utils
+import hashlib
 import http.client
 import json
 import math
@@ -17,7 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,8 @@ class EndpointJudge(Judge):
 
     def identity(self) -> dict[str, Any]:
         """See `Judge.identity`."""
-        return {"judge": "endpoint", "url": self.url, "model": self.options.model}
+        rubric = hashlib.sha256(RUBRIC.encode()).hexdigest()[:8]
+        return {"judge": "endpoint", "url": self.url, "model": self.options.model, "rubric": rubric}
 
     def start(self, header: Mapping[str, Any], spent: float, others: float, processes: int) -> None:
         """See `Judge.start`. Several processes share the rate, and what is left of the cost, equally."""
@@ -170,7 +172,7 @@ class EndpointJudge(Judge):
             if attempt:
                 wait = self.options.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 self._sleep(min(wait, MAX_WAIT))  # at least: an endpoint may ask for 0 seconds
-            self._sleep(self._pace.turn())
+            self._pace.wait(self._sleep)
             try:
                 return self._attempt(body)
             except _FailedAttemptError as error:
@@ -224,7 +226,7 @@ class EndpointJudge(Judge):
                 is_paid = True
                 return _read(response, deadline)
         except urllib.error.HTTPError as error:
-            raise self._refused(error) from None
+            raise self._refused(error, deadline) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
@@ -233,10 +235,10 @@ class EndpointJudge(Judge):
             details = self._clean(f"{self.url}: {reason or type(reason).__name__}")
             raise _FailedAttemptError("connection failed", details, is_paid=is_paid) from None
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
+    def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         """The exception for a status that is not success."""
         try:
-            said = error.read(2000).decode("utf-8", "replace")
+            said = _read(error.fp, deadline)[:2000].decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             said = ""
         message = self._clean(f"{error.code} {error.reason}: {' '.join(said.split())[:300]}")
@@ -285,20 +287,28 @@ class Pace:
 
     def __init__(self, per_minute: float):
         self._gap = 60 / per_minute if per_minute else 0.0
-        self._next, self._lock = 0.0, threading.Lock()
+        self._next, self._held, self._lock = 0.0, 0.0, threading.Lock()
 
-    def turn(self) -> float:
-        """Takes the next turn: seconds until it comes."""
-        with self._lock:
-            now = time.monotonic()
-            at = max(now, self._next)
-            self._next = at + self._gap
-            return at - now
+    def wait(self, sleep: Callable[[float], None]) -> None:
+        """Waits for the next turn. A hold that starts meanwhile moves the turn behind its end.
+
+        Args:
+          sleep: waits for a number of seconds.
+        """
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                at = max(now, self._next)
+                self._next = at + self._gap
+            sleep(at - now)
+            if at >= self._held:
+                return
 
     def hold(self, seconds: float) -> None:
-        """Gives no turn for so many seconds."""
+        """Lets no thread have a turn for so many seconds."""
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._held = max(self._held, time.monotonic() + seconds)
+            self._next = max(self._next, self._held)
 
 
 class Budget:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+from unimm_jax import storage
 from unimm_jax.errors import DataError
 from unimm_jax.evals.score_table import (
     DECODER_NAMES,
@@ -74,7 +75,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     for name in ANSWERS:
         if (run / name / "scores.json").exists():
             scores[name] = json.loads((run / name / "scores.json").read_text())
-    (run / "scores.json").write_text(json.dumps(scores, indent=1))
+    storage.write_whole(run / "scores.json", json.dumps(scores, indent=1).encode())
     parts = [introduction(scores), *score_tables(scores), *evaluation_images(folder)]
     for name in ("edits", "compositions", "stories", "small_objects", "assessments"):
         parts += evaluation_images(folder / name)
@@ -85,7 +86,7 @@ def build(run: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             parts += [f"<h1>{name}</h1>", *evaluation_images(where)]
     parts += [*curves(run), *time_table(scores["seconds"], spent_of(run)), versions(), commands(run)]
     page = run / "report.html"
-    page.write_text("\n".join(parts))
+    storage.write_whole(page, "\n".join(parts).encode())
     return page, scores
 
 

@@ -58,8 +58,8 @@ def evaluate(
         found = result.scores | result.settings
         scores = found | scores if not section else scores | {section: found}
     scores["evaluation_seconds"] = round(time.perf_counter() - began, 1)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1))
-    (folder / "done.json").write_text(json.dumps({"seconds": scores["evaluation_seconds"]}))
+    storage.write_whole(folder / "scores.json", json.dumps(scores, indent=1).encode())
+    storage.write_whole(folder / "done.json", json.dumps({"seconds": scores["evaluation_seconds"]}).encode())
     return scores
 
 

@@ -102,7 +102,7 @@ def pretokenize(
     count, skipped, mean = write_split(encoder, datasets, folder, words, sources, reused=reused, common=common)
     if jax.process_index() == 0:
         seconds = round(time.perf_counter() - started, 1)
-        (folder / "done.json").write_text(json.dumps({"seconds": seconds}))
+        storage.write_whole(folder / "done.json", json.dumps({"seconds": seconds}).encode())
         print(f"records: {count} written to {output}, {mean:.2f} tokens per image, {skipped} skipped", flush=True)
         rate = mean / tokenizer.config.model["encoder"].num_patches
         text = keep_rate_warning(rate, target) if target and rate else None

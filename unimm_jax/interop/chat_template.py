@@ -37,7 +37,7 @@ _JINJA = """\
     {{- raise_exception("a message has the role " ~ turn.role ~ "; roles are system, user, assistant") -}}
   {%%- endif -%%}
   {%%- if turn.role in before -%%}
-    {{- segment(["text", before[turn.role]]) -}}
+    {{- segment(["markup", before[turn.role]]) -}}
   {%%- endif -%%}
   {%%- set last = generated_images is defined and generated_images == "last" and turn.role == "user" -%%}
   {%%- if not last -%%}
@@ -73,11 +73,11 @@ _JINJA = """\
     {{- segment(["eos"]) -}}
   {%%- endif -%%}
   {%%- if turn.role in after -%%}
-    {{- segment(["text", after[turn.role]]) -}}
+    {{- segment(["markup", after[turn.role]]) -}}
   {%%- endif -%%}
 {%%- endfor -%%}
 {%%- if add_generation_prompt and turns[-1].role == "user" and "assistant" in before -%%}
-  {{- segment(["text", before["assistant"]]) -}}
+  {{- segment(["markup", before["assistant"]]) -}}
 {%%- endif -%%}
 """
 

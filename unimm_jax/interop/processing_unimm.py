@@ -6,8 +6,10 @@
     ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     answers = processor.batch_decode(ids, skip_special_tokens=True)
 
-A prompt is a list of segments: ("text", TEXT), ("image",), ("image_start",), ("bos",) and ("eos",). Each text is
-tokenized on its own, as in training. `chat_template.jinja` writes the segments of a chat, one JSON list per line.
+A prompt is a list of segments: ("text", TEXT), ("markup", TEXT), ("image",), ("image_start",), ("bos",) and ("eos",).
+Each text is tokenized on its own, as in training. The name of a special token stands for the token in markup only,
+which is what the chat template writes around the turns. `chat_template.jinja` writes the segments of a chat, one JSON
+list per line.
 Prompts for images also have ("image_out",), a generated image, and ("image_codes",), the codes of an image alone; the
 model's `compose` and `edit` lay them out.
 """
@@ -169,7 +171,7 @@ class UniMMProcessor(ProcessorMixin):
       num_position_ids: 0 for none.
       bos, eos: ids of the beginning and end of a text; None where texts have no beginning token.
       text_vocabulary: number of ids of the text tokenizer of the training, which come first.
-      is_literal: whether texts such as "</s>" are plain text (sentencepiece).
+      is_literal: whether the names of special tokens are plain text in markup, too (sentencepiece).
       image_prompts: layout of prompts with images for images: "features" for a user turn whose images are read,
         "features_last" for one with its texts first, "codes" for texts and the images' codes in order.
       fit: how a PIL image becomes a square: "stretch", or "crop" for the centered square.
@@ -213,12 +215,14 @@ class UniMMProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template)
 
     @functools.cached_property
-    def _text_tokenizer(self) -> Any:
-        """The text tokenizer of the training, which does not know [IMG] and the other added tokens."""
+    def _text_tokenizers(self) -> dict[str, Any]:
+        """The text tokenizer of the training for "text" and "markup". It does not know [IMG] and other added tokens."""
         settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
         settings["added_tokens"] = [t for t in settings["added_tokens"] if t["id"] < self.text_vocabulary]
-        found = importlib.import_module("tokenizers").Tokenizer.from_str(json.dumps(settings))
-        found.encode_special_tokens = self.is_literal
+        new = importlib.import_module("tokenizers").Tokenizer.from_str
+        found = {name: new(json.dumps(settings)) for name in ("text", "markup")}
+        found["text"].encode_special_tokens = True
+        found["markup"].encode_special_tokens = self.is_literal
         return found
 
     def encode(self, segments: Sequence[Sequence[str]]) -> list[int]:
@@ -231,7 +235,10 @@ class UniMMProcessor(ProcessorMixin):
         }
         ids: list[int] = []
         for name, *text in segments:
-            ids += self._text_tokenizer.encode(*text, add_special_tokens=False).ids if name == "text" else special[name]
+            if name in self._text_tokenizers:
+                ids += self._text_tokenizers[name].encode(*text, add_special_tokens=False).ids
+            else:
+                ids += special[name]
         return ids
 
     def ask(self, question: str) -> str:
