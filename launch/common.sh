@@ -1,13 +1,15 @@
 # shellcheck shell=bash
 # Shared by the scripts that train all stages. They set RUN, SIZE and SEED, and read this file at the root of the clone.
-# Installs the requirements into .venv (PYTHON names the Python of a new one).
+# Installs the requirements into .venv (PYTHON names the Python of a new one), and the extras of pyproject.toml that EXTRAS
+# names, such as cuda13.
 PYTHON_FOR_VENV=${PYTHON:-python3}
-if [ ! -e .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
+INSTALLED=.venv/installed${EXTRAS:+-$EXTRAS}
+if [ ! -e "$INSTALLED" ] || [ requirements.txt -nt "$INSTALLED" ]; then
   "$PYTHON_FOR_VENV" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }
   echo "installing requirements into .venv"
   [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
-  touch .venv/installed
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt ${EXTRAS:+-e ".[$EXTRAS]"}
+  touch "$INSTALLED"
 fi
 
 mkdir -p "$RUN"

@@ -9,8 +9,8 @@
 #                                                                   also learns to edit
 #
 # Environment variables: RUN (output directory), SIZE, SEED, SOURCES, QUESTIONS, TEST_QUESTIONS, UNET=1 (also trains the
-# U-Net decoder, which is too small to draw objects at size laptop) and PYTHON (for a new .venv). After an interruption,
-# run the same command again: it resumes. When everything is done, it prints the scores only.
+# U-Net decoder, which is too small to draw objects at size laptop), PYTHON (for a new .venv) and EXTRAS (cuda13 on a GPU).
+# After an interruption, run the same command again: it resumes. When everything is done, it prints the scores only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/quickstart} SIZE=${SIZE:-laptop} SEED=${SEED:-0} SOURCES=${SOURCES:-scenes} UNET=${UNET:-0}
