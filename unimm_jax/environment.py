@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, storage, tpu_hosts
+from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, sharding, storage, tpu_hosts
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
@@ -33,7 +33,12 @@ CONTROL_GROUPS = (  # limit, use, and in memory.stat the files that can be dropp
     ("memory.max", "memory.current", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
 )
-PAIRS = {"jaxlib": "", "libtpu": 'extra == "tpu"'}  # package → the marker of jax's requirement on it
+PAIRS = {  # package → the extra of jax that requires it
+    "jaxlib": "",
+    "libtpu": "tpu",
+    "jax-cuda12-plugin": "cuda12",
+    "jax-cuda13-plugin": "cuda13",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +75,20 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
         yield from workdir_checks(workdir, config)
     if config is not None:
         data, read = inputs(config, workdir) if workdir else (None, [])
-        yield from (*device_memory(config), *host_memory(config, data), *read, *cost(config, data))
+        yield from (*mesh(config, data), *device_memory(config), *host_memory(config, data), *read)
+        yield from cost(config, data)
 
 
 def versions() -> Iterator[Finding]:
-    """Whether jaxlib and libtpu are the versions that this jax is made for."""
-    names = ("jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint")
+    """Whether jaxlib and what drives the devices are the versions that this jax is made for."""
+    names = ("jax", *PAIRS, "flax", "orbax-checkpoint")
     there = {name: version for name in names if (version := _version(name))}
     bad = False
-    for name, marker in PAIRS.items():
-        wanted = _requirement(name, marker)
+    for name, extra in PAIRS.items():
+        wanted = _requirement(name, extra)
         if name in there and wanted and not _satisfies(there[name], wanted):
             bad = True
-            remedy = f"pip install 'jax{'[tpu]' if name == 'libtpu' else ''}=={there['jax']}'"
+            remedy = f"pip install 'jax{f'[{extra}]' if extra else ''}=={there['jax']}'"
             yield Finding(BLOCKER, "versions", f"{name} {there[name]}, jax {there['jax']} needs {name}{wanted}", remedy)
     if not bad:
         yield Finding(OK, "versions", ", ".join(f"{name} {version}" for name, version in there.items()))
@@ -95,13 +101,14 @@ def _version(package: str) -> str:
         return ""
 
 
-def _requirement(package: str, marker: str) -> str:
-    """What jax requires of a package, such as "==0.0.35"; empty if nothing."""
+def _requirement(package: str, extra: str) -> str:
+    """What jax, with an extra, requires of a package, such as "==0.0.35"; empty if nothing."""
+    marker = f'extra == "{extra}"' if extra else ""
     for line in importlib.metadata.requires("jax") or ():
         requirement, _, condition = (part.strip() for part in line.partition(";"))
         name = re.match(r"[\w.-]+", requirement)
         if name and name[0] == package and condition.replace("'", '"') == marker:
-            return requirement[len(package) :].strip()
+            return re.sub(r"^\[.*?\]", "", requirement[len(package) :].strip()).strip()
     return ""
 
 
@@ -216,7 +223,9 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
         distributed.check_shared(path)
         text = f"{path} can be written ({time.perf_counter() - began:.1f} s), by {jax.process_count()} processes"
         yield Finding(OK, "workdir", text)
-        if config is not None and not storage.is_remote(path):
+        if storage.is_remote(path):
+            yield _cache()
+        elif config is not None:
             yield _disk(path, config)
     except UserError as error:
         yield Finding(BLOCKER, "workdir", str(error))
@@ -225,7 +234,12 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
         if is_new and not storage.is_remote(path):
             with contextlib.suppress(OSError):  # another process has removed it, or uses it
                 path.rmdir()
-    if (path / "checkpoints").exists():
+    try:
+        has_checkpoints = (path / "checkpoints").exists()
+    except Exception as error:  # of a store's client library
+        yield Finding(BLOCKER, "checkpoint", " ".join(str(error).split())[:300], "check the path and its permissions")
+        return
+    if has_checkpoints:
         yield _checkpoint(path, config is None or config.train.use_previous_checkpoint)
 
 
@@ -256,8 +270,8 @@ def _disk(path: pathlib.Path, config: Config) -> Finding:
 def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
     """Where the run would resume, by the rule of `Checkpoints.newest`; the files of local checkpoints are not read."""
     root = path / "checkpoints"
-    steps = checkpoint.all_steps(root, is_committed=True)
     try:
+        steps = checkpoint.all_steps(root, is_committed=True)
         step, unusable = checkpoint.newest_intact(
             steps, lambda step: checkpoint.verify(root / str(step), contents=False), use_previous
         )
@@ -275,6 +289,31 @@ def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
         reason = " ".join(next(iter(unusable.values())).split())
         return Finding(WARNING, "checkpoint", f"{text}, because {reason}", "none needed")
     return Finding(OK, "checkpoint", text)
+
+
+def mesh(config: Config, data: Input | None) -> Iterator[Finding]:
+    """Whether the mesh fits the devices, and the batch the mesh."""
+    try:
+        found = sharding.make_mesh(config.mesh)
+        if data is not None:
+            micro = config.train.micro_batches
+            sharding.local_rows(found, data.size(0, sharding.batch_ways(found) * micro) // micro)
+        yield Finding(OK, "mesh", ", ".join(f"{name} {size}" for name, size in found.shape.items()))
+    except UserError as error:
+        yield Finding(BLOCKER, "mesh", str(error))
+
+
+def _cache() -> Finding:
+    """Whether there is room for the copies of files on object stores."""
+    folder, bound = storage.cache_folder(), storage.cache_bound()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(there).free
+    text = f"{free / GIB:.1f} GiB free in {there}, copies take up to {bound / GIB:g} GiB"
+    if free < bound - used:
+        remedy = "lower UNIMM_CACHE_GIB, or set UNIMM_CACHE_DIR to a folder on another disk"
+        return Finding(WARNING, "cache", text, remedy)
+    return Finding(OK, "cache", text)
 
 
 def device_memory(config: Config) -> Iterator[Finding]:

@@ -382,6 +382,11 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("UNIMM_CACHE_DIR") or SHARED_CACHE).expanduser()
 
 
+def cache_bound() -> float:
+    """The number of bytes that all local copies together may have."""
+    return float(os.environ.get("UNIMM_CACHE_GIB") or CACHE_GIB) * 2**30
+
+
 def local_file(file: pathlib.Path) -> pathlib.Path:
     """The file itself, or a local copy of one on an object store, fetched unless this version of it is there.
 
@@ -446,7 +451,7 @@ def cache_place(file: pathlib.Path, stamp: tuple[int, str], suffix: str = "") ->
 
 def _put(partial: pathlib.Path, copy: pathlib.Path) -> None:
     """Moves a copy to its place, and removes the least recently used ones beyond the bound; one process at a time."""
-    bound, folder = float(os.environ.get("UNIMM_CACHE_GIB") or CACHE_GIB) * 2**30, cache_folder()
+    bound, folder = cache_bound(), cache_folder()
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         copy.parent.mkdir(exist_ok=True)

@@ -1,12 +1,14 @@
 """Faults of the environment, each of them one line with a remedy."""
 
 import collections
+import dataclasses
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -44,10 +46,18 @@ def test_a_good_environment_has_no_blocker(workdir):
     path, config = workdir
     found = [*environment.versions(), *environment.findings(config, str(path), 0, "cpu")]
     assert not blockers(found) and not path.exists()
-    assert {"versions", "devices", "workdir", "disk", "device memory", "host memory", "data"} == set(levels(found))
+    names = {"versions", "devices", "workdir", "disk", "mesh", "device memory", "host memory", "data"}
+    assert names == set(levels(found))
 
 
-@pytest.mark.parametrize("package, remedy", [("jaxlib", "'jax=="), ("libtpu", "'jax[tpu]==")])
+@pytest.mark.parametrize(
+    "package, remedy",
+    [
+        ("jaxlib", "'jax=="),
+        ("libtpu", "'jax[tpu]=="),
+        ("jax-cuda13-plugin", "'jax[cuda13]=="),
+    ],
+)
 def test_a_package_that_does_not_fit_jax(monkeypatch, package, remedy):
     real = environment._version
     monkeypatch.setattr(environment, "_version", lambda name: "0.0.1" if name == package else real(name))
@@ -110,6 +120,25 @@ def test_a_full_disk(workdir, monkeypatch):
     (path / "checkpoints" / "7").mkdir(parents=True)
     (path / "checkpoints" / "7" / "state").write_bytes(bytes(size))  # what is there needs no more room
     assert levels(environment.workdir_checks(str(path), config))["disk"] == "ok"
+
+
+def test_a_mesh_that_does_not_fit_the_devices_and_a_batch_that_does_not_fit_the_mesh(workdir, monkeypatch):
+    path, config = workdir
+    data, _ = environment.inputs(config, str(path))
+    assert levels(environment.mesh(config, data)) == {"mesh": "ok"}
+    one(environment.mesh(dataclasses.replace(config, mesh=(3, 5, 1)), data), "mesh", "config.mesh", "devices")
+    monkeypatch.setattr(environment.sharding, "batch_ways", lambda mesh: 8)
+    odd = types.SimpleNamespace(size=lambda *_: 12)
+    one(environment.mesh(config, odd), "mesh", "12 rows does not divide over 8")
+
+
+def test_a_cache_that_its_disk_cannot_hold(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("UNIMM_CACHE_GIB", "0.001")
+    assert environment._cache().level == "ok"
+    monkeypatch.setenv("UNIMM_CACHE_GIB", "1e9")
+    found = environment._cache()
+    assert found.level == "warning" and "UNIMM_CACHE_GIB" in found.remedy and str(tmp_path) in found.text
 
 
 def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
@@ -260,6 +289,7 @@ def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path)
         ("workdir", [f"--workdir={tmp_path / 'file' / 'run'}"], {}),
         ("workdir", ["--workdir=hdfs://x/y"], {}),
         ("workdir", ["--workdir=s3://bucket/run"], {}),
+        ("mesh", [*config, "--config.mesh=(3,1,1)", f"--workdir={good / 'stage3'}"], {}),
         ("device memory", ["--config=stage2:7b"], {}),
         ("data", [*config, f"--workdir={changes / 'damaged' / 'stage3'}"], {}),
         ("data", [*config, f"--workdir={changes / 'missing' / 'stage3'}"], {}),
