@@ -138,6 +138,9 @@ class Campaign:
         if len(self.whole) > 1:
             same = ", ".join(f"{count}: {'yes' if same else 'no'}" for count, same in self.same_bits().items())
             text += f"\nThe undisturbed run ends in the same bits as that of the first number of processes: {same}.\n"
+        if failed := [row["failed_requests"] for row in rows if "failed_requests" in row]:
+            text += f"\nStore errors: {sum(failed)} requests failed, at least one in {sum(map(bool, failed))} of "
+            text += f"{len(failed)} points.\n"
         if any(row["result"] == "skipped" for row in rows):
             text += f"\nSkipped: a full disk needs a file system of its own ({self.places.disk.refusal}).\n"
         for row in rows:

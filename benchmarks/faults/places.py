@@ -91,10 +91,12 @@ class Server:
         self.process.kill()
         self.process.wait()
 
-    def fail(self, share: float, seed: int = 0) -> None:
-        """Makes so large a share of the requests fail: 429, 503, or a cut body."""
+    def fail(self, share: float, seed: int = 0) -> int:
+        """Makes so large a share of the requests fail: 429, 503, or a cut body; how many have failed so far."""
         data = json.dumps({"share": share, "seed": seed}).encode()
-        urllib.request.urlopen(f"{self.url}/faults", data).close()
+        with urllib.request.urlopen(f"{self.url}/faults", data) as reply:
+            failed: int = json.load(reply)["failed"]
+        return failed
 
 
 class Places:

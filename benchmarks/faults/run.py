@@ -152,8 +152,12 @@ class Run:
             self.places.disk.fill(FULL[chosen(point.amount, FULL)])
             return self.places.disk.free
         if point.kind == "store errors":
-            self.places.server.fail(0.1 + 0.4 * point.amount, point.number)
-            return lambda: self.places.server.fail(0.0)
+            row, before = self.rows[-1], self.places.server.fail(0.1 + 0.4 * point.amount, point.number)
+
+            def no_errors() -> None:
+                row["failed_requests"] = self.places.server.fail(0.0) - before
+
+            return no_errors
         if point.kind == "store down":
             self.places.server.kill()
             return self.places.server.start
