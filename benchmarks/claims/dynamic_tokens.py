@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.claims import experiment, quickstart, scene_scores
+from benchmarks.claims import experiment, plots, quickstart, scene_scores
 from benchmarks.claims.stages import QUICK, Command, link, overrides_of, run_all
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
@@ -195,7 +195,9 @@ def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> N
         "Criterion": "\n".join(f"- against {arm}: {text}" for arm, text in conclusions.items()),
     }
     numbers = dict(seeds=seeds, scores=means, tokens_follow_objects=follow, comparisons=compared, criterion=conclusions)
-    experiment.write(output, "Dynamic image tokens (LaVIT)", sections, numbers, {})
+    title = "Dynamic image tokens (LaVIT)"
+    pictures = {"differences": plots.differences(title, compared)}
+    experiment.write(output, title, sections, numbers, pictures)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.claims import experiment, quickstart, scene_scores
+from benchmarks.claims import experiment, plots, quickstart, scene_scores
 from benchmarks.claims.stages import SECONDS, Command, link, run_all, training
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
@@ -161,7 +161,9 @@ def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> N
         for arm, found in scores.items()
     }
     numbers = dict(seeds=seeds, scores=means, comparisons=compared, criterion=conclusions)
-    experiment.write(output, "Joint training (ILLUME, Table 2)", sections, numbers, {})
+    title = "Joint training (ILLUME, Table 2)"
+    pictures = {"differences": plots.differences(title, compared)}
+    experiment.write(output, title, sections, numbers, pictures)
 
 
 def main() -> None:

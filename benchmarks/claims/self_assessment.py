@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.claims import assessment_documents, experiment, quickstart, scene_scores
+from benchmarks.claims import assessment_documents, experiment, plots, quickstart, scene_scores
 from benchmarks.claims.stages import QUICK, SECONDS, Command, link, run_all, training
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
@@ -218,7 +218,9 @@ def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> N
     }
     judgements = {arm: [{k: v for k, v in s.items() if k in AGREEMENT} for s in f] for arm, f in agreement.items()}
     numbers = dict(seeds=seeds, scores=means, comparisons=compared, criterion=judged(compared), documents=documents)
-    experiment.write(output, "Self-assessment (ILLUME, Table 7)", sections, numbers | dict(agreement=judgements), {})
+    title = "Self-assessment (ILLUME, Table 7)"
+    pictures = {"differences": plots.differences(title, compared)}
+    experiment.write(output, title, sections, numbers | dict(agreement=judgements), pictures)
 
 
 def partners(seeds: Sequence[int]) -> dict[int, int]:

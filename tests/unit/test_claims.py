@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import sys
+import xml.etree.ElementTree
 
 import helpers
 import jax
@@ -555,6 +556,18 @@ def test_results_are_written_as_table_json_and_svg(tmp_path):
     numbers = json.loads((tmp_path / "results.json").read_text())
     assert numbers["a"]["mean"] == 1 and numbers["never"] == ["never"]
     assert svg.count("<polyline") == 2 and "A &amp; B" in (tmp_path / "gain.svg").read_text()
+
+
+def test_differences_are_drawn_with_their_intervals_and_seeds():
+    found = {"a - b, <x>": Difference(0.2, 0.1, 0.3, (0.15, 0.25), 0.5, 0.3)}
+    found["a - c, x"] = Difference(-0.1, -0.4, 0.0, (-0.1,), 0.5, 0.6)
+    svg = plots.differences("A & B", found)
+    root = xml.etree.ElementTree.fromstring(svg)
+    marks = [root.findall(f".//{{*}}{name}") for name in ("circle", "rect", "path")]
+    assert [len(each) for each in marks] == [3, 2, 3]  # a line at 0 and an interval each
+    left, right = (float(marks[1][i].get("x")) for i in (1, 0))
+    assert left < float(marks[2][0].get("d")[1:].split()[0]) < right  # the means are on both sides of 0
+    assert "a - b, &lt;x&gt;" in svg and plots.differences("none", {}).startswith("<svg")
 
 
 def test_commands_run_once_and_failures_name_their_log(tmp_path, capsys):
