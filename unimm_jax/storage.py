@@ -393,7 +393,7 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
     The least recently used copies are removed when all of them together exceed UNIMM_CACHE_GIB.
 
     Raises:
-      StorageError: the store fails, or the cache folder cannot be written.
+      StorageError: the store fails. OSError: the cache folder cannot be written.
     """
     if not is_remote(file):
         return file
@@ -411,10 +411,6 @@ def local_file(file: pathlib.Path) -> pathlib.Path:
         if partial.stat().st_size != stamp[0]:
             raise StorageError(f"{file} has {stamp[0]} bytes, and {partial.stat().st_size} arrived; start again")
         _put(partial, copy)
-    except (StorageError, FileNotFoundError):
-        raise
-    except OSError as error:  # not a fault of the file that is copied
-        raise StorageError(f"{file} cannot be copied to {cache_folder()}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return copy

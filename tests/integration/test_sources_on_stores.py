@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import errno
 import io
 import json
 import pickle
@@ -215,3 +216,15 @@ def test_a_copy_that_the_cache_has_removed_is_fetched_again(on_gs):
     rows = files.JsonRows(storage.path(f"{on_gs}/text.jsonl"))
     rows._copy.unlink()
     assert rows[1] == {"text": CAPTIONS[1]}
+
+
+def test_a_full_local_disk_is_not_taken_for_a_damaged_row(on_gs, monkeypatch):
+    rows = files.JsonRows(storage.path(f"{on_gs}/text.jsonl"))
+
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows._copy.unlink()
+    monkeypatch.setattr(storage, "local_file", fill)
+    with pytest.raises(OSError, match="No space left"):
+        rows[1]

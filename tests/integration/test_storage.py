@@ -27,6 +27,7 @@ from helpers import (
 )  # fmt: skip
 from peers import language
 
+from benchmarks.faults import judge
 from unimm_jax import metrics, runcard, storage
 from unimm_jax.checkpoint import Checkpoints, find, read_params, verify
 from unimm_jax.data.records import Records
@@ -49,9 +50,27 @@ def no_local_copies():
     assert not [name for name in (ROOT / "gs:", pathlib.Path("gs:")) if name.exists()]
 
 
-def same_params(a, b):
-    one, other = (jax.tree.leaves(read_params(find(place))) for place in (a, b))
-    return len(one) > 0 and all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
+def assert_same(local, remote, steps):
+    """Finished runs have the same parameters, optimizer state, position in the data, metrics and scores."""
+    wanted, found = judge.left(local), judge.left(remote)
+    assert judge.differences(wanted, found) == []
+    assert len(wanted["metrics"]) == steps and any("opt" in name for name in wanted["state"])
+
+
+def evaluated_and_exported(place):
+    """Scores of a stage 3 and the files of its export."""
+    evaluate(f"{place}/stage3", f"{place}/evaluation", ["loss"])
+    scores = storage.path(f"{place}/evaluation/scores.json").read_text().partition('"evaluation_seconds"')[0]
+    export(f"{place}/stage3", f"{place}/hf", verify=False)
+    folder = storage.path(f"{place}/hf")
+    return scores, {name: (folder / name).read_bytes() for name in storage.files_under(folder)}
+
+
+def assert_used_alike(local, remote):
+    """Evaluation and export of a stage 3 give the same scores and weights."""
+    (scores, files), (other_scores, other_files) = (evaluated_and_exported(place) for place in (local, remote))
+    assert scores == other_scores and files.keys() == other_files.keys()
+    assert files["model.safetensors"] == other_files["model.safetensors"]
 
 
 def test_paths_have_one_spelling(bucket):
@@ -162,7 +181,7 @@ def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(trained,
     for name in ("metrics.jsonl", "evals.jsonl"):
         rows = [[row["loss"] for row in metrics.read(place, name)] for place in places]
         assert rows[0] == rows[1] and len(rows[0]) == (24 if name == "metrics.jsonl" else 1), said
-    assert same_params(*places)
+    assert_same(*places, 24)
     cards = [runcard.read(place) for place in places]
     assert cards[0]["steps"] == cards[1]["steps"]
     assert [session["start"] > 0 for session in cards[1]["sessions"]] == [False, True]
@@ -170,48 +189,40 @@ def test_training_stopped_and_resumed_on_the_store_equals_the_local_run(trained,
 
 
 def test_evaluation_and_export_on_the_store_equal_the_local_ones(trained, no_local_copies):
-    scores, files = [], []
-    for place in trained[:2]:
-        evaluate(f"{place}/stage3", f"{place}/evaluation", ["loss"])
-        scores.append(storage.path(f"{place}/evaluation/scores.json").read_text().partition('"evaluation_seconds"')[0])
-        export(f"{place}/stage3", f"{place}/hf", verify=False)
-        folder = storage.path(f"{place}/hf")
-        files.append({name: (folder / name).read_bytes() for name in storage.files_under(folder)})
-    assert scores[0] == scores[1] and files[0].keys() == files[1].keys()
-    assert files[0]["model.safetensors"] == files[1]["model.safetensors"]
+    assert_used_alike(*trained[:2])
     with pytest.raises(DataError, match="exists; give another --output"):
         export(f"{trained[1]}/stage3", f"{trained[1]}/hf")
 
 
 @pytest.mark.slow
 def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp_path, no_local_copies):
-    """The tokenizer stage; one process gets SIGTERM, both stop and resume."""
+    """Stage 3; one process gets SIGTERM, both stop and resume. The results are evaluated and exported."""
     changes = dict(train__steps=12, train__checkpoint_every=4, train__log_every=1)
+    before = ("records", "stage2", "tokenizer", "pixel_decoder")
 
     def under_way(workdir):
         address = f"127.0.0.1:{free_port()}"
         env = os.environ | {"XLA_FLAGS": xla_flags(1), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
         env["JAX_COORDINATOR_ADDRESS"] = address
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        words = main_command("tokenizer", workdir, **changes)
+        words = main_command("stage3", workdir, **changes)
         return [subprocess.Popen(words, cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
 
     def ended(processes, status):
         said = [process.communicate(timeout=240)[0] for process in processes]
         assert [process.returncode for process in processes] == [status] * 2, "\n".join(said)[-4000:]
 
-    local = link(run, tmp_path, "selector")
-    put(run / "selector", f"{bucket}/two/selector")
-    ended(under_way(local / "tokenizer"), 0)
-    processes = under_way(f"{bucket}/two/tokenizer")
+    local = link(run, tmp_path, *before)
+    for name in before:
+        put(run / name, f"{bucket}/two/{name}")
+    ended(under_way(local / "stage3"), 0)
+    processes = under_way(f"{bucket}/two/stage3")
     next(line for line in processes[0].stdout if " 6/12" in line)
     processes[1].send_signal(signal.SIGTERM)
     ended(processes, 143)
-    ended(under_way(f"{bucket}/two/tokenizer"), 0)
-    remote = storage.path(f"{bucket}/two/tokenizer")
-    rows = [[row["loss"] for row in metrics.read(place)] for place in (local / "tokenizer", remote)]
-    assert rows[0] == rows[1] and len(rows[0]) == 12
-    assert same_params(local / "tokenizer", remote)
+    ended(under_way(f"{bucket}/two/stage3"), 0)
+    assert_same(local / "stage3", storage.path(f"{bucket}/two/stage3"), 12)
+    assert_used_alike(local, f"{bucket}/two")
 
 
 @pytest.mark.slow
@@ -227,14 +238,13 @@ def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, se
     try:
         words = main_command("stage3", f"{bucket}/faults{seed}/stage3", **changes)
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        failed = faults(share=0.05, seed=seed)["failed"] - before
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert failed > 5
+        assert_used_alike(local, f"{bucket}/faults{seed}")
     finally:
-        failed = faults()["failed"] - before
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert failed > 5
-    remote = storage.path(f"{bucket}/faults{seed}/stage3")
-    rows = [[row["loss"] for row in metrics.read(place)] for place in (local / "stage3", remote)]
-    assert rows[0] == rows[1] and len(rows[0]) == 16, done.stderr[-4000:]
-    assert same_params(local / "stage3", remote) and find(remote).name == "16"
+        faults()
+    assert_same(local / "stage3", storage.path(f"{bucket}/faults{seed}/stage3"), 16)
 
 
 def test_records_on_the_store_are_those_of_the_local_disk(run, bucket, capsys, no_local_copies):
@@ -312,7 +322,9 @@ def test_weights_on_the_store_are_imported_to_the_store(bucket, tmp_path):
     put(tmp_path / "peer", f"{bucket}/weights/peer")
     import_weights(str(tmp_path / "peer"), str(tmp_path / "imported"), codes=32)
     import_weights(f"{bucket}/weights/peer", f"{bucket}/weights/imported", codes=32)
-    assert same_params(tmp_path / "imported", f"{bucket}/weights/imported")
+    places = (tmp_path / "imported", f"{bucket}/weights/imported")
+    one, other = (jax.tree.leaves(read_params(find(place))) for place in places)
+    assert len(one) > 0 and all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
     with pytest.raises(DataError, match="imported is not empty; give another --output"):
         import_weights(f"{bucket}/weights/peer", f"{bucket}/weights/imported", codes=32)
     file = storage.path(f"{bucket}/weights/peer/model.safetensors")

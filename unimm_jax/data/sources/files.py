@@ -146,6 +146,8 @@ class JsonRows:
             except (ValueError, RecursionError) as error:
                 raise InvalidRecordError(f"row {index + 1} is not JSON ({error})") from None
             except OSError as error:
+                if error.errno in storage.DISK_ERRORS:  # of the local copy, not of the row
+                    raise
                 raise InvalidRecordError(f"row {index + 1} cannot be read ({error.strerror})") from error
         if not isinstance(row, dict):
             raise InvalidRecordError(f"row {index + 1} is not a JSON object")
