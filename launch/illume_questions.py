@@ -21,8 +21,8 @@ MIXTURE = (
 def get_config(size=None):
     """Config of stage 3 with this mixture."""
     c = stage3.get_config(size or "laptop-illume")
-    c.train.update(steps=3_900, batch_size=43)  # fills 10 rows (96%)
+    c.train.update(steps=4_200, batch_size=40)
     c.data.mixture = MIXTURE
     # half of the large images are read in slices, as in stage 3
-    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=12)
+    c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=24)
     return c

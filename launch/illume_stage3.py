@@ -23,7 +23,7 @@ MIXTURE = (
 def get_config(size=None):
     """Config of stage 3 with this mixture."""
     c = stage3.get_config(size or "laptop-illume")
-    c.train.update(steps=11_050, batch_size=19)  # fills 6 rows (96%)
+    c.train.update(steps=10_500, batch_size=20)
     c.data.update(mixture=MIXTURE, records="../records_stage3")
     # half of the large images are read in slices (10 images of 16 features), half as a whole
     c.data.update(max_slices=9, global_view_share=0.5, seq_len=256, images_per_row=12)
