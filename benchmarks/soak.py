@@ -12,6 +12,7 @@ OUTPUT/*.svg the plots, OUTPUT/samples.jsonl the samples; all are there after a 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -77,13 +78,10 @@ def sample(pid: int) -> dict[str, float]:
     Raises:
       OSError: the process has ended.
     """
-    for attempt in range(5):
-        try:
+    for _ in range(4):
+        with contextlib.suppress(OSError, KeyError):  # a descendant ended meanwhile
             return _sample(pid)
-        except (OSError, KeyError):  # a descendant ended meanwhile
-            if attempt == 4:
-                raise
-    raise AssertionError
+    return _sample(pid)
 
 
 def _sample(pid: int) -> dict[str, float]:

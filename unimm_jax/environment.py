@@ -235,9 +235,9 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
             with contextlib.suppress(OSError):  # another process has removed it, or uses it
                 path.rmdir()
     try:
-        has_checkpoints = (path / "checkpoints").exists()
-    except Exception as error:  # of a store's client library
-        yield Finding(BLOCKER, "checkpoint", " ".join(str(error).split())[:300], "check the path and its permissions")
+        has_checkpoints = bool(storage.kind(path / "checkpoints"))
+    except UserError as error:
+        yield Finding(BLOCKER, "checkpoint", str(error))
         return
     if has_checkpoints:
         yield _checkpoint(path, config is None or config.train.use_previous_checkpoint)

@@ -76,7 +76,7 @@ class TextTokenizer:
     def _encode_markup(self, text: str) -> tuple[int, ...]:
         if self.payload["kind"] == "tokenizers":
             return tuple(self._markup.encode(text, add_special_tokens=False).ids)
-        return tuple(self._piece.encode(text))
+        return self._encode(text)
 
     @functools.cached_property
     def _markup(self) -> Any:

@@ -243,14 +243,14 @@ def test_blocks_are_split_over_processes(drawn, monkeypatch):
 
     def gather(line):  # the second process gets the first one's counts, too
         lines.append(line)
-        return np.stack(lines)
+        return lines
 
     def verdict(index):
         if index in (3, 8, 9):
             raise JudgeError("server error" if index == 9 else "timed out", "")
         return GOOD
 
-    monkeypatch.setattr(assessing.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(assessing.distributed, "gather", gather)
     for process in (0, 1):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
         judge, summary = run(drawn, monkeypatch, verdict)

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from unimm_jax import storage
+from unimm_jax import distributed, storage
 from unimm_jax.enhancement.drawings import Drawing, Drawings
 from unimm_jax.enhancement.files import claim, read_header
 from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
@@ -22,7 +20,6 @@ from unimm_jax.errors import DataError, JudgeError
 from unimm_jax.inference.pretokenization import Progress
 
 FOLDER = "verdicts"  # in the directory of the drawings, where no other is given
-MAX_COUNTS = 4096  # bytes of the numbers of failures, as JSON
 AGAIN = "all verdicts so far are saved; run the command again to continue"
 
 
@@ -54,7 +51,8 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
         failed = Run(who, journal, found, done).finish()
     finally:
         journal.close()
-    failed = _over_processes(failed)
+    counts = distributed.gather(json.dumps(failed).encode())  # when all processes have ended
+    failed = sum((collections.Counter(json.loads(line)) for line in counts), collections.Counter())
     verdicts, spent = read_verdicts(folder), total_spent(folder)
     size = found.header["block"]
     drawn = sum(min((block + 1) * size, len(found)) - block * size for block in found.complete())
@@ -68,15 +66,6 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
         storage.write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
         print("\n".join(lines_of(summary, len(found))), flush=True)
     return summary
-
-
-def _over_processes(counts: collections.Counter[str]) -> collections.Counter[str]:
-    """Sum of the counts of all processes, when all of them have ended."""
-    if jax.process_count() == 1:
-        return counts
-    line = json.dumps(counts).encode().ljust(MAX_COUNTS)
-    lines = multihost_utils.process_allgather(np.frombuffer(line, np.uint8))
-    return sum((collections.Counter(json.loads(bytes(row))) for row in np.asarray(lines)), collections.Counter())
 
 
 def verdict_folder(drawings: Drawings, verdicts: str) -> pathlib.Path:
