@@ -45,7 +45,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "guidance",
         None,
-        "Classifier-free guidance. scenes, assessments, captions: 1.5; edits, compositions: 1.25; stories: 1.",
+        "Classifier-free guidance. scenes, assessments, captions: 1.5; compositions: 1.25; edits, stories: 1.",
     )
     flags.DEFINE_float("temperature", None, "edits, compositions, stories: temperature (0.7); assessments: (1).")
     flags.DEFINE_string("split", None, "captions, answers: test (held-out) or train; answers: also all (test).")

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT, command, link, xla_flags
+from helpers import ROOT, STAGES, command, link, xla_flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -94,9 +94,7 @@ def test_a_stage_compiles_for_a_slice():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "stage", ["encoder", "selector", "tokenizer", "pixel_decoder", "text", "stage1", "stage2", "stage3"]
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_colab_fits_one_chip(stage):
     """The steps of size colab. About a minute each; text_rows is the vocabulary of the scenes' text tokenizer."""
     flags = (f"--config={stage}:colab", "--topology=v5e:1x1", "--text_rows=512", "--json")

@@ -73,6 +73,20 @@ def assert_used_alike(local, remote):
     assert files["model.safetensors"] == other_files["model.safetensors"]
 
 
+@pytest.mark.slow
+def test_compiled_programs_are_read_from_the_store(bucket, tmp_path):
+    """A second machine, without a cache of its own, compiles nothing again."""
+    env = os.environ | dict(JAX_COMPILATION_CACHE_DIR=f"{bucket}/xla", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    env["JAX_DEBUG_LOG_MODULES"] = "jax._src.compiler"
+    said = []
+    for name in ("first", "second"):
+        words = main_command("encoder", tmp_path / name)
+        said.append(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True, env=env).stderr)
+    assert "PERSISTENT COMPILATION CACHE MISS" in said[0]
+    assert "PERSISTENT COMPILATION CACHE MISS" not in said[1] and "Persistent compilation cache hit" in said[1]
+    assert not (ROOT / "gs:").exists()
+
+
 def test_paths_have_one_spelling(bucket):
     assert str(storage.path("gs://bucket/a/../b//c/")) == "gs://bucket/b/c"
     assert str(storage.at("gs://bucket/run/stage2", "../records")) == "gs://bucket/run/records"

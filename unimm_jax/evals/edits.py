@@ -31,7 +31,7 @@ class EditsOptions(Options):
 
     edits: int = ranged(200, low=1)
     chains: int = ranged(100, low=1)
-    guidance: float = ranged(1.25, low=0)
+    guidance: float = ranged(1.0, low=0)
     temperature: float = ranged(0.7, low=0)
 
 
@@ -40,8 +40,8 @@ class Edits(GeneratingEvaluator):
 
     An edit is right if every object of the target is found and nothing else; it is exact if also the other objects
     keep their size, and the background its color. References stand beside the scores: copying the source, which is
-    never right, drawing from the last instruction alone, and how often the image tokenizer and the decoder reconstruct
-    a target exactly.
+    never right, drawing from the instructions alone, and how often the image tokenizer and the decoder reconstruct a
+    target exactly.
     """
 
     options = EditsOptions
@@ -60,8 +60,8 @@ class Edits(GeneratingEvaluator):
             instructions = [[edit.instruction for edit in chain] for chain in chains]
             made = generator.edit_images(sources, instructions, sampling, EVALUATION_SEED)
             right = np.array([judged(chains, turn, made[turn]) for turn in range(turns)])  # [turns, chains]
-            last = [[chain[-1].instruction] for chain in chains]
-            alone = generator.compose_images(last, sampling, EVALUATION_SEED)
+            words = [[", then ".join(spoken)] for spoken in instructions]
+            alone = generator.compose_images(words, sampling, EVALUATION_SEED)
             name = "edit_single" if turns == 1 else "edit_two_turns"
             result.scores |= {
                 name: float(right[-1].mean()),
