@@ -75,8 +75,8 @@ def assert_used_alike(local, remote):
 
 
 @pytest.mark.slow
-def test_compiled_programs_are_read_from_the_store(bucket, tmp_path):
-    """A second machine, without a cache of its own, compiles nothing again."""
+def test_compiled_programs_are_read_from_the_store(bucket, tmp_path, no_local_copies):
+    """A second machine, without a cache of its own, compiles little again: a program or two are not kept."""
     env = os.environ | dict(JAX_COMPILATION_CACHE_DIR=f"{bucket}/xla", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     env["JAX_DEBUG_LOG_MODULES"] = "jax._src.compiler"
     said = []
@@ -88,7 +88,6 @@ def test_compiled_programs_are_read_from_the_store(bucket, tmp_path):
         for words in ("PERSISTENT COMPILATION CACHE MISS", "Persistent compilation cache hit")
     )
     assert len(misses[1]) < len(misses[0]) / 4 and len(hits[1]) > len(misses[0]) / 2, (misses, hits)
-    assert not (ROOT / "gs:").exists()
 
 
 def test_paths_have_one_spelling(bucket):
