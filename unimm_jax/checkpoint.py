@@ -29,6 +29,7 @@ from unimm_jax.models.vit import can_resize, resize_positions
 from unimm_jax.sharding import flatten, unflatten
 
 DIGESTS = "digests.json"
+NAMED = 3  # files of a damaged checkpoint that an error names
 Tree = Any
 
 
@@ -53,8 +54,8 @@ def verify(step: pathlib.Path, contents: bool = True) -> None:
       contents: read local files to compare them; if False, only their names are compared.
 
     Raises:
-      CorruptCheckpointError: names every file that is missing, changed or unexpected, and the parameter where the
-        file's name tells it; or says that the step was saved under another number.
+      CorruptCheckpointError: names the first `NAMED` files that are missing, changed or unexpected, with the parameter
+        where the file's name tells it, and counts the others; or says that the step was saved under another number.
       StorageError: the object store does not answer. The step may be sound, so no older one is used instead.
     """
     try:
@@ -86,7 +87,8 @@ def verify(step: pathlib.Path, contents: bool = True) -> None:
     known = {*files, DIGESTS}
     problems += [f"{name} was not there when it was saved" for name in present if name not in known]
     if problems:
-        raise CorruptCheckpointError(f"{step}: " + "; ".join(problems))
+        others = [f"{len(problems) - NAMED} more files differ"] if len(problems) > NAMED else []
+        raise CorruptCheckpointError(f"{step}: " + "; ".join(problems[:NAMED] + others))
 
 
 def refuse_s3(place: str | pathlib.Path) -> None:

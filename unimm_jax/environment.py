@@ -279,7 +279,7 @@ def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
         remedy = f"remove {root} to start from the beginning, or copy it again"
         if not use_previous:
             remedy = "set config.train.use_previous_checkpoint to resume from the one before, if there is one"
-        return Finding(BLOCKER, "checkpoint", " ".join(str(error).split()), remedy)
+        return Finding(BLOCKER, "checkpoint", str(error).replace(":\n  ", ": ").replace("\n  ", "; "), remedy)
     except UserError as error:
         return Finding(BLOCKER, "checkpoint", str(error))
     if step is None:

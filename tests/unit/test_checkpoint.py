@@ -136,6 +136,17 @@ def test_missing_extra_and_unfinished_files_are_named(saved):
         checkpoint.verify(step)
 
 
+def test_many_missing_files_are_counted(saved):
+    step = saved / "checkpoints" / "3"
+    count = len(json.loads((step / checkpoint.DIGESTS).read_text())["files"])
+    shutil.rmtree(step / "state")
+    left = sum(file.is_file() for file in step.rglob("*")) - 1
+    with pytest.raises(CorruptCheckpointError) as error:
+        checkpoint.verify(step)
+    assert str(error.value).count(" is missing") == 3
+    assert str(error.value).endswith(f"; {count - left - 3} more files differ")
+
+
 def test_a_rewritten_digest_list_does_not_pass(saved):
     file = saved / "checkpoints" / "3" / checkpoint.DIGESTS
     listed = json.loads(file.read_text())
