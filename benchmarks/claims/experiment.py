@@ -11,6 +11,7 @@ from benchmarks.claims.stages import compile_fast
 from unimm_jax.evals.bootstrap import Difference
 
 Row = Sequence[str | float | int | Difference | None]
+LABELS = {"drawing": "text to image", "drawing_strict": "text to image, strict", "matched": "matching"}
 
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
@@ -39,10 +40,17 @@ def table(head: Sequence[str], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def labeled(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """Differences by the names that tables and plots show: in "ARM - ARM, MEASURE", the measure is written in words."""
+    parts = {name: name.rpartition(", ") for name in found}
+    return {arms + comma + LABELS.get(measure, measure): found[name] for name, (arms, comma, measure) in parts.items()}
+
+
 def comparison_table(found: Mapping[str, Difference]) -> str:
     """A table of differences between arms, by name."""
     rows = [
-        (name, d.first, d.second, d, ", ".join(f"{x:+.3f}" for x in d.per_seed), d.verdict) for name, d in found.items()
+        (name, d.first, d.second, d, ", ".join(f"{x:+.3f}" for x in d.per_seed), d.verdict)
+        for name, d in labeled(found).items()
     ]
     head = ("comparison (first - second)", "first", "second", "difference [95% interval]", "per seed", "verdict")
     return table(head, rows)

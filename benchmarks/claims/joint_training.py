@@ -150,7 +150,7 @@ def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> N
         means = {name: [float(s[name].mean()) for s in found] for name in SCORES.values() if name in found[0]}
         cells = [", ".join(f"{x:.3f}" for x in means[n]) if n in means else None for n in SCORES.values()]
         rows.append((arm, *cells))
-    conclusions = {name: judged(difference) for name, difference in compared.items()}
+    conclusions = {name: judged(difference) for name, difference in experiment.labeled(compared).items()}
     sections = {
         "Scores of each seed": experiment.table(("arm", "text to image, strict", "questions"), rows),
         "Differences": experiment.comparison_table(compared),

@@ -4,6 +4,7 @@ import html
 import statistics
 from collections.abc import Mapping, Sequence
 
+from benchmarks.claims import experiment
 from unimm_jax.evals.bootstrap import Difference
 
 COLORS = ("#2f5fd0", "#d0472f", "#2f9e57", "#8a4fc4", "#b98a12", "#4a5361")
@@ -53,6 +54,7 @@ def differences(title: str, found: Mapping[str, Difference]) -> str:
     Args:
       found: differences by name.
     """
+    found = experiment.labeled(found)
     values = [x for d in found.values() for x in (d.low, d.high, *d.per_seed)]
     low, high = min([*values, 0.0]), max([*values, 0.0])
     names = 8 + 6.2 * max(map(len, found), default=0)

@@ -561,6 +561,7 @@ def test_results_are_written_as_table_json_and_svg(tmp_path):
 def test_differences_are_drawn_with_their_intervals_and_seeds():
     found = {"a - b, <x>": Difference(0.2, 0.1, 0.3, (0.15, 0.25), 0.5, 0.3)}
     found["a - c, x"] = Difference(-0.1, -0.4, 0.0, (-0.1,), 0.5, 0.6)
+    assert set(experiment.labeled({"a - b, drawing_strict": found["a - b, <x>"]})) == {"a - b, text to image, strict"}
     svg = plots.differences("A & B", found)
     root = xml.etree.ElementTree.fromstring(svg)
     marks = [root.findall(f".//{{*}}{name}") for name in ("circle", "rect", "path")]
