@@ -139,7 +139,7 @@ def report(output: pathlib.Path, samples: list[dict[str, float]]) -> list[str]:
         mine, title = found[name], f"{name} ({unit})"
         growing = f"{mine.per_hour:+.2f} ± {mine.error:.2f}"
         rows.append((title, f"{mine.mean:.1f}", growing, f"{bound:g}", mine.verdict(bound)))
-        curve = [60 * h for h in hours], [[row[name] for row in samples]]
+        curve = [round(60 * h, 1) for h in hours], [[row[name] for row in samples]]
         pictures[name] = plots.curves(title, "minutes", {name: curve})
     head = ("quantity", "mean of the last half", "growth per hour ± standard error", "bound", "verdict")
     heading = f"{60 * hours[-1]:.0f} minutes, {samples[-1]['step']:.0f} steps"
