@@ -1,7 +1,7 @@
 """Edits of real images: emoji in two styles, "draw it in the style of twitter".
 
 python -m benchmarks.emoji_edits write EMOJI OUTPUT [--concepts=400] [--held_out=0.2] [--seed=0]
-python -m benchmarks.emoji_edits score --checkpoint=RUN/stage3 --data=OUTPUT/test [--images=FILE.png]
+python -m benchmarks.emoji_edits score --checkpoint=RUN/stage3 --data=OUTPUT/test [--guidance=1] [--images=FILE.png]
 
 EMOJI is a directory with `emoji.jsonl`, one row {"image", "name", "style", ...} per image, and the images. `write`
 makes OUTPUT/train/ and OUTPUT/test/: images with .txt captions, and `edits.jsonl` with both directions of every pair.
@@ -89,10 +89,11 @@ def grid(columns: Sequence[np.ndarray], count: int = 32, width: int = 16) -> np.
     return np.concatenate(rows)
 
 
-def score(checkpoint: str, data: str, drawing: str) -> dict[str, tuple[float, float]]:
+def score(checkpoint: str, data: str, guidance: float, drawing: str) -> dict[str, tuple[float, float]]:
     """Edits all images of a directory: (concept, style) of the results, the sources and the decoded targets.
 
     Args:
+      guidance: away from the reconstruction of the source.
       drawing: PNG file for `grid` of sources, results and targets; none if empty.
     """
     import jax
@@ -111,7 +112,7 @@ def score(checkpoint: str, data: str, drawing: str) -> dict[str, tuple[float, fl
     asked = [record.record.instruction for record in records]
     with jax.set_mesh(model.mesh):
         made = generator.edit_images(
-            list(sources), [[text] for text in asked], Sampling(guidance=1.25, temperature=0.7)
+            list(sources), [[text] for text in asked], Sampling(guidance=guidance, temperature=0.7)
         )
         decoded = generator.decode(*generator.tokenize(targets), generator.decoder_name(""))
     if drawing:
@@ -133,6 +134,7 @@ def main() -> None:
     scoring = commands.add_parser("score")
     scoring.add_argument("--checkpoint", required=True)
     scoring.add_argument("--data", required=True)
+    scoring.add_argument("--guidance", type=float, default=1.0, help="away from the reconstruction of the source")
     scoring.add_argument("--images", default="")
     given = parser.parse_args()
     if given.command == "write":
@@ -140,7 +142,7 @@ def main() -> None:
         print(f"{counts['train']} training edits and {counts['test']} held-out edits in {given.output}")
     else:
         print(f"{'':24s} concept   style")
-        for name, (concept, style) in score(given.checkpoint, given.data, given.images).items():
+        for name, (concept, style) in score(given.checkpoint, given.data, given.guidance, given.images).items():
             print(f"{name:24s} {concept:7.3f} {style:7.3f}")
 
 

@@ -1,5 +1,8 @@
 """Medians of the scores of several runs of launch/quickstart.sh or launch/illume.sh, as a table.
 
+Where the runs have the results of single examples (`outcomes.json`), differences over all runs follow, with 95%
+intervals that draw runs and examples (`unimm_jax/evals/bootstrap.py`).
+
 python -m benchmarks.seeds runs/seed0 runs/seed1 runs/seed2
 """
 
@@ -8,7 +11,17 @@ import pathlib
 import statistics
 import sys
 
+import numpy as np
+
+from unimm_jax.evals.bootstrap import paired_bootstrap
 from unimm_jax.evals.score_table import sections
+
+# name of a difference, file of the outcomes in a run, and the two measures
+DIFFERENCES = (
+    ("small objects, slices - whole image", "evaluation/small_objects", "slices", "global_view"),
+    ("small objects across patches, slices - whole image", "evaluation_across", "slices", "global_view"),
+    ("best of 4 - one sample", "evaluation/assessments", "best_of_4", "one_sample"),
+)
 
 
 def main(runs: list[str]) -> None:
@@ -30,12 +43,17 @@ def main(runs: list[str]) -> None:
             row(f"{title}: {name.strip()}", [seed[number][2][i][1] for seed in evaluators])
     row("minutes", [sum(scores["seconds"].values()) / 60 for scores in found])
     files = [pathlib.Path(run) / "selector" / "metrics.jsonl" for run in runs]
-    if not files[0].exists():  # ILLUME's tokenizer has no selector
-        return
-    selector = [file.read_text().splitlines() for file in files]
-    for key in ("keep_rate_argmax", "keep_rate_sampled"):
-        last = [statistics.mean(json.loads(line)[key] for line in lines[-3:]) for lines in selector]
-        row(f"selector {key}, mean of the last three logged steps".replace("_", " "), last)
+    if files[0].exists():  # ILLUME's tokenizer has no selector
+        selector = [file.read_text().splitlines() for file in files]
+        for key in ("keep_rate_argmax", "keep_rate_sampled"):
+            last = [statistics.mean(json.loads(line)[key] for line in lines[-3:]) for lines in selector]
+            row(f"selector {key}, mean of the last three logged steps".replace("_", " "), last)
+    for name, folder, first, second in DIFFERENCES:
+        outcomes = [pathlib.Path(run) / folder / "outcomes.json" for run in runs]
+        if all(file.exists() for file in outcomes):
+            right = [json.loads(file.read_text()) for file in outcomes]
+            a, b = ([np.array(run[measure]) for run in right] for measure in (first, second))
+            print(f"\n{name}: {paired_bootstrap(a, b)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ INSTALLED=.venv/installed${EXTRAS:+-$EXTRAS}
 if [ ! -e "$INSTALLED" ] || [ requirements.txt -nt "$INSTALLED" ]; then
   "$PYTHON_FOR_VENV" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed (set PYTHON=...)"; exit 1; }
   echo "installing requirements into .venv"
-  [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
+  # an interrupted venv has Python without pip
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON_FOR_VENV" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt ${EXTRAS:+-e ".[$EXTRAS]"}
   touch "$INSTALLED"
 fi

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON_FOR_VENV=${PYTHON:-python3}
 if [ ! -e .venv/installed-test ] || [ requirements.txt -nt .venv/installed-test ] || [ pyproject.toml -nt .venv/installed-test ]; then
-  [ -x .venv/bin/python ] || "$PYTHON_FOR_VENV" -m venv .venv
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || "$PYTHON_FOR_VENV" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -e '.[test]'
   touch .venv/installed .venv/installed-test
 fi

@@ -205,9 +205,7 @@ def main() -> None:
     parser = experiment.parser(__doc__, "runs/dynamic_tokens")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS), help="dynamic is always trained")
     parser.add_argument("--runs", type=pathlib.Path, nargs="+", help="finished quickstarts, one for each seed")
-    flags = parser.parse_args()
-    if flags.runs and len(flags.runs) != len(flags.seeds):
-        parser.error(f"--runs has {len(flags.runs)} directories for {len(flags.seeds)} seeds")
+    flags = experiment.read_flags(parser)
     existing = dict(zip(flags.seeds, flags.runs or (), strict=False))
     arms = [arm for arm in ARMS if arm in ("dynamic", *flags.arms)]
     output = experiment.prepare(flags.output, "dynamic_tokens", flags.quick)

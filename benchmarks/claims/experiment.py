@@ -24,6 +24,17 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     return found
 
 
+def read_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of the command line. Seeds that repeat, and `--runs` of another number, are refused."""
+    flags = parser.parse_args()
+    if len(set(flags.seeds)) < len(flags.seeds):
+        parser.error("--seeds must differ")
+    runs = getattr(flags, "runs", None)
+    if runs and len(runs) != len(flags.seeds):
+        parser.error(f"--runs has {len(runs)} directories for {len(flags.seeds)} seeds")
+    return flags
+
+
 def cell(value: Any) -> str:
     """A cell of a table."""
     if value is None:

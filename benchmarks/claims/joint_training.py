@@ -171,9 +171,7 @@ def main() -> None:
     parser = experiment.parser(__doc__, "runs/joint_training")
     parser.add_argument("--equal_steps", action="store_true", help="also specialists with the joint model's steps")
     parser.add_argument("--runs", type=pathlib.Path, nargs="+", help="finished quickstarts, one for each seed")
-    flags = parser.parse_args()
-    if flags.runs and len(flags.runs) != len(flags.seeds):
-        parser.error(f"--runs has {len(flags.runs)} directories for {len(flags.seeds)} seeds")
+    flags = experiment.read_flags(parser)
     arms = (*ARMS, *(EQUAL_STEPS if flags.equal_steps else ()))
     existing = dict(zip(flags.seeds, flags.runs or (), strict=False))
     output = experiment.prepare(flags.output, "joint_training", flags.quick)

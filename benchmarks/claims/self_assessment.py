@@ -232,11 +232,7 @@ def main() -> None:
     """Entry point."""
     parser = experiment.parser(__doc__, "runs/self_assessment")
     parser.add_argument("--runs", type=pathlib.Path, nargs="+", help="finished quickstarts, one for each seed")
-    flags = parser.parse_args()
-    if flags.runs and len(flags.runs) != len(flags.seeds):
-        parser.error(f"--runs has {len(flags.runs)} directories for {len(flags.seeds)} seeds")
-    if len(set(flags.seeds)) < len(flags.seeds):
-        parser.error("--seeds must differ")
+    flags = experiment.read_flags(parser)
     existing = {seed: run.resolve() for seed, run in zip(flags.seeds, flags.runs or (), strict=False)}
     partner = partners(flags.seeds)
     arms = ARMS if partner else tuple(arm for arm in ARMS if arm != "other")

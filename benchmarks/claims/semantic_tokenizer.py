@@ -257,7 +257,7 @@ def main() -> None:
     """Entry point."""
     parser = experiment.parser(__doc__, "runs/semantic_tokenizer")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="S is always trained")
-    flags = parser.parse_args()
+    flags = experiment.read_flags(parser)
     arms = [arm for arm in ARMS if arm in ("S", *flags.arms)]
     output = experiment.prepare(flags.output, "semantic_tokenizer", flags.quick)
     by_seed = {seed: commands(output / f"seed{seed}", seed, arms, flags.quick) for seed in flags.seeds}

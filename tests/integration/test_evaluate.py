@@ -24,6 +24,7 @@ TOP_LEVEL = {
     "edit_single_copied", "edit_single_without_source", "edit_single_exact", "edit_two_turns", "edit_two_turns_copied",
     "edit_two_turns_exact", "edit_exact_reconstruction",
     "edit_two_turns_without_source", "edit_first_of_two", "edit_sampling",
+    "edit_single_other_source", "edit_two_turns_other_source", "composition_other_first", "composition_other_second",
     "composition", "composition_by_kind", "composition_without_first", "composition_without_second",
     "composition_sampling", "composition_image_prompts", "story_image", "story_image_start",
     "story_image_without_image", "story_consistent", "story_instruction", "story_images", "story_sampling",
@@ -65,6 +66,9 @@ def test_the_command_writes_scores_examples_and_images(evaluated):
     assert [len(row["instructions"]) for row in edits] == [1] * 5 + [2] * 2
     assert all(len(row["right"]) == len(row["kinds"]) == len(row["instructions"]) for row in edits)
     assert all(Image.open(folder / "edits" / row["file"]).height == 132 for row in edits)
+    outcomes = json.loads((folder / "edits" / "outcomes.json").read_text())
+    assert [len(outcomes[name]) for name in ("edit_single", "edit_two_turns")] == [5, 2]
+    assert sum(outcomes["edit_single"]) / 5 == scores["edit_single"]
     composed = json.loads((folder / "compositions" / "examples.json").read_text())["compositions"]
     assert [row["prompt"].count("<image>") for row in composed] == [1, 2, 1, 2]
     assert set(scores["composition_by_kind"]) == {"image_text", "image_image", "overall"}

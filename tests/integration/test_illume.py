@@ -1,6 +1,7 @@
 """ILLUME's recipe at the tiny scale, with SimVQ: a bidirectional tokenizer, an MLP connector, no selector."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -233,7 +234,14 @@ def test_the_exported_model_reads_the_same_slices(sliced, tmp_path):
 def test_small_objects_are_scored_with_and_without_slices(sliced, stages):
     found = evaluate(str(sliced / "stage3"), str(sliced / "scores"), ["small_objects"], {"small_questions": 2})
     scores = found["small_objects"]
-    assert {"slices", "global_view", "slices_by_kind", "global_view_by_kind"} == set(scores)
+    views = {"slices", "global_view", "slices_by_kind", "global_view_by_kind"}
+    assert views | {"difference", "interval"} == set(scores)
+    assert scores["difference"] == pytest.approx(scores["slices"] - scores["global_view"])
+    assert scores["interval"][0] <= scores["difference"] <= scores["interval"][1]
+    outcomes = json.loads((sliced / "scores" / "outcomes.json").read_text())
+    assert {view: sum(right) / len(right) for view, right in outcomes.items()} == pytest.approx(
+        {view: scores[view] for view in ("slices", "global_view")}
+    )
     assert all(0 <= scores[view] <= 1 for view in ("slices", "global_view"))
     with pytest.raises(ConfigError, match="max_slices of stage1:laptop-illume is 0"):
         evaluate(str(stages / "stage1"), str(sliced / "no"), ["small_objects"])

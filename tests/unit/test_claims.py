@@ -603,6 +603,17 @@ def test_stages_of_other_runs_are_not_taken(tmp_path):
             stages.link(tmp_path / "two", tmp_path / place)
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [(["--seeds", "0", "0"], "--seeds must differ"), (["--runs", "a"], "--runs has 1 directories for 3 seeds")],
+)
+def test_flags_that_do_not_fit_are_refused(given, problem, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dynamic_tokens", *given])
+    with pytest.raises(SystemExit):
+        dynamic_tokens.main()
+    assert problem in capsys.readouterr().err
+
+
 def test_other_settings_need_another_output(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     experiment.prepare(tmp_path / "out", "name", False)

@@ -64,6 +64,44 @@ def test_a_killed_script_continues_where_it_was(script, tmp_path):
     assert again == [expected[-1]]  # the report only
 
 
+# stands for Python: makes a .venv, whose pip comes last, and kills the script in the command that DIE names
+INSTALLING = """#!/usr/bin/env bash
+set -eu
+echo "$*" >> "$LOG"
+die() { if [ "$DIE" = "$1" ]; then kill -9 $PPID; exit 1; fi; }
+case "$*" in
+  "-m venv .venv") mkdir -p .venv/bin; cp "$STUB" .venv/bin/python; die venv; touch .venv/pip ;;
+  "-m pip "*) [ -e .venv/pip ]; case "$*" in *" install "*) die pip ;; esac ;;
+  *unimm_jax*) exit 3 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_an_interrupted_installation_is_done_again(script, tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(INSTALLING)
+    stub.chmod(0o755)
+
+    def run(die):
+        log.write_text("")
+        places = dict(PYTHON=str(stub), STUB=str(stub), LOG=str(log), DIE=die)
+        done = subprocess.run(["bash", str(tmp_path / "launch" / script)], env=os.environ | places, capture_output=True)
+        return done.returncode, [line for line in log.read_text().splitlines() if re.search(r"venv|pip install", line)]
+
+    installs = "-m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt"
+    assert run("venv") == (-signal.SIGKILL, ["-m venv .venv"])
+    status, calls = run("pip")
+    assert status == -signal.SIGKILL and calls[0] == "-m venv .venv" and calls[1].startswith(installs)
+    status, calls = run("")
+    assert status > 0 and len(calls) == 1 and calls[0].startswith(installs)
+    assert (tmp_path / ".venv" / "installed").exists()
+    assert run("")[1] == []
+
+
 def test_stage_3_of_illume_names_the_sources_of_its_records():
     """Every source of the script's records is in the mixture once, and no other."""
     script = (ROOT / "launch" / "illume.sh").read_text()

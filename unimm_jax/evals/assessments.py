@@ -73,7 +73,8 @@ class Assessments(GeneratingEvaluator):
         items = balanced(generator, s.drawings, sampling)
         texts = assessments(generator, [item.prompt for item in items], np.stack([item.image for item in items]))
         found = [from_text(text) for text in texts]
-        result = Result(agreement(items, found) | {f"best_of_{SAMPLES}": best_of(generator, s.best_of, sampling)})
+        chosen, outcomes = best_of(generator, s.best_of, sampling)
+        result = Result(agreement(items, found) | {f"best_of_{SAMPLES}": chosen}, outcomes=outcomes)
         result.settings = {"assessment_sampling": dataclasses.asdict(sampling)}
         shown = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).astype(int).tolist()
         result.examples["assessments"] = [row(n, items[i], texts[i], found[i]) for n, i in enumerate(shown)]
@@ -121,10 +122,11 @@ def agreement(items: Sequence[Assessed], found: Sequence[Verdict | None]) -> dic
     }
 
 
-def best_of(generator: Generator, number: int, sampling: Sampling) -> dict[str, Any]:
+def best_of(generator: Generator, number: int, sampling: Sampling) -> tuple[dict[str, Any], dict[str, Sequence[bool]]]:
     """Share of the prompts whose image is right: of the first image, of the chosen one, and of any of them.
 
-    "difference" is chosen − first, "interval" its 95% interval by a paired bootstrap over the prompts.
+    "difference" is chosen − first, "interval" its 95% interval by a paired bootstrap over the prompts. The second value
+    says of each prompt whether the first image and the chosen one are right.
     """
     tasks = len(scenes.TASKS)
     items = [scenes.draw_prompt(scenes.TASKS[i % tasks], EVALUATION_SEED, i // tasks) for i in range(number)]
@@ -137,13 +139,14 @@ def best_of(generator: Generator, number: int, sampling: Sampling) -> dict[str, 
     )
     first, chosen = right[:, 0], right[np.arange(number), found.chosen]
     gain = paired_bootstrap([chosen], [first], seed=EVALUATION_SEED)
-    return {
+    scores = {
         "one_sample": float(first.mean()),
         f"best_of_{SAMPLES}": float(chosen.mean()),
         "oracle": float(right.any(-1).mean()),
         "difference": gain.mean,
         "interval": [gain.low, gain.high],
     }
+    return scores, {"one_sample": first.tolist(), f"best_of_{SAMPLES}": chosen.tolist()}
 
 
 def row(number: int, item: Assessed, text: str, found: Verdict | None) -> dict[str, Any]:

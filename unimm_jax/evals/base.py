@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -52,12 +53,15 @@ class Result:
       examples: lists of single results for the report, by kind. A result with an image has it in "image" (uint8
         [H, W, 3]) and its file name in "file".
       settings: how the scores were measured; in `scores.json` only.
+      outcomes: for a measure, whether each example is right. The examples are the same for every model, so outcomes can
+        be compared in pairs (`bootstrap.paired_bootstrap`).
     """
 
     scores: dict[str, Any]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    outcomes: dict[str, Sequence[bool]] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Result") -> None:
         """Adds the parts of another result."""
@@ -65,6 +69,7 @@ class Result:
         self.images |= other.images
         self.examples |= other.examples
         self.settings |= other.settings
+        self.outcomes |= other.outcomes
 
     def scalars(self) -> dict[str, float]:
         """All numbers of `scores`, nested names joined by "/"."""

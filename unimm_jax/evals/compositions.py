@@ -1,6 +1,7 @@
 """The compositions benchmark: images from prompts of an image and a text, or of two images, judged exactly."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class CompositionsOptions(Options):
       guidance: classifier-free guidance, away from an image without a prompt. temperature: 0 is greedy.
     """
 
-    compositions: int = ranged(100, low=2)
+    compositions: int = ranged(100, low=4)
     image_prompts: str = one_of("", "", *tasks.IMAGE_PROMPTS)
     guidance: float = ranged(1.25, low=0)
     temperature: float = ranged(0.7, low=0)
@@ -39,7 +40,8 @@ class Compositions(GeneratingEvaluator):
     """Prompts with scenes of the test split; the same at every call and for every model.
 
     An image is right if it has the objects of all parts of the prompt, anywhere, and nothing else. Beside the score
-    stand those of the same prompts without their first and without their second part.
+    stand those of the same prompts without their first and without their second part, and with that part of another
+    prompt of the same kind.
     """
 
     options = CompositionsOptions
@@ -54,12 +56,20 @@ class Compositions(GeneratingEvaluator):
         found = [scene_compositions.draw_composition(EVALUATION_SEED, "test", i) for i in range(s.compositions)]
         prompts = [prompt_of(item, generator.config.data.image_size) for item in found]
 
-        def right(parts: slice) -> tuple[np.ndarray, list[bool]]:
-            shortened = [prompt[parts] for prompt in prompts]
-            made = generator.compose_images(shortened, sampling, EVALUATION_SEED, image_prompts=layout)
+        def right(prompts: Sequence[Sequence[np.ndarray | str]]) -> tuple[np.ndarray, list[bool]]:
+            made = generator.compose_images(prompts, sampling, EVALUATION_SEED, image_prompts=layout)
             return made, [looks_right(item.target, detect(image)) for item, image in zip(found, made, strict=True)]
 
-        made, whole = right(slice(None))
+        kinds_apart = len(scene_compositions.KINDS)  # between prompts of one kind
+        others = prompts[-kinds_apart:] + prompts[:-kinds_apart]
+        pairs = list(zip(prompts, others, strict=True))
+        controls = {
+            "without_first": [prompt[1:] for prompt in prompts],
+            "without_second": [prompt[:1] for prompt in prompts],
+            "other_first": [[other[0], *prompt[1:]] for prompt, other in pairs],
+            "other_second": [[prompt[0], *other[1:]] for prompt, other in pairs],
+        }
+        made, whole = right(prompts)
         kinds = {
             kind: float(np.mean([ok for item, ok in zip(found, whole, strict=True) if item.kind == kind]))
             for kind in scene_compositions.KINDS
@@ -68,10 +78,10 @@ class Compositions(GeneratingEvaluator):
         result.settings = {"composition_sampling": dataclasses.asdict(sampling), "composition_image_prompts": layout}
         result.scores = {
             "composition": float(np.mean(whole)),
-            "composition_without_first": float(np.mean(right(slice(1, None))[1])),
-            "composition_without_second": float(np.mean(right(slice(1))[1])),
+            **{f"composition_{name}": float(np.mean(right(changed)[1])) for name, changed in controls.items()},
             "composition_by_kind": with_overall(kinds),
         }
+        result.outcomes["composition"] = whole
         result.examples["compositions"] = [
             row(i, found[i], prompts[i], made[i], whole[i]) for i in range(min(SHOWN, len(found)))
         ]

@@ -40,8 +40,8 @@ class Edits(GeneratingEvaluator):
 
     An edit is right if every object of the target is found and nothing else; it is exact if also the other objects
     keep their size, and the background its color. References stand beside the scores: copying the source, which is
-    never right, drawing from the instructions alone, and how often the image tokenizer and the decoder reconstruct a
-    target exactly.
+    never right, drawing from the instructions alone, the same edits with the source of another edit, and how often the
+    image tokenizer and the decoder reconstruct a target exactly.
     """
 
     options = EditsOptions
@@ -62,13 +62,16 @@ class Edits(GeneratingEvaluator):
             right = np.array([judged(chains, turn, made[turn]) for turn in range(turns)])  # [turns, chains]
             words = [[", then ".join(spoken)] for spoken in instructions]
             alone = generator.compose_images(words, sampling, EVALUATION_SEED)
+            others = generator.edit_images(np.roll(sources, 1, axis=0), instructions, sampling, EVALUATION_SEED)[-1]
             name = "edit_single" if turns == 1 else "edit_two_turns"
             result.scores |= {
                 name: float(right[-1].mean()),
                 f"{name}_exact": float(np.mean(exact(chains, turns - 1, made[-1]))),
                 f"{name}_copied": float(np.mean(judged(chains, turns - 1, sources))),
                 f"{name}_without_source": float(np.mean(judged(chains, turns - 1, alone))),
+                f"{name}_other_source": float(np.mean(judged(chains, turns - 1, others))),
             }
+            result.outcomes[name] = right[-1].tolist()
             if turns == 1:
                 by_kind = {
                     kind: [ok for chain, ok in zip(chains, right[0], strict=True) if chain[0].kind == kind]

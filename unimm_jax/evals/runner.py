@@ -1,4 +1,4 @@
-"""Runs evaluators on a checkpoint and writes what they find: `scores.json`, `examples.json` and images."""
+"""Runs evaluators on a checkpoint and writes what they find: scores, examples, images and outcomes."""
 
 import dataclasses
 import json
@@ -98,7 +98,7 @@ def context_of(model: Model) -> Context:
 
 
 def write(result: Result, folder: pathlib.Path) -> None:
-    """Writes sheets, the images of examples, and `examples.json`."""
+    """Writes sheets, the images of examples, `examples.json`, and `outcomes.json` with 1 for what is right."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in result.images.items():
         (folder / f"{name}.png").write_bytes(encode_png(image))
@@ -109,3 +109,6 @@ def write(result: Result, folder: pathlib.Path) -> None:
             if "image" in row:
                 (folder / row["file"]).write_bytes(encode_png(row["image"]))
     (folder / "examples.json").write_text(json.dumps(examples, indent=1))
+    if result.outcomes:
+        outcomes = {measure: [int(ok) for ok in found] for measure, found in result.outcomes.items()}
+        (folder / "outcomes.json").write_text(json.dumps(outcomes))

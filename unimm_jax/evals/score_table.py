@@ -3,7 +3,11 @@
 from typing import Any
 
 SPLIT_NAMES = {"test": "held-out images", "train": "training images", "all": "all images"}
-EDIT_REFERENCES = {"copied": "source copied", "without_source": "source not read"}
+EDIT_REFERENCES = {
+    "copied": "source copied",
+    "without_source": "source not read",
+    "other_source": "another source",
+}
 DECODER_NAMES = {
     "pixel_decoder": "pixel decoder",
     "unet_decoder": "U-Net decoder",
@@ -43,10 +47,15 @@ def edit_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     found += _exact(scores, "one edit", "edit_single")
     if "edit_exact_reconstruction" in scores:
         found.append(("target reconstructed, the same", scores["edit_exact_reconstruction"]))
-    found += [(f"one edit, {name}", scores[f"edit_single_{key}"]) for key, name in EDIT_REFERENCES.items()]
+    found += _references(scores, "one edit", "edit_single")
     found += [("first of two edits", scores["edit_first_of_two"]), ("two edits", scores["edit_two_turns"])]
     found += _exact(scores, "two edits", "edit_two_turns")
-    return found + [(f"two edits, {name}", scores[f"edit_two_turns_{key}"]) for key, name in EDIT_REFERENCES.items()]
+    return found + _references(scores, "two edits", "edit_two_turns")
+
+
+def _references(scores: dict[str, Any], name: str, key: str) -> list[tuple[str, float]]:
+    found = {f"{name}, {reference}": f"{key}_{suffix}" for suffix, reference in EDIT_REFERENCES.items()}
+    return [(label, scores[score]) for label, score in found.items() if score in scores]
 
 
 def _exact(scores: dict[str, Any], name: str, key: str) -> list[tuple[str, float]]:
@@ -57,7 +66,9 @@ def composition_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     """Names and values of the scores of the evaluator `compositions`."""
     names = {"image_text": "image and text", "image_image": "two images", "overall": "overall"}
     found = [(names[kind], value) for kind, value in scores["composition_by_kind"].items()]
-    found += [(f"without the {n} part", scores[f"composition_without_{n}"]) for n in ("first", "second")]
+    changes = {"without_first": "without the first part", "without_second": "without the second part"}
+    changes |= {"other_first": "another first part", "other_second": "another second part"}
+    found += [(name, scores[f"composition_{key}"]) for key, name in changes.items() if f"composition_{key}" in scores]
     if "composition_zero_shot" in scores:
         found.append(("zero-shot, after stage 2", scores["composition_zero_shot"]))
     return found
@@ -70,6 +81,7 @@ def small_object_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
         if key in scores:
             found.append((f"{name}read with slices", scores[key]["slices"]))
             found.append((f"{name}as a whole only", scores[key]["global_view"]))
+            found += _difference(scores[key])
     return found
 
 
@@ -93,9 +105,16 @@ def assessment_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
     found += [(f"  of {numbers[side]} {side} images", value) for side, value in sides]
     found += [(f"  {name}", value) for name, value in scores["assessment_agreement_by_category"].items()]
     found += [("not readable", scores["assessment_unparsed"]), ("one sample right", chosen["one_sample"])]
-    found += [("best of 4 by the model right", chosen["best_of_4"]), ("  difference", chosen["difference"])]
-    found += [("  95% interval, low", chosen["interval"][0]), ("  95% interval, high", chosen["interval"][1])]
+    found += [("best of 4 by the model right", chosen["best_of_4"]), *_difference(chosen)]
     return [*found, ("any of 4 right", chosen["oracle"])]
+
+
+def _difference(scores: dict[str, Any]) -> list[tuple[str, float]]:
+    """The difference of two scores and its interval; nothing in scores of older versions, which lack them."""
+    if "difference" not in scores:
+        return []
+    low, high = scores["interval"]
+    return [("  difference", scores["difference"]), ("  95% interval, low", low), ("  95% interval, high", high)]
 
 
 def answers_of(scores: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from unimm_jax.config import Config, ranged
 from unimm_jax.data import scenes, tasks
 from unimm_jax.evals import scene_detector as detector
 from unimm_jax.evals.base import Context, Options, Result
+from unimm_jax.evals.bootstrap import paired_bootstrap
 from unimm_jax.evals.generation import EVALUATION_SEED, GeneratingEvaluator
 from unimm_jax.evals.scenes import with_overall
 from unimm_jax.inference.generator import Generator, Prompt
@@ -35,7 +36,8 @@ class SmallObjectsOptions(Options):
 class SmallObjects(GeneratingEvaluator):
     """Questions about test scenes; the same at every call and for every model.
 
-    Each is asked twice: with the slices of the image, and with the whole image alone.
+    Each is asked twice: with the slices of the image, and with the whole image alone. "difference" is slices − whole
+    image, "interval" its 95% interval by a paired bootstrap over the questions.
     """
 
     options = SmallObjectsOptions
@@ -62,13 +64,20 @@ class SmallObjects(GeneratingEvaluator):
             ]
             replies[view] = generator.continue_with_text(prompts)
         scores: dict[str, Any] = {}
+        outcomes: dict[str, list[bool]] = {}
         for view, answers in replies.items():
             kinds: dict[str, list[bool]] = {kind: [] for kind in scenes.QUESTION_KINDS}
-            for (_, _, truth, kind), answer in zip(asked, answers, strict=True):
-                kinds[kind].append(answer == truth)
+            outcomes[view] = [answer == truth for (_, _, truth, _), answer in zip(asked, answers, strict=True)]
+            for (*_, kind), ok in zip(asked, outcomes[view], strict=True):
+                kinds[kind].append(ok)
             scores[f"{view}_by_kind"] = with_overall({kind: float(np.mean(right)) for kind, right in kinds.items()})
             scores[view] = scores[f"{view}_by_kind"]["overall"]
-        result = Result({"small_objects": scores}, settings={"small_objects_side": s.side})
+        read, seen = (np.array(outcomes[view]) for view in ("slices", "global_view"))
+        gain = paired_bootstrap([read], [seen], seed=EVALUATION_SEED)
+        scores |= {"difference": gain.mean, "interval": [gain.low, gain.high]}
+        settings = dict(side=s.side, scale=s.scale, jitter=s.small_jitter)
+        settings = {f"small_objects_{name}": value for name, value in settings.items()}
+        result = Result({"small_objects": scores}, settings=settings, outcomes=dict(outcomes))
         result.examples["small_objects"] = [
             dict(file=f"small_{i:02d}.png", image=images[index], question=question, truth=truth)
             | {view: answers[i] for view, answers in replies.items()}
