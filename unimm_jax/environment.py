@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import pathlib
 import re
@@ -25,6 +26,7 @@ from unimm_jax.errors import CorruptCheckpointError, UserError
 OK, WARNING, BLOCKER = "ok", "warning", "blocker"
 GIB = 2**30
 CONNECT_SECONDS = 4  # how long a process tries to reach the first one
+STORE_SECONDS = 4  # how long an object store has to answer
 WAIT_SECONDS = 60  # how long the processes wait for each other
 ROWS = 8  # of a batch that are read
 UTILIZATION, PRICED = 0.4, ("v5e", "v5p", "v6e", "h100")  # model FLOPs utilization and chips of `cost`
@@ -71,12 +73,24 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
         distributed.find_devices()
     except UserError:
         return  # the other checks need them
-    if workdir:
-        yield from workdir_checks(workdir, config)
+    has_store = True
+    for finding in workdir_checks(workdir, config) if workdir else ():
+        has_store &= finding.level != BLOCKER or not storage.is_remote(workdir)
+        yield finding
     if config is not None:
-        data, read = inputs(config, workdir) if workdir else (None, [])
+        data, read = inputs(config, workdir) if workdir and has_store else (None, [])
         yield from (*mesh(config, data), *device_memory(config), *host_memory(config, data), *read)
         yield from cost(config, data)
+
+
+def warn(config: Config, workdir: pathlib.Path, size: int) -> None:
+    """Prints a line for versions that do not fit jax, and for a disk that checkpoints of `size` bytes would fill."""
+    found = list(versions())
+    if not storage.is_remote(workdir):
+        found.append(_disk(workdir, config, size))
+    for finding in found:
+        if finding.level != OK:
+            logging.warning("%s: %s. %s", finding.check, finding.text, finding.remedy)
 
 
 def versions() -> Iterator[Finding]:
@@ -208,16 +222,18 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
     try:
         path = storage.absolute(storage.path(workdir))
         checkpoint.refuse_s3(path)
-        began, is_new = time.perf_counter(), not any(distributed.gather(b"1" if path.exists() else b""))
     except UserError as error:
         yield Finding(BLOCKER, "workdir", str(error))
         return
+    # every process says what it found before any goes on, so that none waits for one that cannot
+    began, (is_there, problem) = time.perf_counter(), _look(path)
+    if bad := _problems(problem):
+        yield Finding(BLOCKER, "workdir", f"{workdir} cannot be read ({bad})", "check the path and its permissions")
+        return
+    is_new = not any(distributed.gather(b"1" if is_there else b""))
     try:
-        # every process says what it found before any goes on, so that none waits for one that cannot write
-        said = [reason.decode() for reason in distributed.gather(_write_probe(path).encode())]
-        if any(said):
-            bad = [f"process {i}: {reason}" if len(said) > 1 else reason for i, reason in enumerate(said) if reason]
-            text = f"{workdir} cannot be written ({'; '.join(bad)[:600]})"
+        if bad := _problems(_write_probe(path)):
+            text = f"{workdir} cannot be written ({bad})"
             yield Finding(BLOCKER, "workdir", text, "check the path and its permissions")
             return
         distributed.check_shared(path)
@@ -226,7 +242,7 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
         if storage.is_remote(path):
             yield _cache()
         elif config is not None:
-            yield _disk(path, config)
+            yield _disk(path, config, memory.needs(config).checkpoint)
     except UserError as error:
         yield Finding(BLOCKER, "workdir", str(error))
         return
@@ -243,6 +259,29 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
         yield _checkpoint(path, config is None or config.train.use_previous_checkpoint)
 
 
+def _look(path: pathlib.Path) -> tuple[bool, str]:
+    """Whether something is at a path, and why that cannot be said, in one line, if its store refuses or is slow."""
+    found: list[tuple[bool, str]] = []
+
+    def ask() -> None:
+        try:
+            found.append((bool(storage.kind(path)), ""))
+        except (UserError, OSError) as error:
+            found.append((False, str(error)))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a client library may try again for minutes
+    asking.start()
+    asking.join(STORE_SECONDS)
+    return found[0] if found else (False, f"no answer within {STORE_SECONDS} s")
+
+
+def _problems(problem: str) -> str:
+    """What the processes say is wrong, with their numbers if they are several; empty if nothing is."""
+    said = [reason.decode() for reason in distributed.gather(problem.encode())]
+    bad = [f"process {i}: {reason}" if len(said) > 1 else reason for i, reason in enumerate(said) if reason]
+    return "; ".join(bad)[:600]
+
+
 def _write_probe(path: pathlib.Path) -> str:
     """Writes a file in a directory and removes it: why that is not possible, in one line, or nothing."""
     probe = path / f".preflight-{os.getpid()}-{jax.process_index()}"
@@ -255,16 +294,23 @@ def _write_probe(path: pathlib.Path) -> str:
     return ""
 
 
-def _disk(path: pathlib.Path, config: Config) -> Finding:
+def _disk(path: pathlib.Path, config: Config, size: int) -> Finding:
     """Whether there is room for the checkpoints that are kept, one whose digests are written, and one being saved."""
     count, root = config.train.keep + 2, path / "checkpoints"
-    there = sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) if root.exists() else 0
-    needed = max(memory.needs(config).checkpoint * count - there, 0)
-    free = shutil.disk_usage(path).free
+    there = sum(map(_size, root.rglob("*"))) if root.exists() else 0
+    needed = max(size * count - there, 0)
+    free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     text = f"{free / GIB:.1f} GiB free, {count} checkpoints need {needed / GIB:.1f} GiB{' more' if there else ''}"
     if needed > free:
         return Finding(BLOCKER, "disk", text, "free space, lower config.train.keep, or give a --workdir elsewhere")
     return Finding(OK, "disk", text)
+
+
+def _size(file: pathlib.Path) -> int:
+    """The size of a file; 0 for a directory, and for a file that another process has removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_size if file.is_file() else 0
+    return 0
 
 
 def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
@@ -307,7 +353,7 @@ def _cache() -> Finding:
     """Whether there is room for the copies of files on object stores."""
     folder, bound = storage.cache_folder(), storage.cache_bound()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    used = sum(map(_size, folder.rglob("*")))
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free in {there}, copies take up to {bound / GIB:g} GiB"
     if free < bound - used:

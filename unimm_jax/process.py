@@ -204,11 +204,20 @@ def _store_failure(error: BaseException) -> str | None:
     """One line for an object store that refuses or does not answer, anywhere in the chain of causes; else None."""
     seen: BaseException | None = error
     while seen is not None:
-        is_of_store = type(seen).__module__.partition(".")[0] in storage.STORE_PACKAGES
+        packages = (type(seen).__module__, _raised_in(seen))  # gcsfs raises an OSError for a forbidden bucket
+        is_of_store = any(name.partition(".")[0] in storage.STORE_PACKAGES for name in packages)
         if isinstance(seen, StorageError) or is_of_store or re.search(r"Error \w+ (gs|s3)://", str(seen)):
             return str(seen) if isinstance(seen, StorageError) else storage.refusal(seen)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that raised an error; empty if it was not raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
 
 
 def _lost_process(error: BaseException) -> str | None:

@@ -34,9 +34,9 @@ def saved_config(run: pathlib.Path) -> str:
     Raises:
       DataError: there is none.
     """
-    if not (run / "config.json").exists():
+    if not storage.kind(run / "config.json"):
         raise DataError(f"{run} has no config.json; give the workdir of a run")
-    return (run / "config.json").read_text()
+    return storage.read(run / "config.json").decode()
 
 
 def repeat(run: pathlib.Path, config: Config, steps: int, output: str = "") -> Comparison:
@@ -61,7 +61,7 @@ def repeat(run: pathlib.Path, config: Config, steps: int, output: str = "") -> C
             f"the run card of {run} lacks the first steps: the run started with an older version, or stopped before "
             "its first checkpoint. Run it again to get a new one"
         )
-    if output and any((storage.path(output) / name).exists() for name in (runcard.FILE, "checkpoints")):
+    if output and any(storage.kind(storage.path(output) / name) for name in (runcard.FILE, "checkpoints")):
         raise DataError(f"{output} holds another run; give another --output")
     if not output and jax.process_count() > 1:
         raise ConfigError("several processes need --output, a new directory that all of them share")

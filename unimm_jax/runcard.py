@@ -146,10 +146,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
       DataError: there is none, or it is damaged or of a newer version.
     """
     file = workdir / FILE
-    if not file.exists():
+    if not storage.kind(file):
         raise DataError(f"{workdir} has no {FILE}; give the workdir of a run of this version of unimm_jax")
     try:
-        card = json.loads(file.read_text())
+        card = json.loads(storage.read(file))
         written = card["format"]
         found = {name: card[name] for name in ("sessions", "config", "weights", "data", "steps")}
     except (ValueError, KeyError, TypeError) as error:
@@ -161,10 +161,10 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _earlier(file: pathlib.Path) -> dict[str, Any] | None:
     """The card of the earlier sessions; None if there is none that this version can continue."""
-    if not file.exists():
+    if not storage.kind(file):
         return None
     try:
-        card = json.loads(file.read_text())
+        card = json.loads(storage.read(file))
         if card["format"] == FORMAT:
             return dict(card)
     except (ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ import optax
 
 from unimm_jax import (
     distributed,
+    environment,
     evals,
     legacy,
     memory,
@@ -132,9 +133,10 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
     workdir = storage.path(workdir)
     refuse_s3(workdir)
     distributed.check_shared(workdir)
-    memory.check_devices(config)
+    needs = memory.check_devices(config)
     resolve.check_paths(config, workdir)
     wandb_run.check(config.train.wandb)
+    environment.warn(config, workdir, needs.checkpoint)
     if hasattr(config.data, "records"):
         records = str(storage.at(workdir, config.data.records))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))

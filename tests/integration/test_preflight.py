@@ -12,11 +12,11 @@ import types
 
 import jax
 import pytest
-from helpers import ROOT, arguments, free_port, link, peak_memory, tiny
+from helpers import ROOT, arguments, faults, free_port, link, peak_memory, tiny
 
-from unimm_jax import environment, memory, process, resolve, tpu_hosts
+from unimm_jax import environment, memory, process, reproduction, resolve, storage, tpu_hosts
 from unimm_jax.checkpoint import Checkpoints
-from unimm_jax.errors import CorruptCheckpointError
+from unimm_jax.errors import CorruptCheckpointError, StorageError
 
 
 def levels(findings):
@@ -108,6 +108,37 @@ def test_a_workdir_that_cannot_be_written(workdir, tmp_path):
 
 def test_a_workdir_of_an_unknown_scheme():
     one(environment.workdir_checks("hdfs://x/y", None), "workdir", "hdfs://x/y is neither a local path nor on gs://")
+
+
+def test_an_object_store_that_refuses_or_is_silent_is_a_blocker(workdir, bucket, monkeypatch):
+    """One line each, soon, and the data on the store is not asked for."""
+    _, config = workdir
+    try:
+        faults(forbid="run")
+        one(environment.findings(config, f"{bucket}/run", 0, "cpu"), "workdir", "cannot be read", "Forbidden", "login")
+        with pytest.raises(StorageError, match="Forbidden"):
+            reproduction.saved_config(storage.path(f"{bucket}/run"))
+        with pytest.raises(OSError, match="Forbidden") as raised:
+            storage.path(f"{bucket}/run").exists()
+        assert "the object store refuses" in process.explain(raised.value)
+        faults(seconds=3)
+        monkeypatch.setattr(environment, "STORE_SECONDS", 1)
+        one(environment.workdir_checks(f"{bucket}/run", config), "workdir", "no answer within 1 s")
+    finally:
+        faults()
+
+
+def test_main_warns_of_versions_and_of_a_disk_before_it_compiles(workdir, monkeypatch, caplog):
+    path, config = workdir
+    environment.warn(config, path, 1)
+    assert not caplog.messages
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: usage(10, 10, 3 * 2**30))
+    real = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: "0.0.1" if name == "jaxlib" else real(name))
+    environment.warn(config, path, 2**30)
+    versions, disk = caplog.messages
+    assert "jaxlib 0.0.1" in versions and "3.0 GiB free, 4 checkpoints need 4.0 GiB" in disk
 
 
 def test_a_full_disk(workdir, monkeypatch):
@@ -253,7 +284,7 @@ def test_all_processes_say_which_one_cannot_write_the_workdir(tmp_path):
 
 
 @pytest.mark.slow
-def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path):
+def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path, bucket):
     """pytest -s -m slow tests/integration/test_preflight.py -k ten_seconds prints the lines and the seconds."""
     good = tmp_path / "good"
     link(run, good, "stage2", "tokenizer", "pixel_decoder", "records")
@@ -277,7 +308,7 @@ def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path)
         (tmp_path / name / f"{name}-0.0.1.dist-info").mkdir(parents=True)
         (tmp_path / name / f"{name}-0.0.1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 0.0.1\n")
     numbered = dict(JAX_NUM_PROCESSES="2", JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}")
-    faults = [
+    wrong = [
         ("versions", [], dict(PYTHONPATH=str(tmp_path / "jaxlib"))),
         ("versions", [], dict(PYTHONPATH=str(tmp_path / "libtpu"))),
         ("network", [], numbered | dict(JAX_PROCESS_ID="1")),
@@ -289,6 +320,12 @@ def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path)
         ("workdir", [f"--workdir={tmp_path / 'file' / 'run'}"], {}),
         ("workdir", ["--workdir=hdfs://x/y"], {}),
         ("workdir", ["--workdir=s3://bucket/run"], {}),
+        ("workdir", ["--workdir=gs://bucket/closed/run"], {}),
+        (
+            "workdir",
+            [*config, "--workdir=gs://bucket/run"],
+            dict(STORAGE_EMULATOR_HOST=f"http://127.0.0.1:{free_port()}"),
+        ),
         ("mesh", [*config, "--config.mesh=(3,1,1)", f"--workdir={good / 'stage3'}"], {}),
         ("device memory", ["--config=stage2:7b"], {}),
         ("data", [*config, f"--workdir={changes / 'damaged' / 'stage3'}"], {}),
@@ -298,12 +335,14 @@ def test_faults_of_the_environment_are_a_line_each_in_ten_seconds(run, tmp_path)
         ("checkpoint", [*config, f"--workdir={changes / 'digests' / 'stage3'}"], {}),
     ]
     assert preflight(*config, f"--workdir={good / 'stage3'}")[:2] == (0, [])
-    for check, flags, env in faults:
+    faults(forbid="closed")
+    for check, flags, env in wrong:
         status, bad, seconds = preflight(*flags, **env)
         print(f"{seconds:4.1f} s  {bad}")
         blockers = [line for line in bad if line.startswith("blocker")]
         assert status == 1 and seconds < 10 and f" {check}: " in blockers[0], bad
         assert len(blockers) == 1 or check == "device memory", bad  # which is host memory on a CPU
+    faults()
 
 
 @pytest.mark.slow
