@@ -94,6 +94,10 @@ class LaunchError(Exception):
     """What a user can mend; the message is one line."""
 
 
+class Unreachable(LaunchError):
+    """Google Cloud does not answer, for as long as `Gcloud.ask` tries: nothing is known about the TPU."""
+
+
 class Lost(Exception):
     """The TPU is gone, or its hosts cannot be reached."""
 
@@ -271,14 +275,19 @@ class Tpu:
         return state
 
     def describe(self) -> dict[str, Any]:
-        """The request as Google Cloud's API gives it, empty if there is none."""
+        """The request as Google Cloud's API gives it, empty if there is none.
+
+        Raises:
+          Unreachable: gcloud fails with an error that passes. LaunchError: with another one.
+        """
         if self.settings.dry_run:
             return {}
         done = self.gcloud.ask(self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=json"))
         error = error_of(done.stderr).lower()
         if done.returncode and "not_found" not in error and "not found" not in error:
             message, hint = one_line(done.stderr), remedy_of(done.stderr)
-            raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
+            kind = Unreachable if passes(done.stderr) else LaunchError
+            raise kind(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
         found: dict[str, Any] = json.loads(done.stdout) if not done.returncode else {}
         return found
 
@@ -454,13 +463,21 @@ class Tpu:
     def follow(self) -> int:
         """Shows the log of the first host until the command has ended everywhere; its exit status.
 
+        While Google Cloud cannot be reached, it waits: the command goes on without this machine. Where the command
+        failed on a host, it is stopped on the others.
+
         Raises:
           Lost: the hosts are gone.
           Ended: the command has to start again.
         """
         line, failures, failed_at = self.log(0, 1, FOLLOW_SECONDS), 0, 0.0
         while not self.settings.dry_run:
-            if (state := self.state()) != "ACTIVE":
+            try:
+                state = self.state()
+            except Unreachable as error:
+                say(f"{error}; the command on the TPU goes on, and is followed again")
+                continue
+            if state != "ACTIVE":
                 raise Lost(f"the request is {state or 'deleted'}")
             try:
                 statuses = self.statuses()
@@ -471,11 +488,16 @@ class Tpu:
                     raise
                 statuses = {"": "running"}
             if "running" not in statuses.values():
+                self.log(0, line, FOLLOW_SECONDS)  # what a broken connection has not shown
                 return self._judge(statuses)
             if any(status not in ("0", "running") for status in statuses.values()):
                 failed_at = failed_at or time.monotonic()  # the other hosts stop by themselves
                 if time.monotonic() - failed_at > STUCK_SECONDS:
-                    return self._judge(statuses)
+                    status = self._judge(statuses)
+                    say("stopping the command on the other hosts")
+                    with contextlib.suppress(Lost):
+                        self.stop()
+                    return status
             time.sleep(min(self.settings.poll, 5))
             line = self.log(0, line, min(FOLLOW_SECONDS, STUCK_SECONDS / 5) if failed_at else FOLLOW_SECONDS)
         return 0
@@ -635,6 +657,8 @@ def _request(tpu: Tpu, is_first: bool) -> None:
             tpu.create()
         elif (kind := _type_of(found)) not in ("", s.kind.name):
             raise LaunchError(f"{s.name} is of the type {kind}; give --type={kind}, or another name")
+        elif (slices := _slices_of(found)) not in (0, s.slices):
+            raise LaunchError(f"{s.name} has {slices} slices; give --slices={slices}, or another name")
     except LaunchError as error:
         if is_first:
             raise
@@ -649,9 +673,19 @@ def _type_of(request: dict[str, Any]) -> str:
     return found
 
 
+def _slices_of(request: dict[str, Any]) -> int:
+    """The number of slices of a request, 0 if the request does not say it."""
+    nodes = request.get("tpu", {}).get("nodeSpec") or []
+    return sum(int(node.get("multisliceParams", {}).get("nodeCount", 1)) for node in nodes)
+
+
 def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | None = None) -> None:
-    """Deletes the TPU if that is wanted, and prints what the run took."""
+    """Deletes the TPU if that is wanted, and prints what the run took.
+
+    It is not deleted when Google Cloud could not be reached: the command may be running.
+    """
     s, hours = tpu.settings, active / 3600
+    delete = delete and not isinstance(error, Unreachable)
     try:
         if delete and (error is None or tpu.state()):
             tpu.delete()

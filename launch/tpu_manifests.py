@@ -77,7 +77,7 @@ def skypilot(settings: Any, image: str, cluster: str) -> str:
         "accelerators": f"tpu-{settings.kind.name}",
         "accelerator_args": {"runtime_version": settings.runtime},
         "use_spot": settings.provisioning == "spot",
-        "job_recovery": {"max_restarts_on_errors": RESTARTS, "recover_on_exit_codes": list(RECOVERED)},
+        "job_recovery": {"recover_on_exit_codes": list(RECOVERED)},
     }
     install = (
         "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 venv"

@@ -2,9 +2,9 @@
 
 STUB is its directory: `request.json` (state, type and node names), `fail_create` (what create says instead),
 `fail_request` (why every request fails), `fail_once` (a JSON list of [action, what it says instead, and perhaps a new
-`request.json`], each used once), `hosts/NODE-I` (home of a host), `unreachable` (hosts without ssh), `repeat` (seconds
-after which the connection to a log breaks once; gcloud then repeats the command), `log` (every call), `workers` (hosts
-of a node).
+`request.json`], each used once), `offline` (every call fails as without a network), `hosts/NODE-I` (home of a host),
+`unreachable` (hosts without ssh), `repeat` (seconds after which the connection to a log breaks once; gcloud then
+repeats the command), `log` (every call), `workers` (hosts of a node).
 """
 
 import contextlib
@@ -77,7 +77,10 @@ def requests(words, track):
     state = {"state": found["state"]}
     if (STUB / "fail_request").exists():
         state["failedData"] = {"error": {"code": 8, "message": (STUB / "fail_request").read_text()}}
-    print(json.dumps({"state": state, "tpu": {"nodeSpec": [{"node": {"acceleratorType": found["type"]}}]}}))
+    spec = {"node": {"acceleratorType": found["type"]}}
+    if len(found["nodes"]) > 1:
+        spec["multisliceParams"] = {"nodeCount": len(found["nodes"])}
+    print(json.dumps({"state": state, "tpu": {"nodeSpec": [spec]}}))
     if found["state"] in NEXT:
         found["state"] = NEXT[found["state"]]
         if found["state"] == "ACTIVE":  # new machines with empty disks
@@ -127,6 +130,10 @@ def scp(words):
 def main(words):
     with (STUB / "log").open("a") as log:
         log.write(json.dumps(words) + "\n")
+    if (STUB / "offline").exists():
+        refuse(
+            "ERROR: (gcloud) There was a problem refreshing your current auth tokens: HTTPSConnectionPool: timed out"
+        )
     if "--zone=us-nowhere1-z" in words:
         refuse(
             "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/us-nowhere1-z' (or it may not exist)."

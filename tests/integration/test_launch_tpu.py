@@ -177,6 +177,60 @@ def test_errors_of_gcloud_that_pass_do_not_end_a_run(stub):
     assert done.returncode == 0 and done.stdout.count("currently unavailable.; trying again") == 4, done.stderr
 
 
+def test_a_run_outlives_the_network_of_the_launcher(stub, tmp_path, monkeypatch, capsys):
+    """The launcher waits until Google Cloud answers again, and does not delete the TPU under the command."""
+    monkeypatch.setenv("STUB", str(stub))
+    monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu, "FOLLOW_SECONDS", 1)
+    say = tpu.say
+
+    def back(text):
+        say(text)
+        if "the command on the TPU goes on" in text:
+            (stub / "offline").unlink()
+            (tmp_path / "end").touch()
+
+    monkeypatch.setattr(tpu, "say", back)
+    script = f"[ $JAX_PROCESS_ID = 0 ] || {{ sleep 0.5; touch {stub}/offline; }}; "
+    script += f"while [ ! -e {tmp_path}/end ]; do sleep 0.1; done; echo done"
+    flags = ["up", "run", "--zone=us-west4-a", *TRAIN, "--poll=0.1", "--delete", f"--install={INSTALL}"]
+    assert tpu.main([*flags, "--", "bash", "-c", script]) == 0
+    said = capsys.readouterr().out
+    assert "timed out; the command on the TPU goes on" in said and "is lost" not in said and "\ndone\n" in said
+    assert sum("create" in words for words in calls(stub)) == 1 and not (stub / "request.json").exists()
+
+
+def test_a_tpu_that_cannot_be_asked_for_is_not_deleted(stub, monkeypatch, capsys):
+    monkeypatch.setenv("STUB", str(stub))
+    monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
+    (stub / "request.json").write_text(json.dumps({"state": "ACTIVE", "nodes": ["run"], "type": "v5p-16"}))
+    real = tpu.Tpu.describe
+
+    def describe(self):
+        (stub / "offline").touch()
+        try:
+            return real(self)
+        finally:
+            (stub / "offline").unlink()  # the network is back, and a deletion would succeed
+
+    monkeypatch.setattr(tpu.Tpu, "describe", describe)
+    flags = ["up", "run", "--zone=us-west4-a", "--type=v5p-16", "--poll=0.001", "--delete", "--", "true"]
+    assert tpu.main(flags) == 1 and "timed out" in capsys.readouterr().err
+    assert (stub / "request.json").exists() and not any("delete" in words for words in calls(stub))
+
+
+def test_a_failed_command_is_stopped_on_the_other_hosts(stub, tmp_path, monkeypatch, capsys):
+    """So that a corrected command starts on all hosts."""
+    monkeypatch.setenv("STUB", str(stub))
+    monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
+    monkeypatch.setattr(tpu, "STUCK_SECONDS", 0.5)
+    script = f'[ "$JAX_PROCESS_ID" = 0 ] && exit 3; trap "echo stopped > {tmp_path}/stopped; exit 143" TERM; '
+    script += "for i in $(seq 600); do sleep 0.1; done"
+    flags = ["up", "run", "--zone=us-west4-a", *TRAIN, "--poll=0.1", f"--install={INSTALL}", "--", "bash", "-c", script]
+    assert tpu.main(flags) == 3
+    assert (tmp_path / "stopped").exists() and "stopping the command on the other hosts" in capsys.readouterr().out
+
+
 def test_a_refusal_after_a_preemption_is_tried_again(stub, tmp_path):
     script = (
         f"[ -e {tmp_path}/second ] && exit 0; [ $JAX_PROCESS_ID = 0 ] && touch {tmp_path}/second; echo begun; sleep 60"
@@ -225,6 +279,8 @@ def test_a_tpu_of_another_type_is_refused(stub):
     assert up(stub).returncode == 0
     done = launch(stub, "up", "--type=v6e-8", "--poll=0.1")
     assert done.returncode == 1 and "is of the type v5p-16" in done.stderr and done.stderr.count("\n") == 1
+    done = up(stub, "--slices=2")
+    assert done.returncode == 1 and "has 1 slices; give --slices=1" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_host_without_a_status_counts_as_gone_and_the_tpu_is_deleted(stub):
