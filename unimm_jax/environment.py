@@ -417,6 +417,19 @@ def cost(config: Config, data: Input | None) -> Iterator[Finding]:
     )
 
 
+def _records_on_store(config: Any) -> Iterator[Finding]:
+    """Whether the cache holds all records on an object store: examples are read in random order."""
+    if storage.is_remote(getattr(config.data, "records", "")):
+        size, bound = storage.total_size(storage.path(config.data.records)), storage.cache_bound()
+        if size > bound:
+            text = (
+                f"the records have {size / GIB:.1f} GiB, copies take up to {bound / GIB:g} GiB, and they are read in "
+            )
+            text += "random order, so they are fetched again and again"
+            remedy = "raise UNIMM_CACHE_GIB, or mount the bucket (Cloud Storage FUSE)"
+            yield Finding(WARNING, "cache", text, remedy)
+
+
 def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:
     """The stage's data, and whether the records and checkpoints of the config are there, and a batch can be read."""
     try:
@@ -430,6 +443,6 @@ def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:
         opened = time.perf_counter()
         data.batch(0, lambda rows: np.arange(rows)[jax.process_index() :: jax.process_count()][:ROWS])
         text = f"opened in {opened - began:.1f} s, rows of a batch read in {time.perf_counter() - opened:.2f} s"
-        return data, [Finding(OK, "data", text)]
+        return data, [Finding(OK, "data", text), *_records_on_store(parsed)]
     except UserError as error:
         return None, [Finding(BLOCKER, "data", str(error).replace("\n", " "))]

@@ -279,6 +279,12 @@ def versions(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> list[tuple[
         return list(pool.map(ask, files))
 
 
+def total_size(folder: pathlib.Path) -> int:
+    """The bytes of all files under a folder on an object store."""
+    with _request(folder):
+        return int(_filesystem(folder).du(str(folder), total=True))
+
+
 def files_under(folder: pathlib.Path) -> list[str]:
     """The names of all files under a folder, relative to it, sorted."""
     if not is_remote(folder):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import errno
+import gc
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from helpers import (
     ROOT,
     TEXT_VOCAB,
@@ -29,9 +31,10 @@ from helpers import (
 from peers import language
 
 from benchmarks.faults import judge
-from unimm_jax import metrics, runcard, storage
+from unimm_jax import environment, metrics, runcard, storage
 from unimm_jax.checkpoint import Checkpoints, find, read_params, verify
 from unimm_jax.data.records import Records
+from unimm_jax.data.remote_blocks import RemoteBlocks
 from unimm_jax.enhancement import building, drawings
 from unimm_jax.enhancement.assessing import assess
 from unimm_jax.enhancement.journal import Journal, read_verdicts
@@ -291,6 +294,37 @@ def test_a_cache_that_is_too_small_is_not_taken_for_damaged_records(run, bucket,
         Records(f"{bucket}/small_cache/records")
     with pytest.raises(StorageError, match="raise UNIMM_CACHE_GIB"):
         remote._reader._open(0)
+
+
+def test_blocks_that_were_removed_from_the_cache_take_no_space(bucket, monkeypatch, tmp_path):
+    """Their readers stayed open, and an open file keeps its space."""
+    monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("UNIMM_CACHE_GIB", "1e-9")
+    for i in range(4):
+        writer = array_record_module.ArrayRecordWriter(str(tmp_path / f"{i}.array_record"), "group_size:1")
+        writer.write(bytes([i]))
+        writer.close()
+        storage.upload(tmp_path / f"{i}.array_record", storage.path(f"{bucket}/open/{i}.array_record"))
+
+    def removed():
+        places = [pathlib.Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        links = [os.readlink(place) for place in places if place.is_symlink()]
+        return [link for link in links if link.endswith("(deleted)") and "array_record" in link]
+
+    blocks = RemoteBlocks([storage.path(f"{bucket}/open/{i}.array_record") for i in range(4)], [1] * 4)
+    for i in (0, 1, 2, 3, 0, 3):
+        assert blocks[i] == bytes([i])
+        gc.collect()
+        assert not removed()
+
+
+def test_preflight_warns_of_records_that_the_cache_cannot_hold(run, bucket, monkeypatch):
+    put(run / "records", f"{bucket}/large/records")
+    config = tiny("stage3", data__records=f"{bucket}/large/records")
+    assert not list(environment._records_on_store(config))
+    monkeypatch.setenv("UNIMM_CACHE_GIB", "1e-5")
+    (found,) = environment._records_on_store(config)
+    assert found.level == "warning" and "0.0 GiB" in found.text and "mount the bucket" in found.remedy
 
 
 def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, caplog):

@@ -584,6 +584,8 @@ def test_recent():
         cache.get(7, lambda: 1 / 0)
     assert get(cache, 7) == 14
     assert get(pickle.loads(pickle.dumps(cache)), 7) == 14
+    cache.drop(lambda value: value == 14)
+    assert list(cache._sizes) == list(cache._futures) == [1] and cache._total == 4 and get(cache, 7) == 14
 
     def slow():
         time.sleep(0.05)

@@ -47,6 +47,13 @@ class Recent:
                     del self._futures[old]
         return future.result()
 
+    def drop(self, is_stale: Callable[[Any], bool]) -> None:
+        """Forgets values, of those that are loaded."""
+        with self._lock:
+            for key in [key for key in self._sizes if is_stale(self._futures[key].result())]:
+                self._total -= self._sizes.pop(key)
+                del self._futures[key]
+
     def __getstate__(self) -> int:
         return self.limit
 

@@ -219,10 +219,10 @@ class Records:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = storage.path(path)
-        if not (self.path / "header.json").exists():
+        if not storage.kind(self.path / "header.json"):
             raise DataError(f"{path} holds no finished records; write them with python -m unimm_jax.pretokenize")
         try:
-            self.header: dict[str, Any] = legacy.header(json.loads((self.path / "header.json").read_text()))
+            self.header: dict[str, Any] = legacy.header(json.loads(storage.read(self.path / "header.json")))
             self.text_tokenizer = TextTokenizer(self.header["text_tokenizer"])
             index = self._index()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -249,11 +249,11 @@ class Records:
         return int(self.sizes.values.reshape(-1, 2).astype(np.int64).prod(-1).sum())
 
     def _index(self) -> dict[str, np.ndarray]:
-        if (self.path / "index.npz").exists():
+        if storage.kind(self.path / "index.npz"):
             return legacy.record_index(storage.open_copy(self.path / "index.npz", lambda file: dict(np.load(file))))
         names = ["source", *RAGGED, *(f"{name}_ends" for name in RAGGED)]
         later = ("sizes", "sizes_ends")  # not in records of an earlier version
-        if not any((self.path / "index" / f"{name}.npy").exists() for name in later):
+        if not any(storage.kind(self.path / "index" / f"{name}.npy") for name in later):
             names = [name for name in names if name not in later]
         # as plain arrays over the mapped files, whose elements are read several times faster than those of np.memmap
         return {name: storage.open_copy(self.path / "index" / f"{name}.npy", _mapped) for name in names}
@@ -267,9 +267,9 @@ class Records:
         """
         if split == "test":
             path = storage.path(path) / "test"
-            if not path.exists():
+            if not storage.kind(path):
                 raise EmptySplitError(f"there are no held-out records: {path} does not exist")
-            if not (path / "header.json").exists():
+            if not storage.kind(path / "header.json"):
                 raise DamagedRecordsError(f"{path / 'header.json'} is missing; restore it, or write the records again")
         return cls(path)
 

@@ -16,7 +16,8 @@ OPEN_BLOCKS = 64
 class RemoteBlocks:
     """Records by index. Files are copied to the cache as they are read, several at the same time if threads ask.
 
-    The readers of the last `OPEN_BLOCKS` files stay open: reading a record of one of them asks the store nothing.
+    The readers of the last `OPEN_BLOCKS` files stay open: reading a record of one of them asks the store nothing. Those
+    whose copies were removed from the cache are closed when another file is opened, because they still take space.
 
     Args (constructor):
       files: the ArrayRecord files. counts: number of records of each.
@@ -32,19 +33,21 @@ class RemoteBlocks:
     def __getitem__(self, index: int) -> bytes:
         block = int(np.searchsorted(self.ends, index, side="right"))
         first = int(self.ends[block - 1]) if block else 0
-        reader, lock = self._readers.get(block, lambda: (self._open(block), 1))
+        reader, lock, _ = self._readers.get(block, lambda: (self._open(block), 1))
         with lock:
             (record,) = reader.read([index - first])
         return bytes(record)
 
-    def _open(self, block: int) -> tuple[Any, threading.Lock]:
-        return storage.open_copy(self.files[block], _reader), threading.Lock()
+    def _open(self, block: int) -> tuple[Any, threading.Lock, pathlib.Path]:
+        reader, copy = storage.open_copy(self.files[block], _reader)
+        self._readers.drop(lambda opened: not opened[2].exists())
+        return reader, threading.Lock(), copy
 
 
-def _reader(file: pathlib.Path) -> Any:
+def _reader(file: pathlib.Path) -> tuple[Any, pathlib.Path]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
     if not reader.ok():  # it says why when a record is read
         reader.read([0])
-    return reader
+    return reader, file
