@@ -43,7 +43,8 @@ PACKAGES = (
     "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "ml-dtypes",
     "tokenizers", "sentencepiece", "pillow", "simplejpeg", "tensorstore", "array-record", "pyarrow", "msgpack",
     "tensorflow-datasets", "safetensors", "scikit-image", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin",
-    "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas",
+    "jax-cuda13-pjrt", "etils", "fsspec", "gcsfs", "s3fs", "ml-collections", "clu", "absl-py", "tensorboardX", "wandb",
+    "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cublas-cu12", "nvidia-cublas",
 )  # fmt: skip
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 WIDTH = 118  # of a line of the file; entries that are longer get a line for each of their parts

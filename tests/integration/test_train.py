@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import time
+import types
 
 import jax
 import numpy as np
@@ -196,7 +197,7 @@ def test_a_run_accounts_for_its_time(run):
     assert "compile_seconds" in rows[0] and "mfu" not in rows[0]  # the peak of this chip is not in the table
 
 
-def test_utilisation_is_the_steps_operations_over_the_peak(run):
+def test_utilisation_is_the_steps_operations_over_the_peak(run, caplog):
     class Chip:
         device_kind = "TPU v5 lite"
 
@@ -206,6 +207,9 @@ def test_utilisation_is_the_steps_operations_over_the_peak(run):
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
     assert np.isclose(seconds, objective.step_flops(batch) / (2 * 197e12))
     assert hardware.share_of_peak(objective, shapes, jax.devices()) == 0
+    assert not caplog.messages
+    assert hardware.share_of_peak(objective, shapes, [types.SimpleNamespace(device_kind="X1", platform="gpu")]) == 0
+    assert "no MFU is logged: the peak of 'X1'" in caplog.messages[0]
 
 
 def test_clocks_count_what_they_say(tmp_path):

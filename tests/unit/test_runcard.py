@@ -2,13 +2,14 @@
 
 import copy
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
-from helpers import STEPS, opened, tiny, with_records
+from helpers import ROOT, STEPS, opened, tiny, with_records
 
-from unimm_jax import reproduction, runcard
+from unimm_jax import reproduction, runcard, storage
 from unimm_jax.data import digests
 from unimm_jax.errors import DataError
 
@@ -18,6 +19,14 @@ def step_of(data, index, metrics=None, **changed):
     values = {"loss": 2.5, "grad_norm": 1.0} | (metrics or {})
     record = {"step": index + 1, "metrics": {name: value.hex() for name, value in values.items()}}
     return record | digests.of_batch(digests.of_rows(data, batch))
+
+
+def test_a_run_card_names_every_requirement():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = {re.match(r"[\w-]+", line)[0] for line in lines if not line.startswith("#")}
+    assert (
+        len(names) > 20 and names <= set(runcard.PACKAGES) and set(storage.PACKAGES.values()) <= set(runcard.PACKAGES)
+    )
 
 
 def test_shares_of_rows_have_the_digests_of_the_whole_batch(run):

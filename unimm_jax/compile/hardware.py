@@ -5,6 +5,7 @@ The memory of a TPU is what the compiler lets a program use, that of a GPU is it
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -31,11 +32,15 @@ class Chip:
 
 # `device_kind` → chip
 CHIPS = {
+    "NVIDIA A100 80GB PCIe": Chip("a100-pcie", 80 * 10**9, 312e12, 1.935e12, 32e9),
+    "NVIDIA A100-PCIE-40GB": Chip("a100-pcie-40gb", 40 * 10**9, 312e12, 1.555e12, 32e9),
     "NVIDIA A100-SXM4-40GB": Chip("a100-40gb", 40 * 10**9, 312e12, 1.555e12, 300e9),
     "NVIDIA A100-SXM4-80GB": Chip("a100-80gb", 80 * 10**9, 312e12, 2.039e12, 300e9),
     "NVIDIA B200": Chip("b200", 180 * 10**9, 2250e12, 7.7e12, 900e9),
+    "NVIDIA GB200": Chip("gb200", 186 * 10**9, 2500e12, 8.0e12, 900e9),
     "NVIDIA GH200 480GB": Chip("gh200", 96 * 10**9, 989.4e12, 4.0e12, 450e9),
     "NVIDIA H100 80GB HBM3": Chip("h100", 80 * 10**9, 989.4e12, 3.35e12, 450e9),
+    "NVIDIA H100 NVL": Chip("h100-nvl", 94 * 10**9, 835.5e12, 3.9e12, 300e9),
     "NVIDIA H100 PCIe": Chip("h100-pcie", 80 * 10**9, 756e12, 2.0e12, 64e9),
     "NVIDIA H200": Chip("h200", 141 * 10**9, 989.4e12, 4.8e12, 450e9),
     "NVIDIA L4": Chip("l4", 24 * 10**9, 121e12, 0.3e12, 32e9),
@@ -56,6 +61,10 @@ def share_of_peak(objective: Any, spec: dict[str, Any], devices: list[Any]) -> f
     """
     chip = CHIPS.get(devices[0].device_kind)
     if chip is None:
+        if devices[0].platform != "cpu":
+            logging.warning(
+                "no MFU is logged: the peak of %r is not in unimm_jax/compile/hardware.py", devices[0].device_kind
+            )
         return 0.0
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in spec.items()}
     return objective.step_flops(batch) / (len(devices) * chip.flops)
