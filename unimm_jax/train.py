@@ -95,14 +95,17 @@ def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
         "bad_step": scalar,
     }
 
+    parts = config.train.micro_batches
+
     def step_fn(state: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         trained, frozen, _ = optim.split(state["params"], rules)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
-        def loss_of(trained: Any, rows: Any) -> Any:
-            return objective.loss(optim.join(trained, frozen), rows, key, state["step"])
+        def loss_of(trained: Any, rows: Any, part: Any) -> Any:
+            mine = key if parts == 1 else jax.random.fold_in(key, part)  # micro-batches have their own noise
+            return objective.loss(optim.join(trained, frozen), rows, mine, state["step"])
 
-        (loss, aux), grads = value_and_grad(loss_of, trained, batch, config.train.micro_batches)
+        (loss, aux), grads = value_and_grad(loss_of, trained, batch, parts)
         updates, opt = tx.update(grads, state["opt"], trained)
         trained = optax.apply_updates(trained, updates)
         flat = dict(sharding.flatten(optim.join(trained, frozen))) | aux.updates

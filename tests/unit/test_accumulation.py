@@ -56,7 +56,7 @@ def test_micro_batches_of_padding_rows_change_nothing(run):
         params = objective.init(jax.random.key(0))
 
         def run_once(params, batch, objective=objective, parts=parts):
-            loss = lambda params, rows: objective.loss(params, rows, jax.random.key(0), np.int32(0))
+            loss = lambda params, rows, part: objective.loss(params, rows, jax.random.key(0), np.int32(0))
             return value_and_grad(loss, params, batch, parts)
 
         (value, _), gradient = jax.jit(run_once)(params, batch)
@@ -64,6 +64,27 @@ def test_micro_batches_of_padding_rows_change_nothing(run):
     assert found[16][0] == pytest.approx(found[1][0], rel=1e-6)
     for a, b in zip(found[1][1], found[16][1], strict=True):
         assert np.isfinite(b).all() and np.abs(a - b).max() < 1e-6
+
+
+@pytest.mark.parametrize("stage", ["pixel_decoder", "unet_decoder"])
+def test_image_decoders_accumulate(stage, run):
+    """The loss and the gradient are the means over the micro-batches; each of these has noise of its own."""
+    config = with_records(stage, run, train__micro_batches=2)
+    data, objective = opened(config)
+    params, batch, key = objective.init(jax.random.key(1)), data.batch(0, multiple=2), jax.random.key(0)
+
+    def loss(params, rows, part):
+        return objective.loss(params, rows, jax.random.fold_in(key, part), np.int32(0))
+
+    (value, _), gradient = jax.jit(lambda p, b: value_and_grad(loss, p, b, 2))(params, batch)
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    found = [both(params, part, i) for i, part in enumerate(parts)]
+    assert value == pytest.approx(np.mean([float(x) for (x, _), _ in found]), rel=1e-5)
+    for mean, *each in zip(*map(jax.tree.leaves, (gradient, *(g for _, g in found))), strict=True):
+        assert np.allclose(mean, np.mean(each, 0), rtol=1e-3, atol=1e-6)
+    again = float(both(params, parts[0], 1)[0][0])
+    assert (again == pytest.approx(float(found[0][0][0]), rel=1e-6)) is (stage == "pixel_decoder")
 
 
 def test_objectives_whose_loss_needs_the_whole_batch_refuse(run):

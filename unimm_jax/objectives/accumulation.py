@@ -12,14 +12,14 @@ from unimm_jax.objectives.base import Aux
 Tree = Any
 
 
-def value_and_grad(loss: Callable[[Tree, dict[str, jax.Array]], Any], params: Tree, batch: Any, parts: int) -> Any:
-    """`jax.value_and_grad(loss, has_aux=True)(params, batch)`, with the activations of one micro-batch in memory.
+def value_and_grad(loss: Callable[[Tree, Any, Any], Any], params: Tree, batch: Any, parts: int) -> Any:
+    """`jax.value_and_grad(loss, has_aux=True)(params, batch, 0)`, with the activations of one micro-batch in memory.
 
     The loss of the batch must be the mean of the losses of its micro-batches, weighted by `Aux.weight`; a metric is the
     mean weighted by its entry in `Aux.metric_weights`, or by `Aux.weight`. Sums are float32.
 
     Args:
-      loss: (params, batch) → (loss, `Aux` without updates).
+      loss: (params, micro-batch, number of the micro-batch) → (loss, `Aux` without updates).
       batch: arrays with the same leading size, a multiple of `parts` times the devices of the batch axis.
       parts: number of micro-batches. A micro-batch takes every `parts`-th row, so no row moves between devices.
 
@@ -28,15 +28,15 @@ def value_and_grad(loss: Callable[[Tree, dict[str, jax.Array]], Any], params: Tr
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
-        return gradient(params, batch)
+        return gradient(params, batch, 0)
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
         return constrain(rows, None, "batch", *[None] * (x.ndim - 1))
 
-    def one(micro: dict[str, jax.Array]) -> tuple[Tree, tuple[jax.Array, jax.Array], dict[str, Any]]:
+    def one(micro: dict[str, jax.Array], number: jax.Array) -> tuple[Tree, tuple[jax.Array, jax.Array], dict[str, Any]]:
         """The gradient times the weight, then the loss and each metric times its weight, with the weight."""
-        (value, aux), grads = gradient(params, micro)
+        (value, aux), grads = gradient(params, micro, number)
         weights = {name: aux.metric_weights.get(name, aux.weight) for name in aux.metrics}
         metrics = {name: (x * weights[name], weights[name]) for name, x in aux.metrics.items()}
         scaled = jax.tree.map(lambda g: g.astype(jnp.float32) * aux.weight, grads)
@@ -47,11 +47,12 @@ def value_and_grad(loss: Callable[[Tree, dict[str, jax.Array]], Any], params: Tr
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first))
+    numbers = jnp.arange(parts)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first, numbers[0]))
 
-    def add(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(micro)), None
+    def add(total: Any, numbered: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*numbered)), None
 
-    (grads, (total, weight), metrics), _ = jax.lax.scan(add, zero, micro_batches)
+    (grads, (total, weight), metrics), _ = jax.lax.scan(add, zero, (micro_batches, numbers))
     grads = jax.tree.map(lambda g, p: mean(g, weight).astype(p.dtype), grads, params)
     return (mean(total, weight), Aux({name: mean(*pair) for name, pair in metrics.items()}, weight=weight)), grads

@@ -49,6 +49,7 @@ class ImageDecoding(Objective):
 
     sections: ClassVar[dict[str, type]] = {"encoder": ViTConfig, "image_tokenizer": ImageTokenizerConfig}
     data_config = RecordDataConfig
+    accumulates = True
     size_unit = 0  # width and height of generated images must be multiples of it; 0 allows the configured size only
     latent = False  # whether the clean signal is the latents of an autoencoder
 
