@@ -1,6 +1,8 @@
 """Benchmarks at tiny sizes with the settings of a GPU (bfloat16, MFU): both sides run and do the same work."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from benchmarks import (
     dynamic_tokens,
     generation,
     lm_step,
+    seeds,
     stage2_step,
     timing,
     tokenizer_forward,
@@ -111,3 +114,23 @@ def test_all_aids_together_make_laptop():
             given[section].update_from_flattened_dict({rest: value})
         found, wanted = (resolve.parse(c) for c in (given, resolve.load(f"{stage}:laptop")))
         assert dataclasses.replace(found, name=wanted.name, size=wanted.size) == wanted
+
+
+def test_seeds_are_summed_up_with_intervals_over_runs_and_examples(tmp_path, capsys):
+    runs = []
+    for seed, gain in enumerate((0.5, 0.25)):
+        runs.append(tmp_path / str(seed))
+        folder = runs[-1] / "evaluation" / "small_objects"
+        folder.mkdir(parents=True)
+        sections = ("text_to_image", "text_to_image_strict", "questions", "caption")
+        scores = {key: {"overall": 0.5 + gain} for key in sections}
+        scores |= dict.fromkeys(("reconstruction", "reconstruction_random_selection", "tokens_per_image"), 1.0)
+        scores |= {"tokens_follow_objects": 1.0, "seconds": {"stage3": 120.0}}
+        (runs[-1] / "scores.json").write_text(json.dumps(scores))
+        outcomes = {"slices": [1] * 8, "global_view": [0] * int(8 * gain) + [1] * int(8 - 8 * gain)}
+        (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    seeds.main(runs)
+    output = capsys.readouterr().out
+    assert "| questions overall | 0.875 | 1.000, 0.750 |" in output and "| minutes | 2.000 | 2.000, 2.000 |" in output
+    found = re.search(r"small objects, slices - whole image: \+0\.375 \[\+(\S+), \+(\S+)\]", output)
+    assert found and float(found[1]) < 0.25 and float(found[2]) >= 0.5 and "best of 4" not in output
