@@ -79,7 +79,7 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
         yield finding
     if config is not None:
         data, read = inputs(config, workdir) if workdir and has_store else (None, [])
-        yield from (*mesh(config, data), *device_memory(config), *host_memory(config, data), *read)
+        yield from (*mesh(config, data), *device_memory(config, data), *host_memory(config, data), *read)
         yield from cost(config, data)
 
 
@@ -362,8 +362,20 @@ def _cache() -> Finding:
     return Finding(OK, "cache", text)
 
 
-def device_memory(config: Config) -> Iterator[Finding]:
-    """Whether parameters, gradients and optimizer state fit the devices; activations are not counted."""
+def device_memory(config: Config, data: Input | None) -> Iterator[Finding]:
+    """Whether a step can fit the devices; on a CPU, whether parameters, gradients and optimizer state do."""
+    limit = memory.device_limit()
+    if limit:
+        with contextlib.suppress(UserError):  # a mesh that does not fit has a line of its own
+            least = memory.device_least(config, sharding.make_mesh(config.mesh), data)
+            text = f"a step takes at least {least / GIB:.2f} GiB of the {limit / GIB:.2f} GiB of a device"
+            if least > limit:
+                accumulates = objectives.get(config.objective).accumulates
+                smaller = "config.train.micro_batches" if accumulates else "a smaller config.train.batch_size"
+                yield Finding(BLOCKER, "device memory", text, f"more devices, or {smaller}")
+            else:
+                yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot gives the peak")
+        return
     try:
         text = f"{memory.check_devices(config).checkpoint / GIB:.2f} GiB of parameters and optimizer state fit"
         yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot adds activations")
@@ -373,9 +385,11 @@ def device_memory(config: Config) -> Iterator[Finding]:
 
 def host_memory(config: Config, data: Input | None) -> Iterator[Finding]:
     """Whether this process fits the memory of the host."""
-    needed, free = memory.host_peak(config, data), _available()
+    phases, free = memory.host_phases(config, data), _available()
+    needed = max(phases.values())
     of = "" if data else " with a vocabulary of the published size"
-    text = f"about {needed / GIB:.1f} GiB at the peak{of}, {free / GIB:.1f} GiB are free"
+    said = ", ".join(f"{size / GIB:.1f} GiB to {name}" for name, size in phases.items())
+    text = f"about {said}{of}; {free / GIB:.1f} GiB are free"
     if needed > free:
         yield Finding(BLOCKER, "host memory", text, "end other programs, or use more hosts")
     else:

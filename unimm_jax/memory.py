@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import objectives, optim
+from unimm_jax import objectives, optim, sharding
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
 from unimm_jax.errors import OutOfMemoryError
@@ -77,10 +77,8 @@ def check_devices(config: Config) -> Needs:
       OutOfMemoryError: they do not fit.
     """
     found = needs(config)
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        there, what = stats["bytes_limit"] * jax.device_count(), f"{jax.device_count()} × {device.device_kind}"
+    if limit := device_limit():
+        there, what = limit * jax.device_count(), f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     else:
         there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     if found.step > 0.9 * there:
@@ -92,8 +90,21 @@ def check_devices(config: Config) -> Needs:
     return found
 
 
-def host_peak(config: Config, data: Input | None = None) -> float:
-    """Estimated peak of this process's memory, in bytes, while it loads, trains and saves.
+def device_limit() -> int:
+    """The bytes that a program can use on a device; 0 if it does not say so, as a CPU."""
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+
+
+def device_least(config: Config, mesh: jax.sharding.Mesh, data: Input | None = None) -> float:
+    """The bytes of a device that a step takes at least: its shards of the state and the gradients, and what its rows of
+    a micro-batch keep for the backward pass. The peak of the compiled step (`unimm_jax.aot`) is higher."""
+    found = needs(config, data, activations=True)
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return (found.checkpoint + found.trained) / ways + found.saved / sharding.batch_ways(mesh)
+
+
+def host_phases(config: Config, data: Input | None = None) -> dict[str, float]:
+    """Estimated memory of this process, in bytes, while it loads, trains and saves: "load", "step" and "save".
 
     On a CPU the state, the gradients and the activations are in host memory. Parameters take twice their size while
     they are initialized, or read and cast. A save copies the state. On an accelerator only this host's share of a
@@ -101,9 +112,10 @@ def host_peak(config: Config, data: Input | None = None) -> float:
     """
     share = len(jax.local_devices()) / len(jax.devices())
     if jax.default_backend() != "cpu":
-        return PROCESS + share * needs(config, data).checkpoint
+        return {"load": PROCESS, "step": PROCESS, "save": PROCESS + share * needs(config, data).checkpoint}
     found = needs(config, data, activations=True)
-    return PROCESS + share * max(found.step, 2 * found.checkpoint)
+    sizes = {"load": 2 * found.params, "step": found.step, "save": 2 * found.checkpoint}
+    return {name: PROCESS + share * size for name, size in sizes.items()}
 
 
 def _bytes(tree: Any) -> int:

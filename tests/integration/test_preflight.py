@@ -176,7 +176,24 @@ def test_too_little_memory_on_the_host_and_on_the_devices(workdir, monkeypatch):
     _, config = workdir
     monkeypatch.setattr(environment, "_available", lambda: 1000)
     one(environment.host_memory(config, None), "host memory", "0.0 GiB are free")
-    one(environment.device_memory(resolve.parse(resolve.load("stage2:7b"))), "device memory", "stage2:7b needs")
+    large = resolve.parse(resolve.load("stage2:7b"))
+    one(environment.device_memory(large, None), "device memory", "stage2:7b needs")
+    (found,) = environment.host_memory(config, None)
+    assert re.search(r"about 1\.\d GiB to load, 1\.\d GiB to step, 1\.\d GiB to save", found.text)
+
+
+def test_the_least_memory_of_a_device(monkeypatch):
+    """That of stage 2 at 7B, on chips with the memory of a v5e, against the peak of the compiled step (4.88 GiB)."""
+    config, mesh = (
+        resolve.parse(resolve.load("stage2:7b")),
+        types.SimpleNamespace(shape={"data": 2, "fsdp": 32, "tensor": 1}),
+    )
+    monkeypatch.setattr(environment.sharding, "make_mesh", lambda shape: mesh)
+    monkeypatch.setattr(environment.memory, "device_limit", lambda: int(15.75 * 2**30))
+    (found,) = environment.device_memory(config, None)
+    assert found.level == "ok" and "at least 3.87 GiB of the 15.75 GiB" in found.text
+    monkeypatch.setattr(environment.memory, "device_limit", lambda: 3 * 2**30)
+    one(environment.device_memory(config, None), "device memory", "more devices, or config.train.micro_batches")
 
 
 @pytest.mark.parametrize("names", environment.CONTROL_GROUPS)
@@ -355,6 +372,6 @@ def test_the_peak_of_host_memory_is_predicted_within_a_fifth(stage, tmp_path):
     words = [sys.executable, "-m", "unimm_jax.main", f"--config={stage}:laptop", f"--workdir={root / stage}", *settings]
     measured = peak_memory(words)
     data, _ = environment.inputs(config := resolve.parse(resolve.load(f"{stage}:laptop")), str(root / stage))
-    predicted = memory.host_peak(config, data)
+    predicted = max(memory.host_phases(config, data).values())
     print(f"{stage}: predicted {predicted / 2**30:.2f} GiB, measured {measured / 2**30:.2f} GiB")
     assert abs(predicted / measured - 1) < 0.2
