@@ -16,11 +16,12 @@ import numpy as np
 from unimm_jax.evals.bootstrap import paired_bootstrap
 from unimm_jax.evals.score_table import sections
 
+VIEWS = ("small_objects/slices", "small_objects/global_view")
 # name of a difference, file of the outcomes in a run, and the two measures
 DIFFERENCES = (
-    ("small objects, slices - whole image", "evaluation/small_objects", "slices", "global_view"),
-    ("small objects across patches, slices - whole image", "evaluation_across", "slices", "global_view"),
-    ("best of 4 - one sample", "evaluation/assessments", "best_of_4", "one_sample"),
+    ("small objects, slices - whole image", "evaluation/small_objects", *VIEWS),
+    ("small objects across patches, slices - whole image", "evaluation_across", *VIEWS),
+    ("best of 4 - one sample", "evaluation/assessments", "best_of_4/best_of_4", "best_of_4/one_sample"),
 )
 
 

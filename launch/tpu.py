@@ -86,7 +86,7 @@ SIGNS = {  # part of gcloud's message, lower case → key of REMEDIES; the first
 PASSING = (  # parts of messages about errors that pass, lower case
     "unavailable", "internal error", "internal: ", "deadline_exceeded", "deadline exceeded", "too many requests",
     "rate limit", "timed out", "timeout", "connection", "temporar", "name resolution", "could not reach",
-    "unable to find the server", "httpsconnectionpool", "server error",
+    "unable to find the server", "httpsconnectionpool", "server error", f"no answer within {SHORT} s",
 )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ class Gcloud:
     def ask(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         """Runs a command line again, with pauses, while it fails with an error that passes."""
         for attempt in range(PATIENCE):
-            done = self.run(line)
+            done = self.run(line, SHORT if "describe" in line else LONGEST)
             if attempt and done.returncode and "create" in line and remedy_of(done.stderr) == REMEDIES["exists"]:
                 return subprocess.CompletedProcess(line, 0, "", "")  # the attempt before made it
             if not done.returncode or not passes(done.stderr) or attempt == PATIENCE - 1:
@@ -266,6 +266,7 @@ class Tpu:
     def __init__(self, settings: Settings):
         self.settings, self.gcloud = settings, Gcloud(settings)
         self.failed_requests = 0  # in a row
+        self.is_requested = False  # then the TPU lives without this machine
 
     # ---- The request -------------------------------------------------------------------------------------------------
 
@@ -277,9 +278,21 @@ class Tpu:
     def describe(self) -> dict[str, Any]:
         """The request as Google Cloud's API gives it, empty if there is none.
 
+        Once the TPU is requested, it waits while Google Cloud cannot be reached: a command on the TPU goes on.
+
         Raises:
           Unreachable: gcloud fails with an error that passes. LaunchError: with another one.
         """
+        while True:
+            try:
+                return self._describe()
+            except Unreachable as error:
+                if not self.is_requested:
+                    raise
+                say(f"{error}; waiting until Google Cloud answers, what runs on the TPU goes on")
+                time.sleep(self.settings.poll)
+
+    def _describe(self) -> dict[str, Any]:
         if self.settings.dry_run:
             return {}
         done = self.gcloud.ask(self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=json"))
@@ -463,21 +476,16 @@ class Tpu:
     def follow(self) -> int:
         """Shows the log of the first host until the command has ended everywhere; its exit status.
 
-        While Google Cloud cannot be reached, it waits: the command goes on without this machine. Where the command
-        failed on a host, it is stopped on the others.
+        When the command has failed on a host and does not end on the others, it is stopped there.
 
         Raises:
           Lost: the hosts are gone.
           Ended: the command has to start again.
         """
+        self.is_requested = True
         line, failures, failed_at = self.log(0, 1, FOLLOW_SECONDS), 0, 0.0
         while not self.settings.dry_run:
-            try:
-                state = self.state()
-            except Unreachable as error:
-                say(f"{error}; the command on the TPU goes on, and is followed again")
-                continue
-            if state != "ACTIVE":
+            if (state := self.state()) != "ACTIVE":
                 raise Lost(f"the request is {state or 'deleted'}")
             try:
                 statuses = self.statuses()
@@ -658,11 +666,12 @@ def _request(tpu: Tpu, is_first: bool) -> None:
         elif (kind := _type_of(found)) not in ("", s.kind.name):
             raise LaunchError(f"{s.name} is of the type {kind}; give --type={kind}, or another name")
         elif (slices := _slices_of(found)) not in (0, s.slices):
-            raise LaunchError(f"{s.name} has {slices} slices; give --slices={slices}, or another name")
+            raise LaunchError(f"{s.name} was requested with --slices={slices}; give that, or another name")
     except LaunchError as error:
         if is_first:
             raise
         raise Lost(str(error)) from None
+    tpu.is_requested = True
     tpu.wait()
 
 
@@ -675,8 +684,10 @@ def _type_of(request: dict[str, Any]) -> str:
 
 def _slices_of(request: dict[str, Any]) -> int:
     """The number of slices of a request, 0 if the request does not say it."""
-    nodes = request.get("tpu", {}).get("nodeSpec") or []
-    return sum(int(node.get("multisliceParams", {}).get("nodeCount", 1)) for node in nodes)
+    nodes = request.get("tpu", {}).get("nodeSpec") or [{}]
+    if "multisliceParams" in nodes[0]:
+        return int(nodes[0]["multisliceParams"].get("nodeCount", 0))
+    return len(nodes) if "nodeId" in nodes[0] else 0
 
 
 def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | None = None) -> None:
@@ -693,6 +704,8 @@ def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | 
         if error is None:
             raise
         say(f"the TPU could not be deleted: {second}")
+    if isinstance(error, Unreachable) and not active:
+        say(f"if there is a TPU, it is charged for: python launch/tpu.py delete {s.name} --zone={s.zone}")
     if not s.dry_run and (active or error is None):
         chips = s.kind.chips * s.slices
         say(f"{text}, of which {hours:.2f} h on {chips} chips: {hours * chips:.1f} chip-hours")

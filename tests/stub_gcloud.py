@@ -78,8 +78,8 @@ def requests(words, track):
     if (STUB / "fail_request").exists():
         state["failedData"] = {"error": {"code": 8, "message": (STUB / "fail_request").read_text()}}
     spec = {"node": {"acceleratorType": found["type"]}}
-    if len(found["nodes"]) > 1:
-        spec["multisliceParams"] = {"nodeCount": len(found["nodes"])}
+    several = len(found["nodes"]) > 1
+    spec |= {"multisliceParams": {"nodeCount": len(found["nodes"])}} if several else {"nodeId": found["nodes"][0]}
     print(json.dumps({"state": state, "tpu": {"nodeSpec": [spec]}}))
     if found["state"] in NEXT:
         found["state"] = NEXT[found["state"]]

@@ -73,12 +73,13 @@ def findings(config: Config | None, workdir: str, chips: int, platform: str) -> 
         distributed.find_devices()
     except UserError:
         return  # the other checks need them
-    has_store = True
+    store_answers = True
     for finding in workdir_checks(workdir, config) if workdir else ():
-        has_store &= finding.level != BLOCKER or not storage.is_remote(workdir)
+        is_bad = finding.level == BLOCKER and finding.check == "workdir"
+        store_answers &= not (is_bad and storage.is_remote(workdir))
         yield finding
     if config is not None:
-        data, read = inputs(config, workdir) if workdir and has_store else (None, [])
+        data, read = inputs(config, workdir) if workdir and store_answers else (None, [])
         yield from (*mesh(config, data), *device_memory(config, data), *host_memory(config, data), *read)
         yield from cost(config, data)
 
@@ -219,14 +220,17 @@ def devices(chips: int, platform: str) -> Iterator[Finding]:
 
 def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
     """Whether the workdir can be written, is one for all processes, has room, and holds a usable checkpoint."""
+    # every process says what it found before any goes on, so that none waits for one that cannot
+    path, problem, began = pathlib.Path(), "", time.perf_counter()
     try:
         path = storage.absolute(storage.path(workdir))
         checkpoint.refuse_s3(path)
     except UserError as error:
-        yield Finding(BLOCKER, "workdir", str(error))
+        problem = str(error)
+    if bad := _problems(problem):
+        yield Finding(BLOCKER, "workdir", bad)
         return
-    # every process says what it found before any goes on, so that none waits for one that cannot
-    began, (is_there, problem) = time.perf_counter(), _look(path)
+    is_there, problem = _look(path)
     if bad := _problems(problem):
         yield Finding(BLOCKER, "workdir", f"{workdir} cannot be read ({bad})", "check the path and its permissions")
         return
@@ -261,18 +265,25 @@ def workdir_checks(workdir: str, config: Config | None) -> Iterator[Finding]:
 
 def _look(path: pathlib.Path) -> tuple[bool, str]:
     """Whether something is at a path, and why that cannot be said, in one line, if its store refuses or is slow."""
-    found: list[tuple[bool, str]] = []
+    found: list[str | Exception] = []
 
     def ask() -> None:
         try:
-            found.append((bool(storage.kind(path)), ""))
-        except (UserError, OSError) as error:
-            found.append((False, str(error)))
+            found.append(storage.kind(path))
+        except Exception as error:
+            found.append(error)
 
     asking = threading.Thread(target=ask, daemon=True)  # a client library may try again for minutes
     asking.start()
     asking.join(STORE_SECONDS)
-    return found[0] if found else (False, f"no answer within {STORE_SECONDS} s")
+    if not found:
+        return False, f"no answer within {STORE_SECONDS} s"
+    (answer,) = found
+    if isinstance(answer, UserError | OSError):
+        return False, str(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    return bool(answer), ""
 
 
 def _problems(problem: str) -> str:
@@ -297,7 +308,7 @@ def _write_probe(path: pathlib.Path) -> str:
 def _disk(path: pathlib.Path, config: Config, size: int) -> Finding:
     """Whether there is room for the checkpoints that are kept, one whose digests are written, and one being saved."""
     count, root = config.train.keep + 2, path / "checkpoints"
-    there = sum(map(_size, root.rglob("*"))) if root.exists() else 0
+    there = _size(root)
     needed = max(size * count - there, 0)
     free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
     text = f"{free / GIB:.1f} GiB free, {count} checkpoints need {needed / GIB:.1f} GiB{' more' if there else ''}"
@@ -306,11 +317,14 @@ def _disk(path: pathlib.Path, config: Config, size: int) -> Finding:
     return Finding(OK, "disk", text)
 
 
-def _size(file: pathlib.Path) -> int:
-    """The size of a file; 0 for a directory, and for a file that another process has removed."""
-    with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_size if file.is_file() else 0
-    return 0
+def _size(folder: pathlib.Path) -> int:
+    """The bytes of all files under a local folder, 0 if there is none; others may remove files meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def _checkpoint(path: pathlib.Path, use_previous: bool) -> Finding:
@@ -353,7 +367,7 @@ def _cache() -> Finding:
     """Whether there is room for the copies of files on object stores."""
     folder, bound = storage.cache_folder(), storage.cache_bound()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    used = sum(map(_size, folder.rglob("*")))
+    used = _size(folder)
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free in {there}, copies take up to {bound / GIB:g} GiB"
     if free < bound - used:
@@ -364,23 +378,25 @@ def _cache() -> Finding:
 
 def device_memory(config: Config, data: Input | None) -> Iterator[Finding]:
     """Whether a step can fit the devices; on a CPU, whether parameters, gradients and optimizer state do."""
-    limit = memory.device_limit()
-    if limit:
-        with contextlib.suppress(UserError):  # a mesh that does not fit has a line of its own
-            least = memory.device_least(config, sharding.make_mesh(config.mesh), data)
-            text = f"a step takes at least {least / GIB:.2f} GiB of the {limit / GIB:.2f} GiB of a device"
-            if least > limit:
-                accumulates = objectives.get(config.objective).accumulates
-                smaller = "config.train.micro_batches" if accumulates else "a smaller config.train.batch_size"
-                yield Finding(BLOCKER, "device memory", text, f"more devices, or {smaller}")
-            else:
-                yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot gives the peak")
-        return
     try:
         text = f"{memory.check_devices(config).checkpoint / GIB:.2f} GiB of parameters and optimizer state fit"
-        yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot adds activations")
     except UserError as error:
         yield Finding(BLOCKER, "device memory", str(error))
+        return
+    if not (limit := memory.device_limit()):
+        yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot adds activations")
+        return
+    with contextlib.suppress(UserError):  # a mesh that does not fit has a line of its own
+        state, saved = memory.device_least(config, sharding.make_mesh(config.mesh), data)
+        text = f"a step takes at least {(state + saved) / GIB:.2f} GiB of the {limit / GIB:.2f} GiB of a device"
+        accumulates = objectives.get(config.objective).accumulates
+        if state > limit:
+            yield Finding(BLOCKER, "device memory", text, "more devices on the axis fsdp or tensor of config.mesh")
+        elif state + saved > limit:
+            smaller = "a larger config.train.micro_batches" if accumulates else "a smaller config.train.batch_size"
+            yield Finding(BLOCKER, "device memory", text, f"more devices, or {smaller}")
+        else:
+            yield Finding(OK, "device memory", f"{text}; python -m unimm_jax.aot gives the peak")
 
 
 def host_memory(config: Config, data: Input | None) -> Iterator[Finding]:

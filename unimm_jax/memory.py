@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import objectives, optim, sharding
+from unimm_jax import objectives, optim
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
 from unimm_jax.errors import OutOfMemoryError
@@ -95,12 +95,18 @@ def device_limit() -> int:
     return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
 
 
-def device_least(config: Config, mesh: jax.sharding.Mesh, data: Input | None = None) -> float:
-    """The bytes of a device that a step takes at least: its shards of the state and the gradients, and what its rows of
-    a micro-batch keep for the backward pass. The peak of the compiled step (`unimm_jax.aot`) is higher."""
+def device_least(config: Config, mesh: jax.sharding.Mesh, data: Input | None = None) -> tuple[float, float]:
+    """The bytes of a device that a step takes at least; the peak of the compiled step (`unimm_jax.aot`) is higher.
+
+    Returns:
+      (the device's shards of state and gradients, its share of the activations that a micro-batch keeps for the
+      backward pass).
+    """
     found = needs(config, data, activations=True)
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    return (found.checkpoint + found.trained) / ways + found.saved / sharding.batch_ways(mesh)
+    frozen = found.params - found.trained  # may be among what is kept
+    kept = max(found.saved - frozen, 0)
+    return (found.checkpoint + found.trained) / ways, kept / (ways * mesh.shape["data"])
 
 
 def host_phases(config: Config, data: Input | None = None) -> dict[str, float]:

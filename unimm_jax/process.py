@@ -204,8 +204,10 @@ def _store_failure(error: BaseException) -> str | None:
     """One line for an object store that refuses or does not answer, anywhere in the chain of causes; else None."""
     seen: BaseException | None = error
     while seen is not None:
-        packages = (type(seen).__module__, _raised_in(seen))  # gcsfs raises an OSError for a forbidden bucket
-        is_of_store = any(name.partition(".")[0] in storage.STORE_PACKAGES for name in packages)
+        modules = [type(seen).__module__]
+        if isinstance(seen, OSError) and not isinstance(seen, FileNotFoundError):
+            modules.append(_raised_in(seen))  # gcsfs raises an OSError for a forbidden bucket
+        is_of_store = any(name.partition(".")[0] in storage.STORE_PACKAGES for name in modules)
         if isinstance(seen, StorageError) or is_of_store or re.search(r"Error \w+ (gs|s3)://", str(seen)):
             return str(seen) if isinstance(seen, StorageError) else storage.refusal(seen)
         seen = seen.__cause__ or seen.__context__

@@ -94,6 +94,7 @@ def _prepare(scheme: str) -> None:
     """Checks the package of a scheme and turns off its cache of listings, which other processes make stale."""
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         raise ConfigError(f"{scheme}:// paths need a package: pip install {PACKAGES[scheme]}")
+    importlib.import_module(PACKAGES[scheme])  # takes seconds, which no later request should be blamed for
     import fsspec
 
     for name in {"gs": ("gs", "gcs"), "s3": ("s3", "s3a")}[scheme]:
@@ -280,9 +281,13 @@ def versions(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> list[tuple[
 
 
 def total_size(folder: pathlib.Path) -> int:
-    """The bytes of all files under a folder on an object store."""
+    """The bytes of all files under a folder on an object store, from a listing.
+
+    Raises:
+      StorageError: the store fails.
+    """
     with _request(folder):
-        return int(_filesystem(folder).du(str(folder), total=True))
+        return sum(info["size"] for info in _filesystem(folder).find(str(folder), detail=True).values())
 
 
 def files_under(folder: pathlib.Path) -> list[str]:

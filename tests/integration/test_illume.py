@@ -240,7 +240,7 @@ def test_small_objects_are_scored_with_and_without_slices(sliced, stages):
     assert scores["interval"][0] <= scores["difference"] <= scores["interval"][1]
     outcomes = json.loads((sliced / "scores" / "outcomes.json").read_text())
     assert {view: sum(right) / len(right) for view, right in outcomes.items()} == pytest.approx(
-        {view: scores[view] for view in ("slices", "global_view")}
+        {f"small_objects/{view}": scores[view] for view in ("slices", "global_view")}
     )
     assert all(0 <= scores[view] <= 1 for view in ("slices", "global_view"))
     with pytest.raises(ConfigError, match="max_slices of stage1:laptop-illume is 0"):

@@ -127,7 +127,8 @@ def test_seeds_are_summed_up_with_intervals_over_runs_and_examples(tmp_path, cap
         scores |= dict.fromkeys(("reconstruction", "reconstruction_random_selection", "tokens_per_image"), 1.0)
         scores |= {"tokens_follow_objects": 1.0, "seconds": {"stage3": 120.0}}
         (runs[-1] / "scores.json").write_text(json.dumps(scores))
-        outcomes = {"slices": [1] * 8, "global_view": [0] * int(8 * gain) + [1] * int(8 - 8 * gain)}
+        outcomes = {"small_objects/slices": [1] * 8}
+        outcomes["small_objects/global_view"] = [0] * int(8 * gain) + [1] * int(8 - 8 * gain)
         (folder / "outcomes.json").write_text(json.dumps(outcomes))
     seeds.main(runs)
     output = capsys.readouterr().out

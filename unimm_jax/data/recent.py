@@ -48,7 +48,7 @@ class Recent:
         return future.result()
 
     def drop(self, is_stale: Callable[[Any], bool]) -> None:
-        """Forgets values, of those that are loaded."""
+        """Forgets the loaded values of which `is_stale` is true."""
         with self._lock:
             for key in [key for key in self._sizes if is_stale(self._futures[key].result())]:
                 self._total -= self._sizes.pop(key)

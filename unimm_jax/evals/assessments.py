@@ -146,7 +146,8 @@ def best_of(generator: Generator, number: int, sampling: Sampling) -> tuple[dict
         "difference": gain.mean,
         "interval": [gain.low, gain.high],
     }
-    return scores, {"one_sample": first.tolist(), f"best_of_{SAMPLES}": chosen.tolist()}
+    name = f"best_of_{SAMPLES}"
+    return scores, {f"{name}/one_sample": first.tolist(), f"{name}/{name}": chosen.tolist()}
 
 
 def row(number: int, item: Assessed, text: str, found: Verdict | None) -> dict[str, Any]:

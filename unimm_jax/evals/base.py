@@ -53,8 +53,8 @@ class Result:
       examples: lists of single results for the report, by kind. A result with an image has it in "image" (uint8
         [H, W, 3]) and its file name in "file".
       settings: how the scores were measured; in `scores.json` only.
-      outcomes: for a measure, whether each example is right. The examples are the same for every model, so outcomes can
-        be compared in pairs (`bootstrap.paired_bootstrap`).
+      outcomes: whether each example is right, by score (named as by `scalars`). The examples are the same for every
+        model, so outcomes can be compared in pairs (`bootstrap.paired_bootstrap`).
     """
 
     scores: dict[str, Any]

@@ -25,7 +25,7 @@ class CompositionsOptions(Options):
     """Options.
 
     Attributes:
-      compositions: number of prompts; the kinds take turns.
+      compositions: number of prompts, at least 4; the kinds take turns.
       image_prompts: layout of the prompts, see `tasks.image_prompt`; that of the model if empty.
       guidance: classifier-free guidance, away from an image without a prompt. temperature: 0 is greedy.
     """
@@ -60,8 +60,8 @@ class Compositions(GeneratingEvaluator):
             made = generator.compose_images(prompts, sampling, EVALUATION_SEED, image_prompts=layout)
             return made, [looks_right(item.target, detect(image)) for item, image in zip(found, made, strict=True)]
 
-        kinds_apart = len(scene_compositions.KINDS)  # between prompts of one kind
-        others = prompts[-kinds_apart:] + prompts[:-kinds_apart]
+        same_kind = [[j for j, other in enumerate(found) if other.kind == item.kind] for item in found]
+        others = [prompts[same[same.index(i) - 1]] for i, same in enumerate(same_kind)]
         pairs = list(zip(prompts, others, strict=True))
         controls = {
             "without_first": [prompt[1:] for prompt in prompts],

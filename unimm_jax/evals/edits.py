@@ -25,12 +25,12 @@ class EditsOptions(Options):
     """Options.
 
     Attributes:
-      edits: number of single edits. chains: number of chains of two edits.
+      edits: number of single edits, chains: number of chains of two edits; at least 2 of each, for the controls.
       guidance: classifier-free guidance, away from the reconstruction of the source. temperature: 0 is greedy.
     """
 
-    edits: int = ranged(200, low=1)
-    chains: int = ranged(100, low=1)
+    edits: int = ranged(200, low=2)
+    chains: int = ranged(100, low=2)
     guidance: float = ranged(1.0, low=0)
     temperature: float = ranged(0.7, low=0)
 

@@ -110,5 +110,7 @@ def write(result: Result, folder: pathlib.Path) -> None:
                 (folder / row["file"]).write_bytes(encode_png(row["image"]))
     (folder / "examples.json").write_text(json.dumps(examples, indent=1))
     if result.outcomes:
-        outcomes = {measure: [int(ok) for ok in found] for measure, found in result.outcomes.items()}
+        outcomes = {score: [int(ok) for ok in found] for score, found in result.outcomes.items()}
         (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    else:
+        (folder / "outcomes.json").unlink(missing_ok=True)  # of an earlier evaluation

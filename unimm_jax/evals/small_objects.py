@@ -77,7 +77,11 @@ class SmallObjects(GeneratingEvaluator):
         scores |= {"difference": gain.mean, "interval": [gain.low, gain.high]}
         settings = dict(side=s.side, scale=s.scale, jitter=s.small_jitter)
         settings = {f"small_objects_{name}": value for name, value in settings.items()}
-        result = Result({"small_objects": scores}, settings=settings, outcomes=dict(outcomes))
+        result = Result(
+            {"small_objects": scores},
+            settings=settings,
+            outcomes={f"small_objects/{view}": outcomes[view] for view in outcomes},
+        )
         result.examples["small_objects"] = [
             dict(file=f"small_{i:02d}.png", image=images[index], question=question, truth=truth)
             | {view: answers[i] for view, answers in replies.items()}
