@@ -5,7 +5,7 @@ Some answers, such as whether an object exists, are learned late and suddenly: b
 has too few questions (docs/experiments.md, "Small objects and slices"). ILLUME has no such stage.
 
 Command: python -m unimm_jax.main --config=launch/illume_questions.py:laptop-illume --workdir=runs/illume/questions
-At laptop-illume: 848 s on two cores of an AMD EPYC of family 25.
+At laptop-illume: 748 to 848 s on two cores of an AMD EPYC of family 25.
 """
 
 from configs import stage3

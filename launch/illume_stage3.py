@@ -3,8 +3,8 @@
 The shares of ILLUME's data are not published, apart from the assessments (50,000 of about 8 million examples seen).
 
 Command: python -m unimm_jax.main --config=launch/illume_stage3.py:laptop-illume --workdir=runs/illume/stage3
-At laptop-illume: 1,516 s on two cores of an AMD EPYC of family 25; one edit right 0.73, compositions 0.73 (medians of
-three seeds); all scores in docs/results.md.
+At laptop-illume: 1,395 to 1,516 s on two cores of an AMD EPYC of family 25; one edit right 0.73, compositions 0.73
+(medians of three seeds); all scores in docs/results.md.
 """
 
 from configs import common, stage3
