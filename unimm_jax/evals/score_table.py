@@ -93,6 +93,7 @@ def story_scores(scores: dict[str, Any]) -> list[tuple[str, float]]:
         "story_image_without_image": "image, source not read",
         "story_consistent": "documents continued freely",
         "story_instruction": "their first text",
+        "story_images": "their new images",
     }
     return [(name, scores[key]) for key, name in names.items()]
 
