@@ -17,7 +17,7 @@ from unimm_jax.evals.bootstrap import paired_bootstrap
 from unimm_jax.evals.score_table import sections
 
 VIEWS = ("small_objects/slices", "small_objects/global_view")
-# name of a difference, file of the outcomes in a run, and the two measures
+# name of a difference, folder of its outcomes in a run, and the two scores
 DIFFERENCES = (
     ("small objects, slices - whole image", "evaluation/small_objects", *VIEWS),
     ("small objects across patches, slices - whole image", "evaluation_across", *VIEWS),
