@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.claims import experiment
 from benchmarks.claims.stages import SECONDS, Command, link, pretokenizing, run_all, training
 from unimm_jax import resolve
 
@@ -96,7 +97,7 @@ def main() -> None:
     from unimm_jax import process
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/aids"))
+    parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/aids"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags = parser.parse_args()
     process.prepare()

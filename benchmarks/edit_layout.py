@@ -10,6 +10,7 @@ of the codes. Both run at the same time. An interrupted run resumes.
 import argparse
 import pathlib
 
+from benchmarks.claims import experiment
 from benchmarks.claims.stages import run_all, training
 from unimm_jax import metrics
 
@@ -21,7 +22,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=pathlib.Path, required=True, help="with the records, and stage 2")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/edit_layout"))
+    parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/edit_layout"))
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     run, output = flags.run.resolve(), flags.output.resolve()

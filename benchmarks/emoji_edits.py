@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.claims import experiment
 from benchmarks.emoji_questions import place
 
 OTHERS = 15  # targets that a result is compared with, beside its own
@@ -127,7 +128,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write")
     writing.add_argument("emoji", type=pathlib.Path)
-    writing.add_argument("output", type=pathlib.Path)
+    writing.add_argument("output", type=experiment.local_path)
     writing.add_argument("--concepts", type=int, default=400)
     writing.add_argument("--held_out", type=float, default=0.2)
     writing.add_argument("--seed", type=int, default=0)

@@ -15,6 +15,8 @@ import random
 import shutil
 from typing import Any
 
+from benchmarks.claims import experiment
+
 
 def conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     """The turns about one image."""
@@ -56,7 +58,7 @@ def main() -> None:
     """Writes the files and prints how many."""
     parser = argparse.ArgumentParser()
     parser.add_argument("emoji", type=pathlib.Path)
-    parser.add_argument("output", type=pathlib.Path)
+    parser.add_argument("output", type=experiment.local_path)
     parser.add_argument("--concepts", type=int, default=400)
     parser.add_argument("--held_out", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)

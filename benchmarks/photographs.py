@@ -15,6 +15,8 @@ import sys
 import numpy as np
 from PIL import Image
 
+from benchmarks.claims import experiment
+
 SUBJECTS = {
     "astronaut": "an astronaut in an orange suit",
     "camera": "a man with a camera",
@@ -83,7 +85,7 @@ def main() -> None:
     from unimm_jax.plotting import kept_patches, labelled
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/photographs"))
+    parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/photographs"))
     output = parser.parse_args().output.resolve()
     process.prepare()
     write_crops(output / "crops")

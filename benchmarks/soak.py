@@ -154,7 +154,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/soak"))
+    parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/soak"))
     flags = parser.parse_args()
     output = flags.output.resolve()
     output.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,10 @@ if [ ! -e "$INSTALLED" ] || [ requirements.txt -nt "$INSTALLED" ]; then
   touch "$INSTALLED"
 fi
 
+if [[ $RUN == *://* ]]; then
+  echo "error: RUN is $RUN; give a local directory. Stages on an object store: python -m unimm_jax.main --workdir=gs://..."
+  exit 1
+fi
 mkdir -p "$RUN"
 COMMANDS=$RUN/commands.txt
 : > "$COMMANDS.new"

@@ -560,8 +560,10 @@ class Tpu:
 # ---- What the hosts run ----------------------------------------------------------------------------------------------
 
 
-# after a restart of the host, another process can have the number
-RUNNING = f'[ -e pid ] && grep -qsa {TREE}/status "/proc/$(cat pid)/cmdline"'
+# Every process of the command has this variable. The shell around it ends before a process that saves on SIGTERM.
+MARK = f'UNIMM_LAUNCH="$HOME/{TREE}"'
+ALIVE = f"grep -qszFx {MARK} /proc/[0-9]*/environ"
+RUNNING = f"[ ! -s status ] && {ALIVE}"
 
 
 def install_script(install: str, mark: str) -> str:
@@ -569,7 +571,7 @@ def install_script(install: str, mark: str) -> str:
     return (
         f'set -e; mkdir -p "$HOME/{TREE}"; cd "$HOME/{TREE}"; if {RUNNING}; then exit 0; fi; '
         f'if [ "$(cat installed 2>/dev/null)" != {mark} ]; then '
-        f'rm -rf src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; '
+        f'rm -rf installed src; mkdir src; tar -xzf "$HOME/unimm_jax.tar.gz" -C src; '
         f"bash -ec {shlex.quote(install)}; echo {mark} > installed; fi"
     )
 
@@ -580,7 +582,7 @@ def start_script(command: Sequence[str]) -> str:
     body += f'{shlex.join(command)}; echo $? > "$HOME/{TREE}/status"'
     return (
         f'cd "$HOME/{TREE}" || exit; if ! {{ {RUNNING}; }}; then rm -f status; mv "$HOME/unimm_jax.env" env; '
-        f"chmod 600 env; nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & "
+        f"chmod 600 env; {MARK} nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & "
         f'echo $! > "$HOME/{TREE}/pid"; else rm -f "$HOME/unimm_jax.env"; fi'
     )
 
@@ -596,8 +598,8 @@ STATUS_SCRIPT = (
     'echo "unimm-status $(hostname) $s"'
 )
 STOP_SCRIPT = (
-    f'cd "$HOME/{TREE}" || exit 0; for signal in TERM KILL; do if {RUNNING}; then kill -$signal -- -"$(cat pid)"; '
-    f"for i in $(seq 60); do {{ {RUNNING}; }} || break; sleep 1; done; fi; done"
+    f'cd "$HOME/{TREE}" || exit 0; for signal in TERM KILL; do if {ALIVE}; then kill -$signal -- -"$(cat pid)"; '
+    f"for i in $(seq 60); do {ALIVE} || break; sleep 1; done; fi; done"
 )
 TAIL_SCRIPT = f'cd "$HOME/{TREE}" && tail -n {TAIL} log | sed "s/^/unimm-log $(hostname) /"'
 
@@ -621,6 +623,7 @@ def up(tpu: Tpu, delete: bool) -> int:
                 try:
                     if has_ended:
                         tpu.stop()  # on other hosts, it may wait for those that have ended
+                        has_ended = False
                     tpu.install()
                     tpu.start()
                     status = tpu.follow()
@@ -629,7 +632,7 @@ def up(tpu: Tpu, delete: bool) -> int:
                     seconds = time.monotonic() - began_active
                     active += seconds
             except Lost as error:
-                has_ended = isinstance(error, Ended)
+                has_ended = has_ended or isinstance(error, Ended)
                 in_vain = in_vain + 1 if seconds < SOON_SECONDS and tpu.state() == "ACTIVE" else 0
                 if attempt == s.retries or in_vain == VAIN:
                     raise LaunchError(f"{s.name} was lost {attempt + 1} times, the last time because {error}") from None

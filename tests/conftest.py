@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import time
@@ -85,19 +86,54 @@ def bucket(tmp_path_factory):
     server.wait()
 
 
+class Faulty:
+    """A WSGI application of which a share of the requests fails: 503, or a body that is cut in half."""
+
+    def __init__(self, app):
+        self.app, self.share, self.rng, self.failed = app, 0.0, random.Random(0), {"503": 0, "cut": 0}
+
+    def __call__(self, environ, start_response):
+        fault = self.rng.choice(list(self.failed)) if self.rng.random() < self.share else ""
+        if fault == "503":
+            self.failed[fault] += 1
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        body = b"".join(self.app(environ, start_response))
+        if fault != "cut" or environ["REQUEST_METHOD"] != "GET" or len(body) < 2:
+            return [body]
+        self.failed[fault] += 1
+        return [body[: len(body) // 2]]
+
+
 @pytest.fixture(scope="session")
-def s3_bucket():
-    """s3://bucket on a server of this process (moto); the variables that name it stay set."""
+def s3_server():
+    """The application of moto, as `Faulty`, on a server of this process."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    server._server.app = Faulty(server._server.app)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_faults(s3_server):
+    """Makes a fifth of the requests to s3://bucket fail; how many have, by kind."""
+    app = s3_server._server.app
+    app.share, app.failed = 0.2, dict.fromkeys(app.failed, 0)
+    yield app.failed
+    app.share = 0.0
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server):
+    """s3://bucket on `s3_server`; the variables that name it stay set."""
+    host, port = s3_server.get_host_and_port()
     os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     import s3fs
 
     s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
+    return "s3://bucket"

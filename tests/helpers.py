@@ -264,12 +264,11 @@ class FakePainter:
 def write_drawings(folder: pathlib.Path, records: int = 12, **settings: Any) -> tuple[Any, Any]:
     """Drawings for every one of some records: (drawings, records)."""
     from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw_blocks, select
-    from unimm_jax.inference.sampling import SAMPLED
 
     stored, wanted = FakeRecords(records), DrawingSettings(share=1.0, **settings)
     chosen, _ = select(stored, 1.0, wanted.seed)
     identity = dict(records=stored.header["contents"], settings=dict(samples=wanted.samples, seed=wanted.seed))
-    draw_blocks(FakePainter(), stored, chosen, folder, wanted, identity, SAMPLED)
+    draw_blocks(FakePainter(), stored, chosen, folder, wanted, identity)
     return Drawings(folder), stored
 
 

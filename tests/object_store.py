@@ -3,9 +3,10 @@
 python tests/object_store.py PORT [FILE]
 
 With FILE, every change is appended to it before it is confirmed, and a new server continues with what is in it.
-With POST /faults and {"share": 0.05, "seed": 0}, so large a share of the requests fails: 429, 503, or a cut body.
-"seconds" delays every request; "forbid" answers requests with 403 whose URL contains this text. The answer has the
-numbers of requests so far, and of those that failed.
+With POST /faults and {"share": 0.05, "seed": 0}, so large a share of the requests fails: 429, 503, or a connection that
+is closed: after half of what is read, or after a change without confirming it. "seconds" delays every request; "forbid"
+answers requests with 403 whose URL contains this text. The answer, and that of GET /faults, has the numbers of requests
+so far, and of those that failed.
 """
 
 import base64
@@ -88,9 +89,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.cut = False
         if url.path == "/faults":
-            given = json.loads(self.body)
-            STORE.faults = (given.get("share", 0.0), random.Random(given.get("seed", 0)))
-            STORE.seconds, STORE.forbid = given.get("seconds", 0.0), given.get("forbid", "")
+            if self.command == "POST":
+                given = json.loads(self.body)
+                STORE.faults = (given.get("share", 0.0), random.Random(given.get("seed", 0)))
+                STORE.seconds, STORE.forbid = given.get("seconds", 0.0), given.get("forbid", "")
             return self.reply(200, {"failed": STORE.failed, "requests": STORE.requests})
         time.sleep(STORE.seconds)
         if STORE.forbid and STORE.forbid in urllib.parse.unquote(self.path):
@@ -133,6 +135,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, status, content=None, headers=()):
         body = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
+        self.close_connection = self.close_connection or self.cut
+        if self.cut and (self.command != "GET" or len(body) < 2):
+            return
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -140,13 +145,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(0 if status in (204, 304) else len(body)))
         self.end_headers()
-        if status in (204, 304):
-            return
-        if self.cut and len(body) > 1 and self.command == "GET":
-            self.wfile.write(body[: len(body) // 2])
-            self.close_connection = True
-            return
-        self.wfile.write(body)
+        if status not in (204, 304):
+            self.wfile.write(body[: len(body) // 2] if self.cut else body)
 
     def read(self, bucket, name, media):
         with STORE.lock:
@@ -238,6 +238,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def upload_part(self, bucket, key):
         name, content, wanted = STORE.uploads[key]
+        if content is None:  # complete, and the client may not know
+            return self.stored(STORE.about(bucket, name))
         asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", self.headers.get("Content-Range") or "")
         if asked and asked[1] is not None:
             content = content[: int(asked[1])] + self.body
@@ -247,7 +249,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked and (asked[3] == "*" or len(content) < int(asked[3])):
             held = [("Range", f"bytes=0-{len(content) - 1}")] if content else []
             return self.reply(308, {}, held)
-        return self.stored(STORE.put(bucket, name, content, wanted))
+        about = STORE.put(bucket, name, content, wanted)
+        STORE.change("uploads", key, (name, None, wanted))
+        return self.stored(about)
 
     def copy(self, bucket, name, other_bucket, other):
         with STORE.lock:

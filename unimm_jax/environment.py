@@ -356,8 +356,8 @@ def mesh(config: Config, data: Input | None) -> Iterator[Finding]:
     try:
         found = sharding.make_mesh(config.mesh)
         if data is not None:
-            micro = config.train.micro_batches
-            sharding.local_rows(found, data.size(0, sharding.batch_ways(found) * micro) // micro)
+            parts = config.train.micro_batches
+            sharding.check_batch(found, data.size(0, sharding.batch_ways(found) * parts), parts)
         yield Finding(OK, "mesh", ", ".join(f"{name} {size}" for name, size in found.shape.items()))
     except UserError as error:
         yield Finding(BLOCKER, "mesh", str(error))
@@ -471,7 +471,7 @@ def inputs(config: Config, workdir: str) -> tuple[Input | None, list[Finding]]:
             parsed = dataclasses.replace(config, data=dataclasses.replace(config.data, records=records))
         data = objectives.get(parsed.objective).open_input(parsed, None)
         opened = time.perf_counter()
-        data.batch(0, lambda rows: np.arange(rows)[jax.process_index() :: jax.process_count()][:ROWS])
+        data.batch(0, lambda rows: (np.arange(ROWS) + jax.process_index()) % rows)
         text = f"opened in {opened - began:.1f} s, rows of a batch read in {time.perf_counter() - opened:.2f} s"
         return data, [Finding(OK, "data", text), *_records_on_store(parsed)]
     except UserError as error:

@@ -147,6 +147,19 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def check_batch(mesh: Mesh, size: int, parts: int = 1) -> None:
+    """Checks that a batch of `size` rows divides over the mesh and over `parts` micro-batches.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    ways = batch_ways(mesh)
+    if size % (ways * parts):
+        over = f"{ways} devices (data × fsdp)" + (f" and {parts} micro-batches" if parts > 1 else "")
+        remedy = "config.train.batch_size" + (" or config.train.micro_batches" if parts > 1 else "")
+        raise ConfigError(f"a batch of {size} rows does not divide over {over}; change {remedy}")
+
+
 @functools.lru_cache
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Indices of the rows of a global batch that the devices of this process hold, ascending.
@@ -158,11 +171,7 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     Raises:
       ConfigError: the batch is not divisible by data × fsdp.
     """
-    ways = batch_ways(mesh)
-    if batch % ways:
-        raise ConfigError(
-            f"a batch of {batch} rows does not divide over {ways} devices (data × fsdp); change config.train.batch_size"
-        )
+    check_batch(mesh, batch)
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
 

@@ -40,7 +40,7 @@ from unimm_jax.errors import CheckpointError, NonFiniteLossError
 from unimm_jax.evals.base import Context
 from unimm_jax.interop import importer
 from unimm_jax.metrics import Clock, Profiler, WindowMean, Writer, parameter_table, read
-from unimm_jax.objectives.accumulation import value_and_grad
+from unimm_jax.objectives.accumulation import key_of_part, value_and_grad
 from unimm_jax.runcard import STEPS, RunCard
 from unimm_jax.text_tokenizer import TextTokenizer
 
@@ -102,8 +102,7 @@ def build(config: Config, data: Input, mesh: jax.sharding.Mesh) -> Stage:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
         def loss_of(trained: Any, rows: Any, part: Any) -> Any:
-            mine = key if parts == 1 else jax.random.fold_in(key, part)  # micro-batches have their own noise
-            return objective.loss(optim.join(trained, frozen), rows, mine, state["step"])
+            return objective.loss(optim.join(trained, frozen), rows, key_of_part(key, part, parts), state["step"])
 
         (loss, aux), grads = value_and_grad(loss_of, trained, batch, parts)
         updates, opt = tx.update(grads, state["opt"], trained)
@@ -152,13 +151,11 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
     share = functools.partial(sharding.local_rows, mesh)
     multiple = sharding.batch_ways(mesh) * config.train.micro_batches
     size = data.size(0, multiple)
-    share(size // config.train.micro_batches)  # refuses a batch that does not divide
+    sharding.check_batch(mesh, size, config.train.micro_batches)
     stage = build(config, data, mesh)
     objective, shardings = stage.objective, jax.tree.map(lambda x: x.sharding, stage.state)
+    table = parameter_table(stage.state["params"], stage.multipliers)
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json())
-        table = parameter_table(stage.state["params"], stage.multipliers)
-        (workdir / "parameters.txt").write_text(table + "\n")
         print(f"{config.name}: {table.splitlines()[-1]}, mesh {dict(mesh.shape)}", flush=True)
         for note in data.notes(multiple):
             print(f"{config.name}: {note}", flush=True)
@@ -185,6 +182,9 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             zero = jax.device_put(jnp.asarray(0, jnp.int32), shardings["step"])
             state = {"params": params, "opt": opt, "step": zero, "bad_step": zero - 1}
         start = int(state["step"])
+        if jax.process_index() == 0 and (start < config.train.steps or newest is None):
+            storage.write_whole(workdir / "config.json", config.to_json().encode())
+            storage.write_whole(workdir / "parameters.txt", f"{table}\n".encode())
         card = RunCard(workdir, config, mesh, data, start)
 
         # ---- The loop ------------------------------------------------------------------------------------------
@@ -202,9 +202,10 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
         profiler = Profiler(writer.folder / "profile", start, config.train.profile_start, traced)
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
-        there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
-        done = workdir / "done.json"
-        is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
+        done, there, is_done = workdir / "done.json", set(), False
+        if jax.process_index() == 0:
+            there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
+            is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
         missing = distributed.of_first_process([name not in there and not is_done for name in evaluators])
         recorded = {(start, name) for name, is_missing in zip(evaluators, missing, strict=True) if not is_missing}
 
@@ -265,13 +266,12 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             step, stopped = start, False
             end = config.train.steps if first_steps is None else min(first_steps, config.train.steps)
             while step < end and not stopped:
+                if step > start and step % config.train.checkpoint_every == 0:
+                    jax.block_until_ready(state["bad_step"])
+                    with clock.on("checkpoint"):
+                        save(step)
                 if step > 0:
-                    evaluate(step)
-                if step > start:
-                    if step % config.train.checkpoint_every == 0:
-                        jax.block_until_ready(state["bad_step"])
-                        with clock.on("checkpoint"):
-                            save(step)
+                    evaluate(step)  # after the checkpoint: if it fails, no step is lost
                 # while devices still work on earlier steps, waiting for a batch costs nothing
                 with clock.on("input" if metrics else "prepare", counts=functools.partial(_done, metrics)):
                     host_batch, rows = next(batches), data.size(step, multiple)
@@ -316,10 +316,10 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
             if first_steps is not None:
                 card.write()
                 return last
-            if step == config.train.steps:
-                evaluate(step)
             if step > start:
                 save(step)
+            if step == config.train.steps:
+                evaluate(step)
             checkpoints.wait()
             card.finish(read(writer.folder))
             if step == config.train.steps and jax.process_index() == 0:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import experiment, plots, quickstart, scene_scores
-from benchmarks.claims.stages import QUICK, Command, link, overrides_of, run_all
+from benchmarks.claims.stages import QUICK, Command, link, link_finished, overrides_of, run_all, steps_of
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
@@ -85,7 +85,7 @@ def language_settings(arm: str, stage: str, root: pathlib.Path, mean: float, qui
     small = overrides_of(stage, SIZE, QUICK) if quick else {}
     ours = tokens_per_example(stage, root / "dynamic" / "records", small)
     theirs = tokens_per_example(stage, root / "all" / "records", small | settings)
-    return settings | {"train.steps": max(round(quickstart.steps_of(stage, quick) * ours / theirs), 1)}
+    return settings | {"train.steps": max(round(steps_of(stage, SIZE, quick) * ours / theirs), 1)}
 
 
 def mean_tokens(root: pathlib.Path) -> float:
@@ -128,9 +128,7 @@ def use_quickstart(existing: pathlib.Path, root: pathlib.Path) -> None:
       SystemExit: `existing` lacks a stage.
     """
     for name in quickstart.STAGES:
-        if not (existing / name / "done.json").exists():
-            raise SystemExit(f"{existing} has no finished {name}; give the directory of a finished quickstart")
-        link(existing / name, (root if name in SHARED else root / "dynamic") / name)
+        link_finished(existing, name, (root if name in SHARED else root / "dynamic") / name)
 
 
 def commands(

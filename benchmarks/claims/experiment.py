@@ -14,10 +14,17 @@ Row = Sequence[str | float | int | Difference | None]
 LABELS = {"drawing": "text to image", "drawing_strict": "text to image, strict", "matched": "matching"}
 
 
+def local_path(text: str) -> pathlib.Path:
+    """The type of a flag that names a local directory."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not a local path")
+    return pathlib.Path(text)
+
+
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     """The flags of every experiment."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output), help="directory of the experiment")
+    found.add_argument("--output", type=local_path, default=pathlib.Path(output), help="directory of the experiment")
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     found.add_argument("--lanes", type=int, default=1, help="seeds that are trained at the same time")
     found.add_argument("--quick", action="store_true", help="tiny models and few steps: tests the program only")

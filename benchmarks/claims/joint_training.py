@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import experiment, plots, quickstart, scene_scores
-from benchmarks.claims.stages import SECONDS, Command, link, run_all, training
+from benchmarks.claims.stages import SECONDS, Command, link, link_finished, run_all, training
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
@@ -93,9 +93,7 @@ def commands(
     else:
         found = []
         for name in NEEDED:
-            if not (existing / name / "done.json").exists():
-                raise SystemExit(f"{existing} has no finished {name}; give the directory of a finished quickstart")
-            link(existing / name, root / name)
+            link_finished(existing, name, root / name)
         if (existing / "stage3" / "done.json").exists():
             link(existing / "stage3", root / "stage3_joint")
     share = {"joint": 1.0, "drawing": 0.3, "answering": 0.75}

@@ -4,17 +4,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.claims.stages import QUICK, Command, pretokenizing, training
+from benchmarks.claims.stages import Command, pretokenizing, training
 
 SIZE = "laptop"
 STAGES = ("encoder", "selector", "tokenizer", "records", "pixel_decoder", "text", "stage1", "stage2", "stage3")
-
-
-def steps_of(stage: str, quick: bool) -> int:
-    """Training steps of a stage."""
-    from unimm_jax import resolve
-
-    return QUICK["train.steps"] if quick else resolve.load(f"{stage}:{SIZE}").train.steps
 
 
 def commands(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import assessment_documents, experiment, plots, quickstart, scene_scores
-from benchmarks.claims.stages import QUICK, SECONDS, Command, link, run_all, training
+from benchmarks.claims.stages import QUICK, SECONDS, Command, link_finished, run_all, steps_of, training
 from unimm_jax.evals.bootstrap import Difference, paired_bootstrap
 
 SIZE = quickstart.SIZE
@@ -49,9 +49,7 @@ def base_commands(root: pathlib.Path, seed: int, quick: bool, existing: pathlib.
     if existing is None:
         return quickstart.commands(root, seed, quick)
     for name in NEEDED:
-        if not (existing / name / "done.json").exists():
-            raise SystemExit(f"{existing} has no finished {name}; give the directory of a finished quickstart")
-        link(existing / name, root / name)
+        link_finished(existing, name, root / name)
     return []
 
 
@@ -144,7 +142,7 @@ def arm_commands(
     """
     found = document_commands(root, seed, arms, partner, quick)
     found += [records_command(root, arm, quick) for arm in arms if arm != "extra"]
-    seconds = SECONDS[SIZE]["stage3"] * STEPS / quickstart.steps_of("stage3", False) * SLOWER
+    seconds = SECONDS[SIZE]["stage3"] * STEPS / steps_of("stage3", SIZE, False) * SLOWER
     found.append(scene_scores.command(root / "scores_base", root / "stage3", ["drawing", "questions"], quick))
     for arm in arms:
         folder = root / f"stage3_{arm}"

@@ -29,6 +29,7 @@ from benchmarks.claims.stages import (
     overrides_of,
     pretokenizing,
     run_all,
+    steps_of,
     training,
 )
 from benchmarks.claims.thresholds import steps_to
@@ -48,13 +49,6 @@ PIXEL_CONFIG = ROOT / "benchmarks" / "claims" / "pixel_tokenizer_config.py"
 MEASURES = ("gain", "matched", "drawing", "drawing_strict")
 
 
-def steps_of(stage: str, quick: bool) -> int:
-    """Training steps of a stage."""
-    from unimm_jax import resolve
-
-    return QUICK["train.steps"] if quick else resolve.load(f"{stage}:{SIZE}").train.steps
-
-
 def tokenizer_commands(arm: str, folder: pathlib.Path, seed: int, quick: bool) -> list[Command]:
     """The commands that train the image tokenizer of an arm."""
     if arm == "S":
@@ -63,14 +57,15 @@ def tokenizer_commands(arm: str, folder: pathlib.Path, seed: int, quick: bool) -
     if quick:
         small = overrides_of("tokenizer", SIZE, QUICK)
         small |= {name: value for name, value in QUICK.items() if name.startswith("model.pixel_decoder.")}
-    each = SECONDS[SIZE]["tokenizer"] * 1.3 / steps_of("tokenizer", False)  # of a step; pixels cost more than features
+    # seconds of a step; pixels cost more than features
+    each = SECONDS[SIZE]["tokenizer"] * 1.3 / steps_of("tokenizer", SIZE, False)
 
     def pixel_training(name: str, kind: str, seconds: float) -> Command:
         flags = [f"--config={PIXEL_CONFIG}:{kind}", f"--workdir={folder / name}", *flags_of({"seed": seed} | small)]
         return Command(folder / name, "benchmarks.claims.train_pixel_tokenizer", flags, seconds)
 
-    found = [pixel_training("pixel_start", f"{arm}_start", each * steps_of("encoder", False))]
-    found.append(pixel_training("pixel_tokenizer", arm, each * steps_of("tokenizer", False)))
+    found = [pixel_training("pixel_start", f"{arm}_start", each * steps_of("encoder", SIZE, False))]
+    found.append(pixel_training("pixel_tokenizer", arm, each * steps_of("tokenizer", SIZE, False)))
     extract = [f"--pixel_tokenizer={folder / 'pixel_tokenizer'}", f"--output={folder / 'tokenizer'}"]
     return [*found, Command(folder / "tokenizer", "benchmarks.claims.extract_image_tokenizer", extract, 8)]
 
@@ -79,7 +74,8 @@ def language_settings(stage: str, quick: bool) -> dict[str, Any]:
     """Settings of a language stage that differ from size `laptop-illume`; the same for all arms."""
     if stage == "stage1":
         return {"init_from": START}
-    return {"train.checkpoint_every": max(steps_of(stage, quick) // (2 if quick else POINTS), 1), "train.keep": POINTS}
+    every = steps_of(stage, SIZE, quick) // (2 if quick else POINTS)
+    return {"train.checkpoint_every": max(every, 1), "train.keep": POINTS}
 
 
 def arm_commands(arm: str, root: pathlib.Path, seed: int, quick: bool) -> list[Command]:

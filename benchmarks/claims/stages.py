@@ -155,6 +155,24 @@ def link(target: pathlib.Path, place: pathlib.Path) -> None:
         raise SystemExit(f"{place} is not {target}: an earlier call had other --runs; give another --output")
 
 
+def steps_of(stage: str, size: str, quick: bool) -> int:
+    """Training steps of a stage."""
+    from unimm_jax import resolve
+
+    return QUICK["train.steps"] if quick else resolve.load(f"{stage}:{size}").train.steps
+
+
+def link_finished(existing: pathlib.Path, name: str, place: pathlib.Path) -> None:
+    """Links a stage of a finished quickstart.
+
+    Raises:
+      SystemExit: `existing` lacks it.
+    """
+    if not (existing / name / "done.json").exists():
+        raise SystemExit(f"{existing} has no finished {name}; give the directory of a finished quickstart")
+    link(existing / name, place)
+
+
 def run(module: str, *arguments: str, log: pathlib.Path | None = None) -> None:
     """Runs a command of the project in a process of its own, at the root of the clone.
 
@@ -192,7 +210,7 @@ class Progress:
 
     def __init__(self, commands: Sequence[Command], lanes: int):
         open_commands = [c for c in commands if not c.is_done]
-        self.total, self.left, self.number = len(commands), sum(c.seconds for c in open_commands), 0
+        self.total, self.left = len(commands), sum(c.seconds for c in open_commands)
         self.number = len(commands) - len(open_commands)
         self.finished, self.began, self._lock = 0.0, time.perf_counter(), threading.Lock()
         at_once = TWO_LANES if lanes > 1 else 1.0

@@ -6,16 +6,17 @@ A tiny text stage is trained from records without faults, and then again and aga
 moments that the seed decides: while it starts, compiles, trains, saves, evaluates and ends. The faults:
 
 - SIGKILL, SIGTERM, and SIGSTOP followed by SIGCONT or SIGKILL, to one process or to all of them
-- a full disk: a file system in memory is filled. Needs the right to mount one; otherwise these points are skipped
+- a full disk: a file system in memory is filled. Needs the right to mount one; otherwise these points are skipped, and
+  the exit status is 1
 - a file of the records that is missing for some seconds
-- an object store (that of the tests, on loopback) that answers 10% to 50% of the requests with 429, 503 or a part of
-  the body, or that is killed and started again with its data
+- an object store (that of the tests, on loopback) that answers 10% to 50% of the requests with 429, 503 or a cut
+  connection, or that is killed and started again with its data
 
 Runs have 1, 2 or 4 processes. A run is started again after each fault until it finishes. Then its checkpoint
 (parameters, optimizer state, position in the data), its metrics and its scores must be equal to those of the
 undisturbed run with as many processes, bit by bit and except for times, and it must not leave other files. A process
-may end with one line of error while a fault lasts (or because another process has ended), but not with a traceback, and
-it must not hang.
+may end with one line of error that names the fault while it lasts (or another process that has ended), but not with a
+traceback, and it must not hang.
 
 Each point's result is a line of OUTPUT/points.jsonl. An interrupted campaign continues. OUTPUT/results.md has a table,
 OUTPUT/runs/ the logs of all runs. Eight points take about 4 minutes on two idle cores of an AMD EPYC of family 25.
@@ -36,20 +37,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=100, help="number of faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/faults"))
+    parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/faults"))
     parser.add_argument("--processes", type=int, nargs="+", choices=sorted(PROCESSES), default=sorted(PROCESSES))
     flags = parser.parse_args()
     from benchmarks.faults.campaign import Campaign
     from unimm_jax import process
+    from unimm_jax.runcard import commit
 
     process.prepare()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that runs are ended, too
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about each state that is read without its step
-    output = experiment.prepare(flags.output, "faults", False, seed=flags.seed, processes=flags.processes)
+    settings = dict(seed=flags.seed, processes=flags.processes, commit=commit())
+    output = experiment.prepare(flags.output, "faults", False, **settings)
     good = Campaign(output, flags.seed, flags.points, flags.processes).run()
     print((output / "results.md").read_text())
     if not good:
-        raise SystemExit(f"some points failed; their logs are in {output / 'runs'}")
+        raise SystemExit(f"not all runs ended in the same bits; their logs are in {output / 'runs'}")
 
 
 if __name__ == "__main__":

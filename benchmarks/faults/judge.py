@@ -14,7 +14,14 @@ _TIMES = re.compile(r".*(_ms|_seconds|_per_second|_blocking)|goodput|input_stall
 TRACEBACK = "Traceback (most recent call last)"
 # JAX ends a process itself, with SIGABRT, when it notices before the training loop does that another one is lost
 JAX_ABORT = "JAX distributed service detected fatal errors"
-MAY_REFUSE = ("full disk", "missing file", "store errors", "store down")  # also with a single process
+# what a process may say when it refuses to go on, by the fault; one of several may also say that it lacks others
+REFUSALS = {
+    "full disk": r"[Nn]o space left|quota",
+    "missing file": r"is missing|are missing|is damaged|holds no finished records|[Nn]o such file",
+    "store errors": r"the object store refuses or cannot be reached",
+    "store down": r"the object store refuses or cannot be reached",
+}
+OTHER_PROCESSES = r"another process of this run|the processes of this run did not connect|does not see the workdir"
 
 
 def verdict(status: int, said: str, sent: Iterable[int] = ()) -> str:
@@ -42,13 +49,18 @@ def verdict(status: int, said: str, sent: Iterable[int] = ()) -> str:
 
 
 def unexpected(verdicts: Iterable[str], kind: str, processes: int) -> list[str]:
-    """Those verdicts that a fault does not excuse; with several processes, one may end because another has."""
+    """Those verdicts that a fault does not excuse; with several processes, one may end because another has.
+
+    A refusal must name the fault (`REFUSALS`), or the other processes.
+    """
+    named = [REFUSALS[kind]] if kind in REFUSALS else []
     excused = ["finished", "stopped", "killed"]
-    if kind in MAY_REFUSE or processes > 1:
-        excused.append("refused")
     if processes > 1:
         excused.append("aborted")
-    return [v for v in verdicts if not v.startswith(tuple(excused))]
+        named.append(OTHER_PROCESSES)
+    if named:
+        excused.append(f"refused: .*({'|'.join(named)})")
+    return [v for v in verdicts if not re.match("|".join(excused), v)]
 
 
 def left(workdir: pathlib.Path) -> dict[str, Any]:

@@ -92,8 +92,14 @@ class Server:
         self.process.wait()
 
     def fail(self, share: float, seed: int = 0) -> int:
-        """Makes so large a share of the requests fail: 429, 503, or a cut body; how many have failed so far."""
-        data = json.dumps({"share": share, "seed": seed}).encode()
+        """Makes so large a share of the requests fail: 429, 503, or a cut connection; how many have failed so far."""
+        return self._faults(json.dumps({"share": share, "seed": seed}).encode())
+
+    def failed(self) -> int:
+        """How many requests have failed."""
+        return self._faults()
+
+    def _faults(self, data: bytes | None = None) -> int:
         with urllib.request.urlopen(f"{self.url}/faults", data) as reply:
             failed: int = json.load(reply)["failed"]
         return failed

@@ -134,9 +134,13 @@ class Run:
         self.collect()
 
     def _outage(self, point: Point, launch: Launch) -> None:
+        before = self.places.server.failed()
         end = self._begin(point)
         try:
             launch.wait(point.seconds)
+            while point.kind == "store errors" and self.places.server.failed() == before:  # nothing was requested
+                if launch.wait(0.2) or launch.seconds > self.bound:
+                    break
             if any(p.poll() is not None for p in launch.processes):
                 if not launch.wait(self.bound):  # one has ended, so all must
                     self._hangs(launch)

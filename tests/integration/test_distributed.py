@@ -76,7 +76,10 @@ def check(run, root, plans):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_one_two_and_four_processes_are_the_same(run, tmp_path):
-    """pytest -m slow tests/test_distributed.py: losses of 20 steps within 1e-5, through changes in the middle too."""
+    """Losses of 20 steps within 1e-5, also if the number changes in between.
+
+    pytest -m slow tests/integration/test_distributed.py -k one_two_and_four
+    """
     check(run, tmp_path / "root", [[(20, 2)], [(20, 4)], [(8, 2), (14, 4), (20, 1)]])
 
 

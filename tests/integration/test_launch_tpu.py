@@ -223,19 +223,49 @@ def test_a_tpu_that_cannot_be_asked_for_is_not_deleted(stub, monkeypatch, capsys
 
 
 def test_a_failed_command_is_stopped_on_the_other_hosts(stub, tmp_path, monkeypatch, capsys):
-    """So that a corrected command starts on all hosts."""
+    """So that a corrected command starts on all hosts. A process may save before it ends, as training does."""
     monkeypatch.setenv("STUB", str(stub))
     monkeypatch.setenv("PATH", f"{stub}:{os.environ['PATH']}")
     monkeypatch.setattr(tpu, "STUCK_SECONDS", 0.5)
-    script = f'[ "$JAX_PROCESS_ID" = 0 ] && exit 3; trap "echo stopped > {tmp_path}/stopped; exit 143" TERM; '
+    script = f'[ "$JAX_PROCESS_ID" = 0 ] && exit 3; trap "sleep 2; echo stopped > {tmp_path}/stopped; exit 143" TERM; '
     script += "for i in $(seq 600); do sleep 0.1; done"
     flags = ["up", "run", "--zone=us-west4-a", *TRAIN, "--poll=0.1", f"--install={INSTALL}", "--", "bash", "-c", script]
     assert tpu.main(flags) == 3
-    for _ in range(100):  # the trap runs after the shell around it has ended
-        if (tmp_path / "stopped").exists():
-            break
-        time.sleep(0.1)
     assert (tmp_path / "stopped").exists() and "stopping the command on the other hosts" in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_end_is_killed(tmp_path):
+    """The shell that the launcher starts ends at SIGTERM, the command does not."""
+    tree = tmp_path / tpu.TREE
+    (tree / "src").mkdir(parents=True)
+    (tmp_path / "unimm_jax.env").touch()
+    env = os.environ | {"HOME": str(tmp_path)}
+
+    def on_host(script):
+        return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+
+    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('begun', flush=True); time.sleep(600)"
+    on_host(tpu.start_script([sys.executable, "-c", ignores]))
+    while "begun" not in (tree / "log").read_text():
+        time.sleep(0.05)
+    on_host(tpu.STOP_SCRIPT.replace("TERM KILL", "TERM").replace("seq 60", "seq 1"))
+    assert "running" in on_host(tpu.STATUS_SCRIPT)
+    on_host(tpu.STOP_SCRIPT.replace("seq 60", "seq 1"))
+    assert on_host(tpu.STATUS_SCRIPT).endswith(f" {tpu.GONE}\n")
+
+
+def test_a_failed_installation_is_repeated(tmp_path):
+    """Also when the version before it is installed again."""
+    (tmp_path / "files").mkdir()
+    subprocess.run(["tar", "-czf", tmp_path / "unimm_jax.tar.gz", "-C", tmp_path / "files", "."], check=True)
+
+    def install(command, mark):
+        line = ["bash", "-c", tpu.install_script(command, mark)]
+        return subprocess.run(line, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True).returncode
+
+    assert install("echo >> $HOME/done", "a") == 0 and install("exit 3", "b") == 3
+    assert install("echo >> $HOME/done", "a") == 0 and install("exit 3", "a") == 0
+    assert (tmp_path / "done").read_text() == "\n\n"
 
 
 def test_a_refusal_after_a_preemption_is_tried_again(stub, tmp_path):
@@ -389,6 +419,9 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stub):
     assert lines[0].startswith("gcloud alpha ") and "valid-until" not in lines[0]
     assert ["run-0" in text or "run-1" in text for text in lines] == [False, *[True] * 9, False]
     assert lines[-1].split()[3:5] == ["queued-resources", "delete"]
+    words, env = line(stub, "up", *flags, "--type=v6e-8", command=("python", "-c", "print('a b')"))
+    alone = subprocess.run([words[0], "-S", "-E", *words[1:]], env=env, capture_output=True, text=True)
+    assert alone.returncode == 0 and alone.stdout.count("gcloud") == done.stdout.count("gcloud")  # no packages needed
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,21 @@ def test_resuming_with_another_model_is_refused(run, tmp_path):
     shutil.copytree(run / "selector", tmp_path / "selector")
     with pytest.raises(CheckpointError, match="does not fit this config"):
         train(tiny("selector", train__steps=STEPS + 2, model__image_tokenizer__mlp_width=32), tmp_path / "selector")
+    config = tmp_path / "selector" / "config.json"
+    assert config.read_bytes() == (run / "selector" / "config.json").read_bytes()
+    train(tiny("selector", optimizer__learning_rate=0.5), tmp_path / "selector")  # it is finished
+    assert config.read_bytes() == (run / "selector" / "config.json").read_bytes()
 
 
 def test_fewer_devices_than_the_mesh_are_one_line(run, tmp_path):
-    link(run, tmp_path, "encoder")
+    link(run, tmp_path, "encoder", "tokenizer", "records")
     settings = main_command("selector", tmp_path / "selector", train__batch_size=7)[3:]
     assert "a batch of 7 rows does not divide over 2 devices" in last_line(
         command("main", *settings, XLA_FLAGS=xla_flags(2))
+    )
+    settings = main_command("pixel_decoder", tmp_path / "pixel_decoder", train__batch_size=16, train__micro_batches=3)
+    assert "a batch of 16 rows does not divide over 1 devices (data × fsdp) and 3 micro-batches" in last_line(
+        command("main", *settings[3:])
     )
     settings = main_command("selector", tmp_path / "selector", mesh=(1, 4, 1))[3:]
     assert "config.mesh asks for 1 × 4 × 1 = 4 devices, here are 1" in last_line(command("main", *settings))

@@ -175,6 +175,14 @@ def test_a_mesh_that_does_not_fit_the_devices_and_a_batch_that_does_not_fit_the_
     one(environment.mesh(config, odd), "mesh", "12 rows does not divide over 8")
 
 
+def test_more_processes_than_rows(workdir, monkeypatch):
+    """Rows are padded in training, so the last processes have rows of padding."""
+    path, config = workdir
+    monkeypatch.setattr(environment.jax, "process_index", lambda: 999)
+    _, found = environment.inputs(config, str(path))
+    assert levels(found)["data"] == "ok"
+
+
 def test_a_cache_that_its_disk_cannot_hold(monkeypatch, tmp_path):
     monkeypatch.setenv("UNIMM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("UNIMM_CACHE_GIB", "0.001")

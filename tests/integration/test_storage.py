@@ -249,7 +249,7 @@ def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, seed):
-    """5% of the requests are answered with 429, 503 or a part of the body."""
+    """5% of the requests get 429 or 503, half of the body, or no confirmation of a change."""
     changes = dict(train__steps=16, train__checkpoint_every=4, train__log_every=1)
     local = link(run, tmp_path, "records", "stage2", "tokenizer", "pixel_decoder")
     subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
@@ -454,3 +454,18 @@ def test_records_and_exports_can_be_on_s3_and_checkpoints_cannot(run, s3_bucket,
         find(f"{s3_bucket}/stage3")
     sums = storage.checksums(storage.path(f"{s3_bucket}/records"))
     assert storage.checksums(tmp_path / "records", sums) == sums
+
+
+def test_a_store_with_the_interface_of_s3_that_fails_now_and_then_loses_nothing(s3_bucket, s3_faults, tmp_path):
+    """A fifth of the requests get 503 or half of the body."""
+    write_random_records(tmp_path / "records", 20)
+    write_random_records(storage.path(f"{s3_bucket}/faulty"), 20)
+    one, other = Records(tmp_path / "records"), Records(f"{s3_bucket}/faulty")
+    assert one.header == other.header
+    for i in range(len(one)):
+        assert one[i].images == other[i].images and one[i].texts == other[i].texts
+    for i in range(60):
+        file = storage.path(f"{s3_bucket}/many/{i}")
+        storage.write_whole(file, bytes([i]) * 1000)
+        assert storage.read(file) == bytes([i]) * 1000
+    assert min(s3_faults.values()) > 3, s3_faults

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, STEPS, TEXT_VOCAB, link, main_command, opened, tiny, with_records, write_random_records
 
-from unimm_jax import checkpoint, metrics
+from unimm_jax import checkpoint, distributed, metrics
 from unimm_jax.compile import hardware
 from unimm_jax.data.plan import Plan
 from unimm_jax.errors import CheckpointError, DamagedRecordsError, DataError, NonFiniteLossError
@@ -344,7 +344,7 @@ def test_an_evaluation_that_lacks_a_file_or_space_stops_the_run_and_is_made_up(r
 
 
 @pytest.mark.parametrize("name", ["header.json", "index/sizes_ends.npy", "blocks/000000.array_record"])
-def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capfd, name):
+def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_path, capfd, monkeypatch, name):
     records = tmp_path / "records"
     write_random_records(records, 48)
     write_random_records(records / "test", 16)
@@ -359,6 +359,11 @@ def test_a_missing_held_out_file_stops_the_run_and_a_missing_split_does_not(tmp_
     (records / "test").rename(away)
     train(tiny("text", **changes), tmp_path / "without")
     assert "no held-out loss" in capfd.readouterr().out and (tmp_path / "without" / "done.json").exists()
+    # of several processes, all or none have the split
+    monkeypatch.setattr(distributed, "gather", lambda data: [b"yes", data] if data == b"no" else [data])
+    with pytest.raises(DataError, match=r"missing on processes \[1\] only"):
+        train(tiny("text", **changes), tmp_path / "one_without")
+    assert checkpoint.find(tmp_path / "one_without").name == "2"  # no step is lost
 
 
 def test_an_evaluation_that_a_stop_skipped_is_made_up_on_resume(run, tmp_path):

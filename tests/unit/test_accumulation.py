@@ -7,7 +7,7 @@ from helpers import opened, tiny, with_records
 
 from unimm_jax import resolve, sharding, train
 from unimm_jax.errors import ConfigError
-from unimm_jax.objectives.accumulation import value_and_grad
+from unimm_jax.objectives.accumulation import value, value_and_grad
 
 
 def _unequal(batch):
@@ -39,8 +39,8 @@ def test_micro_batches_give_the_loss_and_the_update_of_the_whole_batch(run):
     losses, metrics, params = found[1]
     for parts in (2, 4):
         assert np.allclose(found[parts][0], losses, rtol=1e-6, atol=1e-6)
-        for name, value in metrics.items():
-            assert found[parts][1][name] == pytest.approx(value, rel=1e-5), name
+        for name, metric in metrics.items():
+            assert found[parts][1][name] == pytest.approx(metric, rel=1e-5), name
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(found[parts][2]), strict=True):
             assert np.abs(a - b).max() < 1e-6
 
@@ -59,8 +59,8 @@ def test_micro_batches_of_padding_rows_change_nothing(run):
             loss = lambda params, rows, part: objective.loss(params, rows, jax.random.key(0), np.int32(0))
             return value_and_grad(loss, params, batch, parts)
 
-        (value, _), gradient = jax.jit(run_once)(params, batch)
-        found[parts] = float(value), jax.tree.leaves(gradient)
+        (loss, _), gradient = jax.jit(run_once)(params, batch)
+        found[parts] = float(loss), jax.tree.leaves(gradient)
     assert found[16][0] == pytest.approx(found[1][0], rel=1e-6)
     for a, b in zip(found[1][1], found[16][1], strict=True):
         assert np.isfinite(b).all() and np.abs(a - b).max() < 1e-6
@@ -76,15 +76,45 @@ def test_image_decoders_accumulate(stage, run):
     def loss(params, rows, part):
         return objective.loss(params, rows, jax.random.fold_in(key, part), np.int32(0))
 
-    (value, _), gradient = jax.jit(lambda p, b: value_and_grad(loss, p, b, 2))(params, batch)
+    (mean, aux), gradient = jax.jit(lambda p, b: value_and_grad(loss, p, b, 2))(params, batch)
+    without_gradient = jax.jit(lambda p, b: value(loss, p, b, 2))(params, batch)
+    for a, b in zip(jax.tree.leaves((mean, aux)), jax.tree.leaves(without_gradient), strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-6)
     parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
     both = jax.jit(jax.value_and_grad(loss, has_aux=True))
     found = [both(params, part, i) for i, part in enumerate(parts)]
-    assert value == pytest.approx(np.mean([float(x) for (x, _), _ in found]), rel=1e-5)
+    assert mean == pytest.approx(np.mean([float(x) for (x, _), _ in found]), rel=1e-5)
     for mean, *each in zip(*map(jax.tree.leaves, (gradient, *(g for _, g in found))), strict=True):
         assert np.allclose(mean, np.mean(each, 0), rtol=1e-3, atol=1e-6)
     again = float(both(params, parts[0], 1)[0][0])
     assert (again == pytest.approx(float(found[0][0][0]), rel=1e-6)) is (stage == "pixel_decoder")
+
+
+def test_the_held_out_loss_is_computed_in_micro_batches(run, monkeypatch):
+    """As many as training has, or fewer where a batch has fewer rows; a batch of another size had failed before."""
+    from unimm_jax import evals
+
+    seen = []
+
+    def counted(loss, params, batch, parts):
+        seen.append(parts)
+        return value(loss, params, batch, parts)
+
+    monkeypatch.setattr("unimm_jax.evals.heldout_loss.accumulation.value", counted)
+    found = {}
+    for parts, size in ((1, 8), (4, 8), (16, 8)):
+        config = with_records("stage3", run, train__micro_batches=parts, train__batch_size=size)
+        data, objective = opened(config)
+        evaluator = evals.get("loss")(evals.options_of({"type": "loss", "batches": 2}))
+        mesh = sharding.make_mesh(config.mesh)
+        params = objective.init(jax.random.key(0))
+        with jax.set_mesh(mesh):
+            context = evals.base.Context(config, objective, params, 1, mesh, run, data.header, data.text_tokenizer)
+            found[parts] = evaluator.run(context).scores
+    assert seen[0] == 1 and seen[1] in (2, 4) and len(seen) == 3
+    for parts in (4, 16):
+        for name, number in found[1].items():
+            assert found[parts][name] == pytest.approx(number, rel=1e-4), name
 
 
 def test_objectives_whose_loss_needs_the_whole_batch_refuse(run):

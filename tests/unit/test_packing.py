@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -199,6 +200,25 @@ def test_packing_changes_no_examples_loss(run, records, layout):
             assert np.abs(together[inside] - single[:n])[weights[:n]].max(initial=0) < 1e-5
             seen += 1
     assert seen > 12
+
+
+def test_only_images_that_are_read_in_slices_are_cut(monkeypatch, layout):
+    cut = []
+
+    class Stored:
+        def __getitem__(self, index):
+            return types.SimpleNamespace(texts=[], keep=[np.ones(16, bool)] * 2, codes=[])
+
+        def views(self, index, image, side, most, rule):
+            cut.append((image, most))
+            return ["whole", "slice"]
+
+    inputs = [(0, 0), (0, 1), (1, 0)]
+    monkeypatch.setattr(packing, "document_of", lambda *_: ())
+    monkeypatch.setattr(packing, "render", lambda *_: types.SimpleNamespace(inputs=inputs))
+    config = dataclasses.replace(CONFIG, max_slices=9)
+    built = build_example(Stored(), Example(0, "edit", 0), config, layout)
+    assert sorted(cut) == [(0, 9), (1, 0)] and built.images == ["whole", "slice", "whole"]
 
 
 def test_records_are_complete_or_refused(tmp_path, records):

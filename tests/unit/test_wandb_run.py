@@ -93,3 +93,13 @@ def test_a_missing_package_is_named_before_anything_is_compiled(tmp_path, monkey
     with pytest.raises(ConfigError, match=r"config.train.wandb is 'p', .*; run pip install wandb, or set"):
         train.train(tiny("encoder", train__wandb="p"), tmp_path / "encoder")
     wandb_run.check("")  # not asked for
+
+
+@pytest.mark.slow
+def test_the_package_itself_takes_what_is_logged(tmp_path, monkeypatch, caplog):
+    """pip install wandb; pytest -m slow tests/unit/test_wandb_run.py: offline."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path)
+    assert not [r for r in caplog.records if "Weights & Biases" in r.getMessage()]
+    (file,) = tmp_path.rglob("run-*.wandb")
+    assert file.stat().st_size > 1000 and (tmp_path / "wandb_id.txt").read_text() in file.name

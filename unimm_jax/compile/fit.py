@@ -131,10 +131,9 @@ def abstract_step(
       ConfigError: the batch does not divide over the mesh.
     """
     objective = objectives.get(config.objective)
-    ways, multiple = sharding.batch_ways(mesh), sharding.batch_ways(mesh) * config.train.micro_batches
+    multiple = sharding.batch_ways(mesh) * config.train.micro_batches
     size = rows * multiple if rows else objective.batch_rows(config, multiple)
-    if size % ways:
-        raise ConfigError(f"a batch of {size} rows does not divide over {ways} devices (data × fsdp); give --rows")
+    sharding.check_batch(mesh, size, config.train.micro_batches)
     stage = train.build(config, objective.abstract_input(config, text_rows, codes), mesh)
     place = sharding.batch_sharding(mesh)
     spec = objective.batch_spec(config, size)

@@ -153,8 +153,12 @@ def build_example(records: Records, example: Example, packing: PackingConfig, la
     """Reads the record of an example and renders its document."""
     item = records[example.record]
     tokens = render(document_of(records, example, packing, layout), item.texts, item.keep, item.codes, layout)
-    grids = (packing.max_slices, packing.slice_grids) if any(view for _, view in tokens.inputs) else (0, "illume")
-    views = {i: records.views(example.record, i, packing.image_size, *grids) for i in {i for i, _ in tokens.inputs}}
+    sliced = {image for image, view in tokens.inputs if view}
+    most = {image: packing.max_slices if image in sliced else 0 for image, _ in tokens.inputs}
+    views = {
+        image: records.views(example.record, image, packing.image_size, slices, packing.slice_grids)
+        for image, slices in most.items()
+    }
     images = [views[image][view] for image, view in tokens.inputs]
     if layout.view_features:
         return BuiltExample(tokens, images, [np.ones(layout.view_features, bool)] * len(images))

@@ -414,7 +414,8 @@ class Plan:
     def _find_members(self) -> list[np.ndarray | None]:
         """The records of each source to which a task applies; None is all records.
 
-        Whether a task applies is found once for every set of outline codes, on up to 64 records that have it.
+        Whether a task applies is found for every set of outline codes, on up to 64 records of each chunk, until one is
+        found to which it does.
         """
         names = [self.tasks_of(i) for i in range(len(self.sources))]
         readable = [np.full(1 << 16, -1, np.int8) for _ in self.sources]  # by set of codes: -1 unknown, 0 no, 1 yes

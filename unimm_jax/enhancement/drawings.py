@@ -158,7 +158,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings, 
       CheckpointError: no such model, or no decoder beside it.
       DataError: no records, none with captions, or drawings of another run in `output`.
     """
-    sampling = settings.sampling  # raises for wrong settings before anything is loaded
+    _ = settings.sampling  # raises for wrong settings before anything is loaded
     stored = Records.open(storage.path(records))
     number = source_number(settings.source, split_sources(stored.header["sources"])) if settings.source else None
     if settings.source and number is None:
@@ -187,7 +187,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings, 
         records=contents_of(stored),
         settings=used,
     )
-    draw_blocks(generator, stored, chosen, storage.path(output), settings, identity, sampling)
+    draw_blocks(generator, stored, chosen, storage.path(output), settings, identity)
 
 
 def draw_blocks(
@@ -197,7 +197,6 @@ def draw_blocks(
     folder: pathlib.Path,
     settings: DrawingSettings,
     identity: dict[str, Any],
-    sampling: Sampling,
 ) -> None:
     """Draws the missing blocks of this process; see `draw`.
 
@@ -220,7 +219,7 @@ def draw_blocks(
             record, text = chosen[index // settings.samples]
             item, name = stored[record], f"images/{block:06d}/{index:08d}.png"
             drawings.append(Drawing(index, record, item.key, item.texts[text], text, name, seed))
-        ids = generator.generate_image_tokens([drawing.prompt for drawing in drawings], sampling, seed)
+        ids = generator.generate_image_tokens([drawing.prompt for drawing in drawings], settings.sampling, seed)
         images = generator.decode(*generator.codes(ids), settings.decoder, seed)
         spool = storage.Spool(folder)
         (spool.folder / f"images/{block:06d}").mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from unimm_jax import sharding
+from unimm_jax import distributed, sharding
 from unimm_jax.config import ranged
 from unimm_jax.errors import DamagedRecordsError, DataError
 from unimm_jax.evals.base import Context, Evaluator, Options, Result
-from unimm_jax.objectives.base import Aux, Tree
+from unimm_jax.objectives import accumulation
+from unimm_jax.objectives.base import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +33,8 @@ class HeldOutLossOptions(Options):
 class HeldOutLoss(Evaluator):
     """Mean loss and metrics over the same batches and the same noise at every call.
 
-    The batches are the first ones of the held-out split under the config's seed. Records without a held-out split
-    (written by an older version) give no scores.
+    The batches are the first ones of the held-out split under the config's seed. As in training, a batch is computed in
+    `config.train.micro_batches` parts (fewer where it has fewer rows). Without a held-out split there are no scores.
     """
 
     options = HeldOutLossOptions
@@ -65,11 +67,15 @@ class HeldOutLoss(Evaluator):
         except DamagedRecordsError:
             raise
         except DataError as error:
-            if jax.process_count() > 1:
-                raise  # the other processes would wait for this one
-            print(f"{config.name}: no held-out loss ({error})", flush=True)
+            data, reason = None, str(error)
+        there = [answer == b"yes" for answer in distributed.gather(b"no" if data is None else b"yes")]
+        if data is None and not any(there):
+            print(f"{config.name}: no held-out loss ({reason})", flush=True)
             self._batches = []
             return
+        if data is None or not all(there):
+            without = [number for number, is_there in enumerate(there) if not is_there]
+            raise DataError(f"the held-out data are missing on processes {without} only; make the paths equal")
         share, multiple = functools.partial(sharding.local_rows, context.mesh), sharding.batch_ways(context.mesh)
         self._batches = [
             (data.size(index, multiple), data.batch(index, share, multiple)) for index in range(self.settings.batches)
@@ -77,9 +83,13 @@ class HeldOutLoss(Evaluator):
         objective = context.objective
 
         def loss(params: Tree, batch: Any, index: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            parts = math.gcd(next(iter(batch.values())).shape[0] // multiple, config.train.micro_batches)
+
+            def of_part(params: Tree, rows: Any, part: Any) -> Any:
+                return objective.loss(params, rows, accumulation.key_of_part(key, part, parts), step)
+
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-            value, aux = objective.loss(params, batch, key, step)
-            assert isinstance(aux, Aux)
+            value, aux = accumulation.value(of_part, params, batch, parts)
             return value, aux.metrics
 
         replicated = jax.sharding.NamedSharding(context.mesh, jax.sharding.PartitionSpec())

@@ -259,8 +259,8 @@ class Generator:
 
     def prompt_of(self, parts: Sequence[np.ndarray | str]) -> Prompt:
         """A user turn of images, uint8 [H, W, 3], and texts."""
-        numbered, images = _numbered(parts)
-        return Prompt(tasks.user_prompt(numbered, self.task_settings), images)
+        document, images = numbered(parts)
+        return Prompt(tasks.user_prompt(document, self.task_settings), images)
 
     def image_prompt_of(self, parts: Sequence[np.ndarray | str], image_prompts: str = "") -> Prompt:
         """A prompt of images, uint8 [S, S, 3], and texts for an image.
@@ -268,10 +268,10 @@ class Generator:
         Args:
           image_prompts: layout, one of `tasks.IMAGE_PROMPTS`; `config.data.image_prompts` if empty.
         """
-        numbered, images = _numbered(parts)
+        document, images = numbered(parts)
         chosen = image_prompts or self.task_settings.image_prompts
         settings = dataclasses.replace(self.task_settings, image_prompts=chosen)
-        return Prompt(tasks.image_prompt(numbered, settings), images)
+        return Prompt(tasks.image_prompt(document, settings), images)
 
     def read_image(self, image: bytes | np.ndarray) -> np.ndarray:
         """An encoded image, or pixels, for prompts: uint8 [H, W, 3].
@@ -385,7 +385,9 @@ class Generator:
         streams: Sequence[int] | None = None,
         may_draw: bool = False,
     ) -> np.ndarray:
-        """Continues the first `number` prompts: int32 [number, steps]. With guidance, as many without condition follow.
+        """Continues the first `number` prompts: int32 [number, steps].
+
+        With guidance, `prompts` has `number` prompts, and then as many without condition.
 
         One compilation per maximum number of images.
 
@@ -510,12 +512,11 @@ def place_images(prompt: str, count: int) -> list[int | str]:
     return parts
 
 
-def _numbered(parts: Sequence[np.ndarray | str]) -> tuple[list[int | str], list[np.ndarray]]:
+def numbered(parts: Sequence[np.ndarray | str]) -> tuple[list[int | str], list[np.ndarray]]:
     """Parts with numbers for the images, and the images."""
     images = [part for part in parts if not isinstance(part, str)]
     places = iter(range(len(images)))
-    numbered = [part if isinstance(part, str) else next(places) for part in parts]
-    return numbered, images
+    return [part if isinstance(part, str) else next(places) for part in parts], images
 
 
 def _with_start(prompt: Prompt) -> Prompt:

@@ -7,7 +7,7 @@ import numpy as np
 
 from unimm_jax.data import tasks
 from unimm_jax.errors import UserError
-from unimm_jax.inference.generator import Generator, Prompt
+from unimm_jax.inference.generator import Generator, Prompt, numbered
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Sampling
 
 Parts = list[str | np.ndarray]  # texts, and images uint8 [H, W, 3]
@@ -39,10 +39,8 @@ class Draft:
 
 def document_prompt(parts: Sequence[str | np.ndarray]) -> Prompt:
     """A document so far, of texts and images uint8 [S, S, 3], laid out as in training."""
-    images = [part for part in parts if not isinstance(part, str)]
-    numbers = iter(range(len(images)))
-    numbered = [part if isinstance(part, str) else next(numbers) for part in parts]
-    return Prompt(tasks.interleaved_prompt(numbered), images)
+    document, images = numbered(parts)
+    return Prompt(tasks.interleaved_prompt(document), images)
 
 
 def continue_document(
