@@ -1,10 +1,11 @@
-"""Sources on an object store whose requests take 20 ms: examples/s and requests, with and without reading in advance.
+"""An object store whose requests take 20 ms: images/s and requests of sources, and of records.
 
 python -m benchmarks.object_store
 
 512 generated JPEG images as files, in two tars, and in Parquet files, on the server of `tests/object_store.py` (needs
 `pip install gcsfs`). "in turn": each of the pipeline's threads reads the rows of its batch one after another, as from
-a local disk.
+a local disk. Then 2,048 records in 8 blocks, read in random order by two runs: with a cache that holds them, and with
+one that holds half of them.
 """
 
 import io
@@ -24,11 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.faults.records import write_records
 from unimm_jax import process, storage
 from unimm_jax.data import pipeline
+from unimm_jax.data.records import Records
 from unimm_jax.data.sources import DecodedDataset, open_source
 
 IMAGES, BATCH, SIZE, SECONDS = 512, 32, 64, 0.02
+RECORDS, BLOCKS = 2048, 8
 SERVER = pathlib.Path(__file__).parent.parent / "tests" / "object_store.py"
 
 
@@ -73,6 +77,23 @@ def measure(description: str, url: str, is_remote: bool) -> tuple[float, float]:
     return count / took, (ask(url) - before) / IMAGES
 
 
+def measure_records(url: str, share: float) -> list[str]:
+    """Reads all records in random order, twice from the start, with a cache of a share of their size; what it took."""
+    place = storage.path("gs://bucket/records")
+    blocks = storage.total_size(place / "blocks")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ |= {"UNIMM_CACHE_DIR": cache, "UNIMM_CACHE_GIB": str(share * blocks / 2**30)}
+        rng, found = np.random.default_rng(0), []
+        for _ in range(2):
+            stored = Records(place)  # keeps what it has read of so few records in memory
+            before, began = ask(url, seconds=SECONDS), time.perf_counter()
+            for index in rng.permutation(len(stored)).tolist():
+                stored[index]
+            took, requests = time.perf_counter() - began, ask(url) - before
+            found.append(f"{len(stored) / took:.0f} records/s, {requests} requests")
+    return found
+
+
 def main() -> None:
     """Starts the server and prints a line per format."""
     port = 19023
@@ -92,6 +113,9 @@ def main() -> None:
                 f"images/s with {pipeline.REMOTE_THREADS} threads",
                 flush=True,
             )
+        write_records(storage.path("gs://bucket/records"), RECORDS, BLOCKS)
+        for share in (2.0, 0.5):
+            print(f"records, cache of {share:g} times their size: {'; '.join(measure_records(url, share))}", flush=True)
     finally:
         server.kill()
 

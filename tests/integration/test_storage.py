@@ -249,17 +249,22 @@ def test_two_processes_on_the_store_equal_two_on_the_local_disk(run, bucket, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_store_that_fails_now_and_then_loses_nothing(run, bucket, tmp_path, seed):
-    """5% of the requests get 429 or 503, half of the body, or no confirmation of a change."""
+    """5% of the requests get 429 or 503, half of the body, or no confirmation of a change.
+
+    pytest -s -m slow tests/integration/test_storage.py -k now_and_then: prints how many.
+    """
     changes = dict(train__steps=16, train__checkpoint_every=4, train__log_every=1)
     local = link(run, tmp_path, "records", "stage2", "tokenizer", "pixel_decoder")
     subprocess.run(main_command("stage3", local / "stage3", **changes), cwd=ROOT, check=True, capture_output=True)
     for name in ("records", "stage2", "tokenizer", "pixel_decoder"):
         put(run / name, f"{bucket}/faults{seed}/{name}")
-    before = faults(share=0.05, seed=seed)["failed"]
+    before = faults(share=0.05, seed=seed)
     try:
         words = main_command("stage3", f"{bucket}/faults{seed}/stage3", **changes)
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        failed = faults(share=0.05, seed=seed)["failed"] - before
+        counts = faults(share=0.05, seed=seed)
+        failed, requests = (counts[name] - before[name] for name in ("failed", "requests"))
+        print(f"seed {seed}: {failed} of {requests} requests failed")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         assert failed > 5
         assert_used_alike(local, f"{bucket}/faults{seed}")
