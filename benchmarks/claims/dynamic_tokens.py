@@ -162,13 +162,12 @@ def compare(scores: Mapping[str, list[Mapping[str, np.ndarray]]]) -> dict[str, D
 
 def judged(compared: Mapping[str, Difference], arm: str) -> str:
     """What the criterion of docs/claims.md says of the dynamic arm against another one."""
-    found = [compared[f"dynamic - {arm}, {measure}"] for measure in MEASURES]
-    if any(d.high < 0 for d in found):
-        return "not met: the dynamic arm is worse on " + ", ".join(
-            measure for measure, d in zip(MEASURES, found, strict=True) if d.high < 0
-        )
-    better = [measure for measure, d in zip(MEASURES, found, strict=True) if d.low > 0]
-    return f"met: better on {', '.join(better)}" if better else "not met: no difference found"
+    found = {experiment.LABELS.get(m, m): compared[f"dynamic - {arm}, {m}"] for m in MEASURES}
+    worse = [name for name, difference in found.items() if difference.high < 0]
+    better = [name for name, difference in found.items() if difference.low > 0]
+    if worse:
+        return f"not met: the dynamic arm is worse on {'; '.join(worse)}"
+    return f"met: better on {'; '.join(better)}" if better else "not met: no difference found"
 
 
 def report(output: pathlib.Path, seeds: Sequence[int], arms: Sequence[str]) -> None:

@@ -70,7 +70,7 @@ def test_an_interrupted_run_gives_the_same_drawings(tmp_path):
     settings, identity = DrawingSettings(share=1.0, samples=2), dict(whole.header)
     for name in ("drawings", "block", "blocks"):
         del identity[name]
-    draw_blocks(painter, stored, select(stored, 1.0, 0)[0], tmp_path / "b", settings, identity, SAMPLED)
+    draw_blocks(painter, stored, select(stored, 1.0, 0)[0], tmp_path / "b", settings, identity)
     assert len(painter.asked) == 1 and len(painter.asked[0][0]) == 8
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     items = [item for block in again.complete() for item in again.block(block)]
