@@ -514,7 +514,7 @@ def test_the_criterion_of_dynamic_tokens():
         return {f"dynamic - all, {m}": Difference(sum(b) / 2, *b, (0.0,), 0.5, 0.5) for m, b in found}
 
     null, up, down = (-0.1, 0.1), (0.1, 0.2), (-0.2, -0.1)
-    assert dynamic_tokens.judged(compared(null, up, null), "all") == "met: better on drawing_strict"
+    assert dynamic_tokens.judged(compared(null, up, null), "all") == "met: better on text to image, strict"
     assert dynamic_tokens.judged(compared(null, null, null), "all") == "not met: no difference found"
     assert "worse on questions" in dynamic_tokens.judged(compared(up, up, down), "all")
 
