@@ -2,6 +2,10 @@
 # Shared by the scripts that train all stages. They set RUN, SIZE and SEED, and read this file at the root of the clone.
 # Installs the requirements into .venv (PYTHON names the Python of a new one), and the extras of pyproject.toml that EXTRAS
 # names, such as cuda13.
+if [[ $RUN == *://* ]]; then
+  echo "error: RUN is $RUN; give a local directory. Stages on an object store: python -m unimm_jax.main --workdir=gs://..." >&2
+  exit 1
+fi
 PYTHON_FOR_VENV=${PYTHON:-python3}
 INSTALLED=.venv/installed${EXTRAS:+-$EXTRAS}
 if [ ! -e "$INSTALLED" ] || [ requirements.txt -nt "$INSTALLED" ]; then
@@ -13,10 +17,6 @@ if [ ! -e "$INSTALLED" ] || [ requirements.txt -nt "$INSTALLED" ]; then
   touch "$INSTALLED"
 fi
 
-if [[ $RUN == *://* ]]; then
-  echo "error: RUN is $RUN; give a local directory. Stages on an object store: python -m unimm_jax.main --workdir=gs://..."
-  exit 1
-fi
 mkdir -p "$RUN"
 COMMANDS=$RUN/commands.txt
 : > "$COMMANDS.new"

@@ -560,7 +560,8 @@ class Tpu:
 # ---- What the hosts run ----------------------------------------------------------------------------------------------
 
 
-# Every process of the command has this variable. The shell around it ends before a process that saves on SIGTERM.
+# The processes of the command inherit this variable. The shell around them ends before a process that saves on SIGTERM,
+# and a process may have a session of its own.
 MARK = f'UNIMM_LAUNCH="$HOME/{TREE}"'
 ALIVE = f"grep -qszFx {MARK} /proc/[0-9]*/environ"
 RUNNING = f"[ ! -s status ] && {ALIVE}"
@@ -598,8 +599,9 @@ STATUS_SCRIPT = (
     'echo "unimm-status $(hostname) $s"'
 )
 STOP_SCRIPT = (
-    f'cd "$HOME/{TREE}" || exit 0; for signal in TERM KILL; do if {ALIVE}; then kill -$signal -- -"$(cat pid)"; '
-    f"for i in $(seq 60); do {ALIVE} || break; sleep 1; done; fi; done"
+    f'cd "$HOME/{TREE}" || exit 0; for signal in TERM KILL; do '
+    f'found=$(grep -lszFx {MARK} /proc/[0-9]*/environ | cut -d/ -f3); if [ -z "$found" ]; then exit 0; fi; '
+    f"kill -$signal $found; for i in $(seq 60); do {ALIVE} || exit 0; sleep 1; done; done; exit 1"
 )
 TAIL_SCRIPT = f'cd "$HOME/{TREE}" && tail -n {TAIL} log | sed "s/^/unimm-log $(hostname) /"'
 

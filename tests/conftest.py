@@ -122,7 +122,7 @@ def s3_server():
 def s3_faults(s3_server):
     """Makes a fifth of the requests to s3://bucket fail; how many have, by kind."""
     app = s3_server._server.app
-    app.share, app.failed = 0.2, dict.fromkeys(app.failed, 0)
+    app.share, app.rng, app.failed = 0.2, random.Random(0), dict.fromkeys(app.failed, 0)
     yield app.failed
     app.share = 0.0
 

@@ -238,8 +238,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def upload_part(self, bucket, key):
         name, content, wanted = STORE.uploads[key]
-        if content is None:  # complete, and the client may not know
-            return self.stored(STORE.about(bucket, name))
+        if isinstance(content, dict):  # of the object: the upload is complete, and the client may not know
+            return self.stored(content)
         asked = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", self.headers.get("Content-Range") or "")
         if asked and asked[1] is not None:
             content = content[: int(asked[1])] + self.body
@@ -249,8 +249,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked and (asked[3] == "*" or len(content) < int(asked[3])):
             held = [("Range", f"bytes=0-{len(content) - 1}")] if content else []
             return self.reply(308, {}, held)
-        about = STORE.put(bucket, name, content, wanted)
-        STORE.change("uploads", key, (name, None, wanted))
+        with STORE.lock:
+            if about := STORE.put(bucket, name, content, wanted):
+                STORE.change("uploads", key, (name, about, wanted))
         return self.stored(about)
 
     def copy(self, bucket, name, other_bucket, other):

@@ -59,14 +59,23 @@ class RunCard:
     Args (constructor):
       config: of the run, with the path of its records as it is read.
       data: the input that the run reads.
-      start: first step of this process.
+      start: first step of this process. is_done: whether the run ended there; its card stays as it is, unless
+        `config.train.steps` is larger now.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Config, mesh: jax.sharding.Mesh, data: Input, start: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        data: Input,
+        start: int,
+        is_done: bool = False,
+    ):
         self._file, self._config, self._data = workdir / FILE, config, data
         self._pending: list[tuple[int, np.ndarray, list[digests.RowDigests], dict[str, jax.Array]]] = []
         self._card: dict[str, Any] = {}
-        if jax.process_index() == 0 and start < config.train.steps:
+        if jax.process_index() == 0 and (start < config.train.steps or not is_done):
             self._card = self._opened(workdir, mesh, start)
             self._save()
 

@@ -1,6 +1,6 @@
 """The training loop of every stage, top to bottom.
 
-Order of one iteration: evaluate, save, take a batch, step, log. A run is a function of its config: data and noise are
+Order of one iteration: save, evaluate, take a batch, step, log. A run is a function of its config: data and noise are
 functions of (seed, step), so a resumed run ends with the same bits as an uninterrupted one.
 """
 
@@ -185,7 +185,10 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
         if jax.process_index() == 0 and (start < config.train.steps or newest is None):
             storage.write_whole(workdir / "config.json", config.to_json().encode())
             storage.write_whole(workdir / "parameters.txt", f"{table}\n".encode())
-        card = RunCard(workdir, config, mesh, data, start)
+        done, is_done = workdir / "done.json", False
+        if jax.process_index() == 0:
+            is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
+        card = RunCard(workdir, config, mesh, data, start, is_done)
 
         # ---- The loop ------------------------------------------------------------------------------------------
         open_wandb = functools.partial(wandb_run.WandbRun, config, workdir) if config.train.wandb else None
@@ -202,10 +205,9 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
         profiler = Profiler(writer.folder / "profile", start, config.train.profile_start, traced)
 
         # a run that was stopped between a step and its evaluation evaluates when it resumes
-        done, there, is_done = workdir / "done.json", set(), False
+        there = set()
         if jax.process_index() == 0:
             there = {row["eval"] for row in read(workdir, "evals.jsonl") if row["step"] == start}
-            is_done = done.exists() and json.loads(done.read_text()).get("steps") == start
         missing = distributed.of_first_process([name not in there and not is_done for name in evaluators])
         recorded = {(start, name) for name, is_missing in zip(evaluators, missing, strict=True) if not is_missing}
 
@@ -230,6 +232,8 @@ def train(config: Config, workdir: str | pathlib.Path, first_steps: int | None =
                             raise
                         logging.exception("%s: the evaluation %s failed; training continues", config.name, name)
                     watchdog.beat()
+            if due:
+                writer.flush()
 
         def save(step: int) -> None:
             card.write()

@@ -14,13 +14,14 @@ _TIMES = re.compile(r".*(_ms|_seconds|_per_second|_blocking)|goodput|input_stall
 TRACEBACK = "Traceback (most recent call last)"
 # JAX ends a process itself, with SIGABRT, when it notices before the training loop does that another one is lost
 JAX_ABORT = "JAX distributed service detected fatal errors"
-# what a process may say when it refuses to go on, by the fault; one of several may also say that it lacks others
+# what a process says when a fault makes it refuse to go on
 REFUSALS = {
     "full disk": r"[Nn]o space left|quota",
     "missing file": r"is missing|are missing|is damaged|holds no finished records|[Nn]o such file",
     "store errors": r"the object store refuses or cannot be reached",
     "store down": r"the object store refuses or cannot be reached",
 }
+# what one of several processes may also say
 OTHER_PROCESSES = r"another process of this run|the processes of this run did not connect|does not see the workdir"
 
 

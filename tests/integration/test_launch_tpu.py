@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_a_failed_command_is_stopped_on_the_other_hosts(stub, tmp_path, monkeypa
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path):
-    """The shell that the launcher starts ends at SIGTERM, the command does not."""
+    """The shell that the launcher starts ends at SIGTERM; the command does not, and has a session of its own."""
     tree = tmp_path / tpu.TREE
     (tree / "src").mkdir(parents=True)
     (tmp_path / "unimm_jax.env").touch()
@@ -245,10 +246,11 @@ def test_a_process_that_does_not_end_is_killed(tmp_path):
         return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, check=True).stdout
 
     ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('begun', flush=True); time.sleep(600)"
-    on_host(tpu.start_script([sys.executable, "-c", ignores]))
+    on_host(tpu.start_script(["bash", "-c", f"setsid {sys.executable} -c {shlex.quote(ignores)} & sleep 600"]))
     while "begun" not in (tree / "log").read_text():
         time.sleep(0.05)
-    on_host(tpu.STOP_SCRIPT.replace("TERM KILL", "TERM").replace("seq 60", "seq 1"))
+    with pytest.raises(subprocess.CalledProcessError):
+        on_host(tpu.STOP_SCRIPT.replace("TERM KILL", "TERM").replace("seq 60", "seq 1"))
     assert "running" in on_host(tpu.STATUS_SCRIPT)
     on_host(tpu.STOP_SCRIPT.replace("seq 60", "seq 1"))
     assert on_host(tpu.STATUS_SCRIPT).endswith(f" {tpu.GONE}\n")

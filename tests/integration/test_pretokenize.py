@@ -67,7 +67,7 @@ def test_an_interrupted_run_resumes_with_the_missing_blocks(run, tmp_path, monke
         Records(str(output))
     with pytest.raises(DataError, match="unfinished records of another tokenizer or other data"):
         pretokenization.pretokenize(str(run / "tokenizer"), str(output), "scenes:count=50", *ARGUMENTS[1:])
-    (output / "blocks" / "000001.array_record.0a1b").touch()  # of a process that was killed
+    (output / "blocks" / "000001.array_record.0a1b").touch()  # by a process that was killed
     again = []
 
     def counted(self, block, items):

@@ -105,6 +105,22 @@ def test_a_resumed_run_adds_a_session(trained, tmp_path):
         repeat(workdir)
 
 
+def test_a_run_that_was_killed_after_its_last_checkpoint_completes_its_card(trained, tmp_path):
+    workdir = tmp_path / "encoder"
+    shutil.copytree(trained[0], workdir)
+    (workdir / "done.json").unlink()
+    (workdir / "evals.jsonl").unlink(missing_ok=True)
+    before = json.loads((workdir / "runcard.json").read_text())
+    (workdir / "runcard.json").write_text(json.dumps(before | {"curve": []}))
+    train(resolve.from_json(reproduction.saved_config(workdir)), workdir)
+    after = json.loads((workdir / "runcard.json").read_text())
+    assert after["curve"] == before["curve"]
+    assert [session["start"] for session in after["sessions"]] == [0, STEPS]
+    assert repeat(workdir).summary == f"{STEPS} steps repeat bitwise"
+    train(resolve.from_json(reproduction.saved_config(workdir)), workdir)  # it is finished: nothing is added
+    assert json.loads((workdir / "runcard.json").read_text()) == after
+
+
 def test_missing_data_and_an_output_in_use_are_one_line_with_the_remedy(trained, tmp_path):
     with pytest.raises(DataError, match="holds another run; give another --output"):
         reproduction.repeat(trained[0], tiny("encoder"), 20, str(trained[0]))

@@ -473,4 +473,4 @@ def test_a_store_with_the_interface_of_s3_that_fails_now_and_then_loses_nothing(
         file = storage.path(f"{s3_bucket}/many/{i}")
         storage.write_whole(file, bytes([i]) * 1000)
         assert storage.read(file) == bytes([i]) * 1000
-    assert min(s3_faults.values()) > 3, s3_faults
+    assert min(s3_faults.values()) > 0, s3_faults

@@ -68,12 +68,13 @@ def test_a_killed_script_continues_where_it_was(script, tmp_path):
 def test_a_run_on_an_object_store_is_refused(script, tmp_path):
     """It would be a local directory gs:."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "requirements.txt").touch()
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "installed").touch()
     line = ["bash", str(tmp_path / "launch" / script)]
     done = subprocess.run(line, env=os.environ | {"RUN": "gs://bucket/run"}, capture_output=True, text=True)
-    assert done.returncode == 1 and "error: RUN is gs://bucket/run; give a local directory" in done.stdout
+    assert (
+        done.returncode == 1
+        and "error: RUN is gs://bucket/run; give a local directory" in done.stderr
+        and not done.stdout
+    )
     assert not list(tmp_path.glob("gs:*"))
 
 

@@ -88,8 +88,6 @@ class RecordWriter:
         outlines: list[list[int]] = []
         sizes: list[list[int]] = []
         spool = storage.Spool(self.path / "blocks")
-        for left in spool.folder.glob(f"{block:06d}.array_record.*"):  # by a process that was killed
-            left.unlink()
         partial = spool.folder / f"{block:06d}.array_record.{uuid.uuid4().hex}"
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for source, record, keep_NP, codes_NP in items:
@@ -173,6 +171,8 @@ class RecordWriter:
             contents=contents,
         )
         storage.write_whole(self.path / "header.json", json.dumps(header).encode())
+        for left in (self.path / "blocks").glob("*.array_record.*"):  # by processes that were killed
+            left.unlink(missing_ok=True)
         return header
 
 

@@ -34,7 +34,8 @@ class HeldOutLoss(Evaluator):
     """Mean loss and metrics over the same batches and the same noise at every call.
 
     The batches are the first ones of the held-out split under the config's seed. As in training, a batch is computed in
-    `config.train.micro_batches` parts (fewer where it has fewer rows). Without a held-out split there are no scores.
+    `config.train.micro_batches` parts; images whose number this does not divide, in as many as divide both. Without a
+    held-out split there are no scores.
     """
 
     options = HeldOutLossOptions
@@ -76,14 +77,15 @@ class HeldOutLoss(Evaluator):
         if data is None or not all(there):
             without = [number for number, is_there in enumerate(there) if not is_there]
             raise DataError(f"the held-out data are missing on processes {without} only; make the paths equal")
-        share, multiple = functools.partial(sharding.local_rows, context.mesh), sharding.batch_ways(context.mesh)
+        share, ways = functools.partial(sharding.local_rows, context.mesh), sharding.batch_ways(context.mesh)
+        multiple = ways * config.train.micro_batches  # packed rows are padded to it, as in training
         self._batches = [
             (data.size(index, multiple), data.batch(index, share, multiple)) for index in range(self.settings.batches)
         ]
         objective = context.objective
 
         def loss(params: Tree, batch: Any, index: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            parts = math.gcd(next(iter(batch.values())).shape[0] // multiple, config.train.micro_batches)
+            parts = math.gcd(next(iter(batch.values())).shape[0] // ways, config.train.micro_batches)
 
             def of_part(params: Tree, rows: Any, part: Any) -> Any:
                 return objective.loss(params, rows, accumulation.key_of_part(key, part, parts), step)
