@@ -225,9 +225,13 @@ def _raised_in(error: BaseException) -> str:
 def _lost_process(error: BaseException) -> str | None:
     """One line when another process of a run ended; None for other errors."""
     jax = sys.modules.get("jax")
-    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+    if jax is None or jax.process_count() == 1:
         return None
-    cause = str(error).splitlines()[0]
+    cause = next(iter(str(error).splitlines()), "")
+    # dispatch raises a ValueError where a collective fails at once
+    is_collective = isinstance(error, ValueError) and re.match(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED): ", cause)
+    if not isinstance(error, jax.errors.JaxRuntimeError) and not is_collective:
+        return None
     if cause.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "NOT_FOUND")):
         return None  # of this process
     return (

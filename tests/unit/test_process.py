@@ -134,6 +134,24 @@ def test_threads_log_a_failed_write_once_in_one_line(monkeypatch, caplog):
     assert bug.exc_info
 
 
+@pytest.mark.parametrize(
+    "error, is_lost",
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:59053"), True),
+        (ValueError("could not broadcast input array"), False),
+        (ValueError(""), False),
+        (KeyError("UNKNOWN: x"), False),
+    ],
+)
+def test_a_collective_that_fails_when_it_is_dispatched(monkeypatch, error, is_lost):
+    errors = types.SimpleNamespace(JaxRuntimeError=type("JaxRuntimeError", (Exception,), {}))
+    jax = types.SimpleNamespace(errors=errors, process_count=lambda: 2)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    assert (process._lost_process(error) is not None) is is_lost
+    jax.process_count = lambda: 1
+    assert process._lost_process(error) is None
+
+
 def test_what_tensorstore_prints_after_a_failed_write_is_dropped(monkeypatch):
     monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
     shown = []
