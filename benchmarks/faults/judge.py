@@ -49,12 +49,15 @@ def verdict(status: int, said: str, sent: Iterable[int] = ()) -> str:
     return f"failure: status {status}: {' | '.join(said.splitlines()[-2:])[:300]}"
 
 
-def unexpected(verdicts: Iterable[str], kind: str, processes: int) -> list[str]:
-    """Those verdicts that a fault does not excuse; with several processes, one may end because another has.
+def unexpected(verdicts: Iterable[str], kinds: Iterable[str], processes: int) -> list[str]:
+    """Those verdicts that no fault excuses; with several processes, one may end because another has.
 
-    A refusal must name the fault (`REFUSALS`), or the other processes.
+    A refusal must name a fault (`REFUSALS`), or the other processes.
+
+    Args:
+      kinds: faults since the processes were started.
     """
-    named = [REFUSALS[kind]] if kind in REFUSALS else []
+    named = [REFUSALS[kind] for kind in kinds if kind in REFUSALS]
     excused = ["finished", "stopped", "killed"]
     if processes > 1:
         excused.append("aborted")

@@ -38,11 +38,12 @@ class Run:
         self.seconds, self.bound = seconds, PATIENCE + 4 * seconds.get("exit", 60.0)
         self.launch: Launch | None = None
         self.starts = 0
+        self.kinds: list[str] = []  # of faults since the last start: a write may fail after the fault that it met
         self.rows: list[Row] = [{"said": [], "problems": []}]  # the first is for what happens before any fault
 
-    def start(self) -> Launch:
-        """Starts the processes."""
-        self.starts += 1
+    def start(self, lasting: tuple[str, ...] = ()) -> Launch:
+        """Starts the processes, perhaps while faults last."""
+        self.starts, self.kinds = self.starts + 1, list(lasting)
         self.launch = Launch(self.line, self.processes, self.folder, self.starts)
         return self.launch
 
@@ -79,7 +80,7 @@ class Run:
             for index, process in enumerate(launch.processes)
         ]
         row["said"].append({"start": self.starts, "ends": ends})
-        row["problems"] += judge.unexpected(ends, row.get("kind", ""), self.processes)
+        row["problems"] += judge.unexpected(ends, self.kinds, self.processes)
         return all(end == "finished" for end in ends)
 
     # ---- Faults ------------------------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class Run:
         said = self.launch.said().splitlines()
         row |= {"run": self.folder.name, "at": round(self.launch.seconds, 1), "after": (said or [""])[-1][:90]}
         self.rows.append(row)
+        self.kinds.append(point.kind)
         if point.kind.startswith("SIG"):
             self._signal(point, self.launch)
         else:
@@ -145,7 +147,7 @@ class Run:
                 if not launch.wait(self.bound):  # one has ended, so all must
                     self._hangs(launch)
                 if not self.collect() and point.again:
-                    if self.start().wait(2 * self.seconds["exit"]):
+                    if self.start((point.kind,)).wait(2 * self.seconds["exit"]):
                         self.collect()
         finally:
             end()

@@ -62,12 +62,13 @@ def test_how_a_process_ended(status, said, sent, wanted):
 def test_which_ends_a_fault_excuses():
     full = "refused: /disk/run: No space left on device; free some space"
     lost = "refused: another process of this run has ended or cannot be reached (UNAVAILABLE)"
-    assert judge.unexpected([full, "stopped"], "full disk", 1) == []
-    assert judge.unexpected(["refused: x", lost, full], "SIGKILL", 1) == ["refused: x", lost, full]
-    assert judge.unexpected([lost, "aborted by JAX", "killed"], "SIGKILL", 2) == []
-    assert judge.unexpected(["refused: x", lost, full], "store down", 2) == ["refused: x", full]
-    assert judge.unexpected(["aborted by JAX"], "store down", 1) == ["aborted by JAX"]
-    assert judge.unexpected(["failure: status -11: "], "store down", 2)
+    assert judge.unexpected([full, "stopped"], ["full disk"], 1) == []
+    assert judge.unexpected(["refused: x", lost, full], ["SIGKILL"], 1) == ["refused: x", lost, full]
+    assert judge.unexpected([lost, "aborted by JAX", "killed"], ["SIGKILL"], 2) == []
+    assert judge.unexpected([full], ["full disk", "SIGKILL"], 1) == []
+    assert judge.unexpected(["refused: x", lost, full], ["store down"], 2) == ["refused: x", full]
+    assert judge.unexpected(["aborted by JAX"], ["store down"], 1) == ["aborted by JAX"]
+    assert judge.unexpected(["failure: status -11: "], ["store down"], 2)
 
 
 def test_a_changed_byte_is_a_difference():
