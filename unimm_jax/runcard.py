@@ -64,13 +64,7 @@ class RunCard:
     """
 
     def __init__(
-        self,
-        workdir: pathlib.Path,
-        config: Config,
-        mesh: jax.sharding.Mesh,
-        data: Input,
-        start: int,
-        is_done: bool = False,
+        self, workdir: pathlib.Path, config: Config, mesh: jax.sharding.Mesh, data: Input, start: int, is_done: bool
     ):
         self._file, self._config, self._data = workdir / FILE, config, data
         self._pending: list[tuple[int, np.ndarray, list[digests.RowDigests], dict[str, jax.Array]]] = []

@@ -109,7 +109,6 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_completes_its_card(trai
     workdir = tmp_path / "encoder"
     shutil.copytree(trained[0], workdir)
     (workdir / "done.json").unlink()
-    (workdir / "evals.jsonl").unlink(missing_ok=True)
     before = json.loads((workdir / "runcard.json").read_text())
     (workdir / "runcard.json").write_text(json.dumps(before | {"curve": []}))
     train(resolve.from_json(reproduction.saved_config(workdir)), workdir)

@@ -7,7 +7,7 @@ from helpers import opened, tiny, with_records
 
 from unimm_jax import resolve, sharding, train
 from unimm_jax.errors import ConfigError
-from unimm_jax.objectives.accumulation import value, value_and_grad
+from unimm_jax.objectives.accumulation import mean_loss, value_and_grad
 
 
 def _unequal(batch):
@@ -77,7 +77,7 @@ def test_image_decoders_accumulate(stage, run):
         return objective.loss(params, rows, jax.random.fold_in(key, part), np.int32(0))
 
     (mean, aux), gradient = jax.jit(lambda p, b: value_and_grad(loss, p, b, 2))(params, batch)
-    without_gradient = jax.jit(lambda p, b: value(loss, p, b, 2))(params, batch)
+    without_gradient = jax.jit(lambda p, b: mean_loss(loss, p, b, 2))(params, batch)
     for a, b in zip(jax.tree.leaves((mean, aux)), jax.tree.leaves(without_gradient), strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-6)
     parts = [jax.tree.map(lambda x, i=i: x[i::2], batch) for i in range(2)]
@@ -98,9 +98,9 @@ def test_the_held_out_loss_is_computed_in_micro_batches(run, monkeypatch):
 
     def counted(loss, params, batch, parts):
         seen.append(parts)
-        return value(loss, params, batch, parts)
+        return mean_loss(loss, params, batch, parts)
 
-    monkeypatch.setattr("unimm_jax.evals.heldout_loss.accumulation.value", counted)
+    monkeypatch.setattr("unimm_jax.evals.heldout_loss.accumulation.mean_loss", counted)
     found = {}
     for parts, size in ((1, 8), (4, 8), (16, 8)):
         config = with_records("stage3", run, train__micro_batches=parts, train__batch_size=size)

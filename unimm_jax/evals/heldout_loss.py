@@ -91,7 +91,7 @@ class HeldOutLoss(Evaluator):
                 return objective.loss(params, rows, accumulation.key_of_part(key, part, parts), step)
 
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-            value, aux = accumulation.value(of_part, params, batch, parts)
+            value, aux = accumulation.mean_loss(of_part, params, batch, parts)
             return value, aux.metrics
 
         replicated = jax.sharding.NamedSharding(context.mesh, jax.sharding.PartitionSpec())

@@ -45,7 +45,7 @@ def value_and_grad(loss: Callable[[Tree, Any, Any], Any], params: Tree, batch: A
     return _means(found), grads
 
 
-def value(loss: Callable[[Tree, Any, Any], Any], params: Tree, batch: Any, parts: int) -> Any:
+def mean_loss(loss: Callable[[Tree, Any, Any], Any], params: Tree, batch: Any, parts: int) -> Any:
     """(loss, aux) of `value_and_grad`, without the gradient."""
     if parts == 1:
         return loss(params, batch, 0)
