@@ -1,7 +1,7 @@
 """What the codes of scenes stand for when all patches are kept, and whether text to image counts the objects it draws.
 
-SIZE=laptop-illume RUN=runs/illume bash launch/quickstart.sh
-python -m benchmarks.scene_codes runs/illume [runs/another ...]
+SIZE=laptop-illume RUN=runs/laptop_illume bash launch/quickstart.sh
+python -m benchmarks.scene_codes runs/laptop_illume [runs/another ...]
 
 A code belongs to objects if more patches with an object have it than patches without. The table has, for each run:
 

@@ -3,7 +3,7 @@
 The small sizes need it. The published recipes use EVA-CLIP (LaVIT) or UNIT (ILLUME) instead of training an encoder.
 
 Command: python -m unimm_jax.main --config=configs/encoder.py:laptop --workdir=runs/encoder
-At laptop: 107 s on two cores of an AMD EPYC of family 25; held-out accuracy of retrieval among 64 images 0.91.
+At laptop: 99 to 107 s on two cores of an AMD EPYC of family 25; held-out accuracy of retrieval among 64 images 0.91.
 At published sizes: planned for a TPU slice; not trained here.
 """
 

@@ -1,8 +1,8 @@
 """Pixel decoder stage: predicts pixels from reconstructed features in one forward pass. It is for small images.
 
 Command: python -m unimm_jax.main --config=configs/pixel_decoder.py:laptop --workdir=runs/pixel_decoder
-At laptop: 41 s on two cores of an AMD EPYC of family 25; about 95% of the objects are detected correctly in the decoded
-images.
+At laptop: 41 to 47 s on two cores of an AMD EPYC of family 25; about 95% of the objects are detected correctly in the
+decoded images.
 """
 
 from configs import common

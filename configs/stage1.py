@@ -4,7 +4,7 @@ Published sizes train the adapter (learning rate 1e-3) and the visual rows of th
 5,000 steps with batch size 256.
 
 Command: python -m unimm_jax.main --config=configs/stage1.py:laptop --workdir=runs/stage1
-At laptop: 48 s on two cores of an AMD EPYC of family 25; held-out caption cross-entropy 0.08.
+At laptop: 47 to 48 s on two cores of an AMD EPYC of family 25; held-out caption cross-entropy 0.08.
 At published sizes: planned for a TPU pod; not trained here.
 """
 

@@ -8,7 +8,7 @@ from the image tokenizer and LLaMA, with two texts for each image-text pair, lea
 and 1e-4 for merger and adapter; its optimizer, batch and steps are those of Video-LaVIT, because LaVIT's are not known.
 
 Command: python -m unimm_jax.main --config=configs/stage2.py:laptop --workdir=runs/stage2
-At laptop: 123 s on two cores of an AMD EPYC of family 25; held-out code cross-entropy 2.19.
+At laptop: 114 to 123 s on two cores of an AMD EPYC of family 25; held-out code cross-entropy 2.19.
 At published sizes: planned for a TPU pod; not trained here.
 """
 

@@ -3,7 +3,7 @@
 This stage is for the small sizes. Published sizes use a published language model instead.
 
 Command: python -m unimm_jax.main --config=configs/text.py:laptop --workdir=runs/text
-At laptop: 36 s on two cores of an AMD EPYC of family 25; held-out cross-entropy 1.22.
+At laptop: 25 to 36 s on two cores of an AMD EPYC of family 25; held-out cross-entropy 1.22.
 """
 
 from configs import common

@@ -4,7 +4,7 @@ The codebook is initialized by k-means and updated by an exponential moving aver
 have a bidirectional tokenizer, which has no selector phase and starts from the encoder.
 
 Command: python -m unimm_jax.main --config=configs/tokenizer.py:laptop --workdir=runs/tokenizer
-At laptop: 65 s on two cores of an AMD EPYC of family 25; cosine above 0.99, all 128 codes used.
+At laptop: 61 to 65 s on two cores of an AMD EPYC of family 25; cosine above 0.99, all 128 codes used.
 At published sizes: 50,000 steps of 2,048 images, planned for a TPU slice; not trained here.
 """
 

@@ -163,7 +163,7 @@ class PackedDataConfig:
       mixture: sources with weights: dicts with `source` (as `pretokenize` got it), `weight` (relative share of the
         examples, default 1) and `tasks` (shares for this source, default those below). () reads every record once per
         pass.
-      tasks_end: shares reached, linearly, after `tasks_epochs` passes over the records; all 0 keeps `tasks`.
+      tasks_end: shares reached, linearly, in pass `tasks_epochs` over the records, counted from 1; all 0 keeps `tasks`.
     """
 
     records: str = "../records"

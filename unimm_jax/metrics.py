@@ -17,6 +17,7 @@ from clu import parameter_overview
 
 from unimm_jax import storage
 from unimm_jax.evals.base import Result
+from unimm_jax.progress import duration
 from unimm_jax.sharding import flatten
 from unimm_jax.wandb_run import WandbRun
 
@@ -87,7 +88,7 @@ class Writer:
             rest = "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
             print(
                 f"{self.name}  {step:>6}/{self.steps}  loss {row.get('loss', float('nan')):.4f}  {rest}  "
-                f"{row['examples_per_second']:.0f}/s  ETA {int(left // 60)}:{int(left % 60):02d}",
+                f"{row['examples_per_second']:.0f}/s  ETA {duration(left)}",
                 flush=True,
             )
         return row

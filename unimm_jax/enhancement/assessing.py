@@ -17,7 +17,7 @@ from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
 from unimm_jax.enhancement.judges import STOPPED, Judge, open_judge
 from unimm_jax.enhancement.verdicts import CATEGORIES, Verdict
 from unimm_jax.errors import DataError, JudgeError
-from unimm_jax.inference.pretokenization import Progress
+from unimm_jax.progress import Progress
 
 FOLDER = "verdicts"  # in the directory of the drawings, where no other is given
 AGAIN = "all verdicts so far are saved; run the command again to continue"

@@ -19,8 +19,8 @@ from unimm_jax.enhancement.files import HEADER, claim, digest_of, hashed, read_h
 from unimm_jax.errors import DataError, InvalidRecordError
 from unimm_jax.inference.generator import Generator
 from unimm_jax.inference.loading import load_model
-from unimm_jax.inference.pretokenization import Progress
 from unimm_jax.inference.sampling import Sampling
+from unimm_jax.progress import Progress
 
 BLOCK = 256  # drawings per block; an interrupted run loses at most one block per process
 MAX_TOKENS = 1000  # of a text; longer ones are not drawn

@@ -31,6 +31,7 @@ from unimm_jax.inference.loading import (
 )
 from unimm_jax.interop.settings import components_read
 from unimm_jax.objectives.tokenization import keep_rate_warning
+from unimm_jax.progress import Progress
 from unimm_jax.text_tokenizer import TextTokenizer
 
 BLOCK = 4096  # records per block; an interrupted run loses at most one block per process
@@ -257,26 +258,6 @@ def write_split(
     shapes = dict(num_patches=config.model["encoder"].num_patches, codes=m.codes, image_size=config.data.image_size)
     header = writer.close(len(blocks), shapes | dict(positions=m.positions, selection=m.selection, fit=config.data.fit))
     return header["records"], len(items) - header["records"], header["tokens"]
-
-
-class Progress:
-    """Prints speed and ETA.
-
-    Args (constructor):
-      total: number of items. name: what they are. every: number of batches between two lines.
-    """
-
-    def __init__(self, total: int, name: str = "records", every: int = 10):
-        self.total, self.name, self.every = total, name, every
-        self.done, self.batches, self.began = 0, 0, time.perf_counter()
-
-    def add(self, records: int) -> None:
-        """Counts the records of a batch."""
-        self.done, self.batches = self.done + records, self.batches + 1
-        if self.batches % self.every == 0:
-            speed = self.done / (time.perf_counter() - self.began)
-            left = (self.total - self.done) / speed
-            print(f"{self.name}  {self.done}/{self.total}  {speed:.0f}/s  ETA {left:.0f} s", flush=True)
 
 
 def _loaded(

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unimm_jax import resolve, storage
+from unimm_jax import progress, resolve, storage
 from unimm_jax.checkpoint import find, read_meta
 from unimm_jax.errors import ConfigError, DataError, WeightMismatchError
 from unimm_jax.interop import diffusion
@@ -115,7 +115,7 @@ class Writer:
             if time.perf_counter() - self.printed > 5:
                 self.printed = time.perf_counter()
                 left = (len(shapes) - count) / count * (self.printed - self.began)
-                print(f"export  {stem}: {count} of {len(shapes)} tensors  ETA {left:.0f} s", flush=True)
+                print(f"export  {stem}: {count} of {len(shapes)} tensors  ETA {progress.duration(left)}", flush=True)
 
 
 def write_diffusers(folder: pathlib.Path, unet: Any, vae: Any, params: dict[str, Any], dtype: np.dtype) -> None:

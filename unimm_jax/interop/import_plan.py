@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from unimm_jax import sharding
+from unimm_jax import progress, sharding
 from unimm_jax.errors import WeightMismatchError
 from unimm_jax.interop.files import Tensors
 from unimm_jax.interop.table import Entry, Shape, compare, foreign_shapes, to_ours
@@ -118,7 +118,10 @@ class Importer:
             if time.perf_counter() - printed > 5:
                 printed = time.perf_counter()
                 left = (total - done) / max(done, 1) * (printed - began)
-                print(f"import  {done / 1e6:.0f} of {total / 1e6:.0f} million parameters  ETA {left:.0f} s", flush=True)
+                print(
+                    f"import  {done / 1e6:.0f} of {total / 1e6:.0f} million parameters  ETA {progress.duration(left)}",
+                    flush=True,
+                )
         for path, value in self._makes.items():
             if path in shardings:
                 yield path, _put(value(), shardings[path])
