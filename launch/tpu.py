@@ -53,6 +53,7 @@ PATIENCE = 8  # calls of gcloud until an error that passes counts as one
 LEAVING = ("SUSPENDING", "DELETING")  # states in which gcloud refuses to delete a request
 LOST = ("FAILED", "SUSPENDED", *LEAVING)  # a request that will not become active again
 REFUSED = 3  # requests in a row that failed before there was a TPU
+TEXT: dict[str, Any] = dict(text=True, errors="replace")  # a log can have any bytes
 TREE = "unimm"  # directory in the home directory of every host
 INSTALL = (
     "python3 -m pip install --quiet --user uv && "
@@ -96,6 +97,10 @@ class LaunchError(Exception):
 
 class Unreachable(LaunchError):
     """Google Cloud does not answer, for as long as `Gcloud.ask` tries: nothing is known about the TPU."""
+
+
+class Busy(LaunchError):
+    """Another command is running on the TPU."""
 
 
 class Lost(Exception):
@@ -175,6 +180,14 @@ def passes(message: str) -> bool:
     return "per minute" in error or (any(sign in error for sign in PASSING) and not lasting)
 
 
+def error_from(done: "subprocess.CompletedProcess[str]") -> LaunchError:
+    """The error of a command of gcloud that has failed; `Unreachable` if it may be gone at the next call."""
+    hint = remedy_of(done.stderr)
+    kind = Unreachable if passes(done.stderr) else LaunchError
+    message = f"gcloud failed: {one_line(done.stderr or done.stdout)}"
+    return kind(message + (f". To mend it: {hint}" if hint else ""))
+
+
 class Gcloud:
     """Calls gcloud for one zone and project."""
 
@@ -199,9 +212,7 @@ class Gcloud:
             return ""
         done = self.ask(line)
         if done.returncode:
-            message = one_line(done.stderr or done.stdout)
-            hint = remedy_of(done.stderr)
-            raise LaunchError(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
+            raise error_from(done)
         return done.stdout
 
     def ask(self, line: Sequence[str]) -> "subprocess.CompletedProcess[str]":
@@ -221,7 +232,7 @@ class Gcloud:
         limit of `seconds`."""
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            with subprocess.Popen(line, text=True, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+            with subprocess.Popen(line, start_new_session=True, **TEXT, **pipes) as process:  # type: ignore[call-overload]
                 try:
                     said, error = process.communicate(timeout=seconds)
                 except subprocess.TimeoutExpired:
@@ -266,7 +277,7 @@ class Tpu:
     def __init__(self, settings: Settings):
         self.settings, self.gcloud = settings, Gcloud(settings)
         self.failed_requests = 0  # in a row
-        self.is_requested = False  # then the TPU lives without this machine
+        self.is_requested = False  # then the TPU is there without this machine, and it is the one that was asked for
 
     # ---- The request -------------------------------------------------------------------------------------------------
 
@@ -298,9 +309,7 @@ class Tpu:
         done = self.gcloud.ask(self.gcloud.line("queued-resources", "describe", self.settings.name, "--format=json"))
         error = error_of(done.stderr).lower()
         if done.returncode and "not_found" not in error and "not found" not in error:
-            message, hint = one_line(done.stderr), remedy_of(done.stderr)
-            kind = Unreachable if passes(done.stderr) else LaunchError
-            raise kind(f"gcloud failed: {message}" + (f". To mend it: {hint}" if hint else ""))
+            raise error_from(done)
         found: dict[str, Any] = json.loads(done.stdout) if not done.returncode else {}
         return found
 
@@ -320,6 +329,7 @@ class Tpu:
         kind = [f"--accelerator-type={s.kind.name}", f"--runtime-version={s.runtime}"]
         track = "alpha" if s.provisioning == "flex-start" else ""  # the only one that has its flags
         self.gcloud.call("queued-resources", "create", s.name, *nodes, *kind, *tier, track=track)
+        self.is_requested = True
 
     def delete(self) -> None:
         """Deletes the request and its nodes."""
@@ -418,6 +428,9 @@ class Tpu:
         """Starts the command on every host where it is not running.
 
         Its variables are copied as a file that only their owner can read: other users of a machine see command lines.
+
+        Raises:
+          Busy: another command is running there.
         """
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "unimm_jax.env"
@@ -427,7 +440,9 @@ class Tpu:
             file.write_text("".join([f"export UNIMM_COMMIT={self.version}\n", *lines]))  # for the run card
             for node in self.settings.nodes:
                 self.copy(file, node)
-                self.ssh(node, start_script(self.settings.command))
+                if OTHER in self.ssh(node, start_script(self.settings.command)):
+                    remedy = f"python launch/tpu.py stop {self.settings.name} --zone={self.settings.zone}"
+                    raise Busy(f"another command is running on {node}; stop it with: {remedy}")
 
     def stop(self) -> None:
         """Stops the command on every host where it is running."""
@@ -451,8 +466,8 @@ class Tpu:
             stdin=where,
             stdout=subprocess.PIPE,
             stderr=where,
-            text=True,
             start_new_session=True,
+            **TEXT,
         ) as process:
             assert process.stdout is not None
             timer = threading.Timer(seconds + 60, end, [process])  # a host that vanishes does not end the connection
@@ -565,6 +580,7 @@ class Tpu:
 MARK = f'UNIMM_LAUNCH="$HOME/{TREE}"'
 ALIVE = f"grep -qszFx {MARK} /proc/[0-9]*/environ"
 RUNNING = f"[ ! -s status ] && {ALIVE}"
+OTHER = "unimm-other"  # what a host prints on which another command is running
 
 
 def install_script(install: str, mark: str) -> str:
@@ -578,20 +594,26 @@ def install_script(install: str, mark: str) -> str:
 
 
 def start_script(command: Sequence[str]) -> str:
-    """Starts the command in the background, unless it is running; its output goes to `log`, its status to `status`."""
+    """Starts the command in the background, unless it is running; its output goes to `log`, its status to `status`.
+
+    Prints `OTHER` if another command is running.
+    """
+    digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:16]
     body = f'. "$HOME/{TREE}/env"; export PATH="$HOME/{TREE}/venv/bin:$PATH"; cd "$HOME/{TREE}/src" && '
     body += f'{shlex.join(command)}; echo $? > "$HOME/{TREE}/status"'
     return (
         f'cd "$HOME/{TREE}" || exit; if ! {{ {RUNNING}; }}; then rm -f status; mv "$HOME/unimm_jax.env" env; '
-        f"chmod 600 env; {MARK} nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & "
-        f'echo $! > "$HOME/{TREE}/pid"; else rm -f "$HOME/unimm_jax.env"; fi'
+        f"chmod 600 env; echo {digest} > started; "
+        f"{MARK} nohup setsid bash -c {shlex.quote(body)} > log 2>&1 < /dev/null & "
+        f'echo $! > "$HOME/{TREE}/pid"; else rm -f "$HOME/unimm_jax.env"; '
+        f'[ "$(cat started 2>/dev/null)" = {digest} ] || echo {OTHER}; fi'
     )
 
 
 def follow_script(line: int, seconds: float) -> str:
     """Prints the lines of the log from a line (from 1) on, numbered from 1, until the command or the time ends."""
     show = f'tail -n +{line} -F --pid="$(cat pid)" log 2>/dev/null'
-    return f'cd "$HOME/{TREE}" && timeout {max(round(seconds), 1)} {show} | grep --line-buffered -n ""'
+    return f'cd "$HOME/{TREE}" && timeout {max(round(seconds), 1)} {show} | grep --line-buffered -an ""'
 
 
 STATUS_SCRIPT = (
@@ -616,6 +638,7 @@ def up(tpu: Tpu, delete: bool) -> int:
     wrong.
     """
     s, began, active, in_vain, has_ended = tpu.settings, time.monotonic(), 0.0, 0, False
+    say(f"{s.name}: commit {tpu.version[:12]}")  # what cannot be installed ends here, before there is a TPU
     try:
         for attempt in range(s.retries + 1):
             seconds = 0.0
@@ -698,10 +721,10 @@ def _slices_of(request: dict[str, Any]) -> int:
 def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | None = None) -> None:
     """Deletes the TPU if that is wanted, and prints what the run took.
 
-    It is not deleted when Google Cloud could not be reached: the command may be running.
+    It is not deleted while a command may be running on it, nor if it is not the one that was asked for.
     """
     s, hours = tpu.settings, active / 3600
-    delete = delete and not isinstance(error, Unreachable)
+    delete = delete and tpu.is_requested and not isinstance(error, Unreachable | Busy)
     try:
         if delete and (error is None or tpu.state()):
             tpu.delete()
@@ -727,6 +750,7 @@ def parser() -> argparse.ArgumentParser:
         "create": "request the TPU and wait until it is there",
         "install": "copy this clone to every host and install it",
         "run": "start the command on every host and show the log of the first",
+        "stop": "stop the command on every host",
         "logs": "show the log of a host from its beginning, until the command ends",
         "delete": "delete the TPU",
         "render": "print the run for another launcher",
@@ -820,6 +844,7 @@ def act(flags: argparse.Namespace, command: Sequence[str]) -> int:
         "create": lambda: (tpu.create(), tpu.wait())[1],
         "install": tpu.install,
         "run": lambda: (tpu.start(), tpu.follow())[1],
+        "stop": tpu.stop,
         "logs": lambda: tpu.show(flags.worker),
         "delete": tpu.delete,
     }

@@ -5,8 +5,10 @@ import shlex
 from typing import Any
 
 RESTARTS = 100  # after preemption
+GRACE_SECONDS = 300  # from SIGTERM to SIGKILL, to save
+LOST_PROCESS, KILLED = 75, 137
 # Exit statuses after which a command starts again; JAX aborts a process that has lost another one
-RECOVERED = {143: "was stopped by SIGTERM", 137: "was killed", 134: "was aborted", 75: "lost another host"}
+RECOVERED = {143: "was stopped by SIGTERM", KILLED: "was killed", 134: "was aborted", LOST_PROCESS: "lost another host"}
 
 
 def problem(settings: Any, target: str) -> str:
@@ -20,10 +22,11 @@ def problem(settings: Any, target: str) -> str:
 
 
 def xpk(settings: Any, image: str, cluster: str) -> str:
-    """The xpk command."""
+    """The xpk command. xpk also starts again after the statuses 42 and 127 to 255, so after all of `RECOVERED`."""
     words = ["xpk", "workload", "create", f"--workload={settings.name}", f"--cluster={cluster or 'CLUSTER'}"]
     words += [f"--docker-image={image or 'IMAGE'}", f"--tpu-type={settings.kind.name}"]
     words += [f"--num-slices={settings.slices}", f"--max-restarts={RESTARTS}"]
+    words += [f"--restart-on-exit-codes={LOST_PROCESS}", f"--termination-grace-period-seconds={GRACE_SECONDS}"]
     words += [f"--zone={settings.zone}"] if settings.zone else []
     words += [f"--project={settings.project}"] if settings.project else []
     return shlex.join([*words, f"--command={_shell(settings)}"]) + "\n"
@@ -44,7 +47,7 @@ def jobset(settings: Any, image: str, cluster: str) -> str:
         "resources": {"requests": chips, "limits": chips},
     }
     pod = {"restartPolicy": "Never", "nodeSelector": selector, "containers": [container]}
-    pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet", "terminationGracePeriodSeconds": 300}
+    pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet", "terminationGracePeriodSeconds": GRACE_SECONDS}
     job: dict[str, Any] = {
         "parallelism": kind.hosts,
         "completions": kind.hosts,
@@ -70,14 +73,18 @@ def jobset(settings: Any, image: str, cluster: str) -> str:
 
 
 def skypilot(settings: Any, image: str, cluster: str) -> str:
-    """The SkyPilot task, for `sky jobs launch`. JSON is YAML."""
+    """The SkyPilot task, for `sky jobs launch`. JSON is YAML.
+
+    SkyPilot reports the status `KILLED` of every host that it stops after an error on another one, so this status must
+    not start the task again. It recovers from preemptions by itself.
+    """
     region = settings.zone.rpartition("-")[0]
     resources: dict[str, Any] = {
         "infra": "/".join(["gcp", *([region, settings.zone] if region else [])]),
         "accelerators": f"tpu-{settings.kind.name}",
         "accelerator_args": {"runtime_version": settings.runtime},
         "use_spot": settings.provisioning == "spot",
-        "job_recovery": {"recover_on_exit_codes": list(RECOVERED)},
+        "job_recovery": {"recover_on_exit_codes": [code for code in RECOVERED if code != KILLED]},
     }
     install = (
         "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 venv"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,9 +317,10 @@ def test_a_request_that_was_made_although_gcloud_failed_is_used(stub):
 
 def test_a_tpu_of_another_type_is_refused(stub):
     assert up(stub).returncode == 0
-    done = launch(stub, "up", "--type=v6e-8", "--poll=0.1")
+    done = launch(stub, "up", "--type=v6e-8", "--poll=0.1", "--delete")  # the other TPU may be running a command
     assert done.returncode == 1 and "is of the type v5p-16" in done.stderr and done.stderr.count("\n") == 1
-    done = up(stub, "--slices=2")
+    done = up(stub, "--slices=2", "--delete")
+    assert (stub / "request.json").exists() and not any("delete" in words for words in calls(stub))
     assert (
         done.returncode == 1 and "requested with --slices=1; give that" in done.stderr and done.stderr.count("\n") == 1
     )
@@ -356,6 +358,32 @@ def test_nothing_is_installed_under_a_running_command(stub, tmp_path):
     done = launch(stub, "up", *TRAIN, "--poll=0.1", other, command=("bash", "-c", script))
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "count").read_text() == "begun\n" * 2 and not (tmp_path / "installed").exists()
+
+
+def test_another_command_is_not_taken_for_the_one_that_runs(stub, tmp_path):
+    words, env = line(stub, "up", *TRAIN, "--poll=0.1", f"--install={INSTALL}",
+                      command=("bash", "-c", "echo begun; sleep 60"))  # fmt: skip
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as first:
+        next(text for text in first.stdout if "begun" in text)
+        first.kill()
+    done = up(stub, "--delete", command=("touch", str(tmp_path / "second")))
+    assert done.returncode == 1 and "another command is running on run; stop it" in done.stderr
+    assert done.stderr.count("\n") == 1 and (stub / "request.json").exists()
+    assert launch(stub, "stop", "--type=v5p-16", command=()).returncode == 0
+    done = up(stub, command=("touch", str(tmp_path / "second")))
+    assert done.returncode == 0 and (tmp_path / "second").exists(), done.stdout
+
+
+def test_a_log_can_have_any_bytes(stub):
+    done = up(stub, command=("bash", "-c", r"printf 'a\xffb\nc\n'"))
+    assert done.returncode == 0 and "a\ufffdb\nc\n" in done.stdout, done.stdout
+
+
+def test_what_is_no_clone_is_refused_before_a_tpu_is_requested(stub, tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    words, env = line(stub, "up", *TRAIN)
+    done = subprocess.run([words[0], str(tmp_path / "launch" / "tpu.py"), *words[2:]], env=env, capture_output=True)
+    assert done.returncode == 1 and b"install needs a git clone" in done.stderr and not (stub / "log").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ import sys
 import pytest
 from helpers import ROOT
 
+from launch import tpu_manifests
+
 pytestmark = pytest.mark.slow
 
 COMMAND = ("python", "-m", "unimm_jax.main", "--config=stage2:7b", "--workdir=gs://bucket/run", "--config.seed=1")
 TYPES = ("v5litepod-16", "v5p-8", "v6e-8", "v4-8")
 XPK = """
 import argparse, json, sys
+from xpk.commands.workload import get_restart_exit_codes
 from xpk.core.system_characteristics import UserFacingNameToSystemCharacteristics as known
 from xpk.parser.core import set_parser
 
@@ -33,7 +36,8 @@ parser = argparse.ArgumentParser()
 set_parser(parser=parser)
 found = parser.parse_args(json.loads(sys.argv[1]))
 assert found.tpu_type in known, found.tpu_type
-print(json.dumps([found.workload, found.num_slices, found.command]))
+codes = [int(code) for code in get_restart_exit_codes(found)]
+print(json.dumps([found.workload, found.num_slices, found.command, codes]))
 """
 SKYPILOT = """
 import json, sys
@@ -102,8 +106,8 @@ def ask(program, *words):
 def test_xpk_parses_the_command(kind):
     words = shlex.split(render("xpk", kind, "--slices=2"))
     assert words[0] == "xpk"
-    name, slices, command = json.loads(ask(XPK, json.dumps(words[1:])))
-    assert (name, slices) == ("my-run", 2)
+    name, slices, command, codes = json.loads(ask(XPK, json.dumps(words[1:])))
+    assert (name, slices) == ("my-run", 2) and set(tpu_manifests.RECOVERED) <= set(codes) and 1 not in codes
     assert command.endswith(shlex.join(COMMAND))
 
 
