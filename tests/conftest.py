@@ -78,9 +78,11 @@ def bucket(tmp_path_factory):
     os.environ |= {name: url for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")}
     for _ in range(100):
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{url}/storage/v1/b")
+            urllib.request.urlopen(f"{url}/storage/v1/b/bucket")
             break
         time.sleep(0.1)
+    else:
+        raise RuntimeError(f"tests/object_store.py does not answer at {url}")
     yield "gs://bucket"
     server.kill()
     server.wait()

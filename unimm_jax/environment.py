@@ -17,7 +17,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import checkpoint, distributed, memory, objectives, process, resolve, sharding, storage, tpu_hosts
+from unimm_jax import (
+    checkpoint,
+    distributed,
+    memory,
+    objectives,
+    process,
+    resolve,
+    sharding,
+    storage,
+    tpu_hosts,
+    variables,
+)
 from unimm_jax.compile import hardware
 from unimm_jax.config import Config
 from unimm_jax.data.pipeline import Input
@@ -171,7 +182,7 @@ def coordinator() -> Iterator[Finding]:
 
 def connection() -> Iterator[Finding]:
     """Connects the processes of a run; ends this process, after a line, if they do not come within `WAIT_SECONDS`."""
-    seconds = int(os.environ.get("UNIMM_START_SECONDS", WAIT_SECONDS))
+    seconds = int(variables.number("UNIMM_START_SECONDS", WAIT_SECONDS))
     remedy = "start the same command on all hosts; end an earlier process that holds the port or the TPU"
     found = Finding(BLOCKER, "network", f"the processes did not connect within {seconds} s", remedy)
 

@@ -35,7 +35,7 @@ class Writer:
       workdir: gets `metrics.jsonl`, `evals.jsonl`, TensorBoard events under `tensorboard/` and images under `images/`.
       steps: total, for the ETA. start: step at which this process began.
       active: False on all processes but the first: nothing is written.
-      open_wandb: local directory → run on Weights & Biases that gets the same values; None for none.
+      open_wandb: opens a run on Weights & Biases that gets the same values; None for none.
 
     Attributes:
       folder: where the files are written: the workdir, or a local directory if that is on an object store.
@@ -48,7 +48,7 @@ class Writer:
         steps: int,
         start: int,
         active: bool = True,
-        open_wandb: Callable[[pathlib.Path], WandbRun] | None = None,
+        open_wandb: Callable[[], WandbRun] | None = None,
     ):
         self.name, self.steps, self.active = name, steps, active
         self._last = (start, time.perf_counter())
@@ -61,7 +61,7 @@ class Writer:
                 _drop_after(self.folder / file, start)
             self._lines = open(self.folder / "metrics.jsonl", "a", buffering=1)
             self._board = _Board(self.folder / "tensorboard")
-            self._wandb = open_wandb(self.folder) if open_wandb else None
+            self._wandb = open_wandb() if open_wandb else None
 
     def scalars(self, step: int, values: dict[str, Any], counts: dict[str, float]) -> dict[str, float]:
         """Logs one step: adds step time and speeds, prints the console line; returns all values.

@@ -32,6 +32,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from unimm_jax import variables
 from unimm_jax.errors import ConfigError, StorageError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what a scheme needs
@@ -286,17 +287,25 @@ def total_size(folder: pathlib.Path) -> int:
     Raises:
       StorageError: the store fails.
     """
+    return sum(info["size"] for info in _listing(folder).values())
+
+
+def _listing(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What an object store says of all files under a folder, by their names relative to it.
+
+    Empty objects that stand for directories, as Cloud Storage FUSE and the console make them, are left out.
+    """
+    start = len(str(folder).partition("://")[2]) + 1
     with _request(folder):
-        return sum(info["size"] for info in _filesystem(folder).find(str(folder), detail=True).values())
+        found = _filesystem(folder).find(str(folder), detail=True)
+    return {name[start:]: info for name, info in found.items() if name[start:] and not name.endswith("/")}
 
 
 def files_under(folder: pathlib.Path) -> list[str]:
     """The names of all files under a folder, relative to it, sorted."""
     if not is_remote(folder):
         return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    fs, start = _filesystem(folder), str(folder).partition("://")[2]
-    with _request(folder):
-        return sorted(name[len(start) + 1 :] for name in fs.find(str(folder)))
+    return sorted(_listing(folder))
 
 
 def find_files(folder: pathlib.Path, is_wanted: Callable[[str], bool]) -> list[pathlib.Path]:
@@ -339,15 +348,11 @@ def checksums(folder: pathlib.Path, known: dict[str, str] | None = None) -> dict
     given = known or {}
     if not is_remote(folder):
         return {name: _digest(folder / name, given.get(name, "")) for name in files_under(folder)}
-    fs, start = _filesystem(folder), str(folder).partition("://")[2]
-    with _request(folder):
-        listed = fs.find(str(folder), detail=True)
     found = {}
-    for name, info in listed.items():
-        short = name[len(start) + 1 :]
+    for name, info in _listing(folder).items():
         stored = _stored_md5(info)
-        wants_sha = short in given and not given[short].startswith(MD5)
-        found[short] = stored if stored and not wants_sha else _digest(folder / short, given.get(short, ""))
+        wants_sha = name in given and not given[name].startswith(MD5)
+        found[name] = stored if stored and not wants_sha else _digest(folder / name, given.get(name, ""))
     return found
 
 
@@ -394,8 +399,12 @@ def cache_folder() -> pathlib.Path:
 
 
 def cache_bound() -> float:
-    """The number of bytes that all local copies together may have."""
-    return float(os.environ.get("UNIMM_CACHE_GIB") or CACHE_GIB) * 2**30
+    """The number of bytes that all local copies together may have.
+
+    Raises:
+      ConfigError: UNIMM_CACHE_GIB is no number.
+    """
+    return variables.number("UNIMM_CACHE_GIB", CACHE_GIB) * 2**30
 
 
 def local_file(file: pathlib.Path) -> pathlib.Path:

@@ -36,12 +36,13 @@ class WandbRun:
     Values are plotted over "step", not over the number of calls, so a resumed run writes the same points again.
 
     Args (constructor):
-      workdir: holds the id of the run. folder: local directory for the files of the package.
+      workdir: holds the id of the run. If it is local, also the files of the package. They grow all the time, so for a
+        workdir on an object store they are where WANDB_DIR says.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, folder: pathlib.Path):
+    def __init__(self, config: Config, workdir: pathlib.Path):
         self._run: Any = None
-        self._run = self._try("the start", lambda: _start(config, workdir, folder))
+        self._run = self._try("the start", lambda: _start(config, workdir))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Logs numbers of a step."""
@@ -70,7 +71,7 @@ class WandbRun:
             return None
 
 
-def _start(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Any:
+def _start(config: Config, workdir: pathlib.Path) -> Any:
     import wandb
 
     file = workdir / ID_FILE
@@ -81,7 +82,7 @@ def _start(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Any:
         id=file.read_text().strip(),
         resume="allow",
         name=config.name,
-        dir=str(folder),
+        dir=None if storage.is_remote(workdir) else str(workdir),
         config=config.as_dict(),
         settings={"login_timeout": LOGIN_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True},
     )

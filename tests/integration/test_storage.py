@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import requests
 from array_record.python import array_record_module
 from helpers import (
     ROOT,
@@ -344,6 +345,19 @@ def test_a_changed_file_of_a_checkpoint_on_the_store_is_found(run, bucket, caplo
         verify(step)
     (step / "digests.json").write_bytes((step / "digests.json").read_bytes() + b" ")
     assert find(f"{bucket}/changed/text").name == "20" and "checkpoint not used" in caplog.text
+
+
+def test_objects_that_stand_for_directories_are_no_files(bucket):
+    """Cloud Storage FUSE and the console make them."""
+    folder = storage.path(f"{bucket}/placeholders")
+    storage.write_whole(folder / "state" / "file", b"data")
+    before = storage.checksums(folder)
+    server = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/bucket/o?uploadType=media"
+    for name in ("", "state/", "empty/"):
+        assert requests.post(f"{server}&name=placeholders/{name}", data=b"").ok
+    assert storage.files_under(folder) == ["state/file"] and storage.checksums(folder) == before
+    assert storage.find_files(folder, lambda name: True) == [folder / "state" / "file"]
+    assert storage.total_size(folder) == 4
 
 
 def test_an_interrupted_save_on_the_store_is_removed(bucket):

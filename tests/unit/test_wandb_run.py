@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from unimm_jax import metrics, train, wandb_run
+from unimm_jax import metrics, storage, train, wandb_run
 from unimm_jax.errors import ConfigError
 from unimm_jax.evals.base import Result
 
@@ -48,8 +48,8 @@ def write(workdir, start=0, active=True):
     """A writer of two steps, an evaluation with an image, and an end."""
     config = tiny("encoder", train__wandb="project")
 
-    def open_wandb(folder):
-        return wandb_run.WandbRun(config, workdir, folder)
+    def open_wandb():
+        return wandb_run.WandbRun(config, workdir)
 
     writer = metrics.Writer(workdir, config.name, 10, start, active, open_wandb)
     writer.scalars(start + 1, {"loss": 2.0}, {"examples": 8.0})
@@ -62,12 +62,20 @@ def test_metrics_evaluations_and_images_are_logged_under_one_id(fake, tmp_path):
     write(tmp_path, start=1)
     first, second = fake.starts
     assert first["project"] == "project" and first["config"]["optimizer"]["learning_rate"] > 0
+    assert first["dir"] == str(tmp_path)
     assert first["id"] == second["id"] == (tmp_path / "wandb_id.txt").read_text() and second["resume"] == "allow"
     run = fake.runs[0]
     assert ("*", {"step_metric": "step"}) in run.metrics and run.finished
     assert run.logged[0]["step"] == 1 and run.logged[0]["loss"] == 2.0 and "step_ms" in run.logged[0]
     assert run.logged[1:] == [{"step": 1, "held_out/loss": 3.0}, {"step": 1, "held_out_sheet": ("image", (4, 6, 3))}]
     assert [values["step"] for values in fake.runs[1].logged] == [2, 2, 2]
+
+
+def test_files_that_grow_are_not_in_a_workdir_on_an_object_store(fake, bucket):
+    workdir = storage.path(f"{bucket}/wandb")
+    write(workdir)
+    assert fake.starts[0]["dir"] is None and fake.starts[0]["id"] == (workdir / "wandb_id.txt").read_text()
+    assert metrics.read(workdir)[0]["loss"] == 2.0
 
 
 def test_other_processes_open_no_run(fake, tmp_path):

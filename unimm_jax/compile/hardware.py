@@ -43,6 +43,7 @@ CHIPS = {
     "NVIDIA H100 NVL": Chip("h100-nvl", 94 * 10**9, 835.5e12, 3.9e12, 300e9),
     "NVIDIA H100 PCIe": Chip("h100-pcie", 80 * 10**9, 756e12, 2.0e12, 64e9),
     "NVIDIA H200": Chip("h200", 141 * 10**9, 989.4e12, 4.8e12, 450e9),
+    "NVIDIA H200 NVL": Chip("h200-nvl", 141 * 10**9, 835.5e12, 4.8e12, 450e9),
     "NVIDIA L4": Chip("l4", 24 * 10**9, 121e12, 0.3e12, 32e9),
     "NVIDIA L40S": Chip("l40s", 48 * 10**9, 362e12, 0.864e12, 32e9),
     "TPU v4": Chip("v4", int(30.75 * GIB), 275e12, 1.228e12, 150e9),
@@ -50,6 +51,8 @@ CHIPS = {
     "TPU v5": Chip("v5p", int(95.74 * GIB), 459e12, 2.765e12, 300e9),
     "TPU v6 lite": Chip("v6e", int(31.25 * GIB), 918e12, 1.64e12, 224e9),
 }
+# Other names of the same chips, which JAX also knows
+CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e": CHIPS["TPU v6 lite"]}
 
 
 def share_of_peak(objective: Any, spec: dict[str, Any], devices: list[Any]) -> float:
