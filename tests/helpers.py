@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,21 @@ def command(module: str, *arguments: str, **env: str) -> subprocess.CompletedPro
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=plain)
 
 
+def start_processes(commands: Sequence[list[str]], **env: str) -> list[subprocess.Popen]:
+    """Starts commands as the processes of one run, each with one fake device, as a user would start them."""
+    env = {name: value for name, value in os.environ.items() if name != "UNIMM_TRACEBACK"} | {
+        "XLA_FLAGS": xla_flags(1),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(len(commands)),
+    } | env  # fmt: skip
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return [
+        subprocess.Popen(words, env=env | {"JAX_PROCESS_ID": str(index)}, **pipes)
+        for index, words in enumerate(commands)
+    ]
+
+
 def put(source: pathlib.Path, target: str) -> None:
     """Copies a directory, links followed, to an object store."""
     from unimm_jax import storage
@@ -232,6 +249,7 @@ class FakeRecords:
         records = [source[i] for i in range(count)]
         self.texts = [[len(text) for text in flatten(record)[0]] for record in records]  # tokens
         self.codes = [flatten(record)[1] for record in records]
+        self.text_tokenizer = types.SimpleNamespace(encode=str.split)
         self.items = [StoredRecord(r.key, [encode_png(r.images[0])], [], [], flatten(r)[0], []) for r in records]
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimm_jax import tpu_hosts
+from unimm_jax import tpu_hosts, variables
 from unimm_jax.errors import StartupError
 
 START_SECONDS = 300  # how long processes wait for each other at the start
@@ -63,7 +63,7 @@ def connect(seconds: int = 0) -> None:
       StartupError: not all processes connected in time, or the address is unusable.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    seconds = seconds or int(os.environ.get("UNIMM_START_SECONDS", START_SECONDS))
+    seconds = seconds or int(variables.number("UNIMM_START_SECONDS", START_SECONDS))
     hosts = 1 if address else tpu_hosts.number_of_hosts()
     if not address and hosts == 1:
         return
@@ -106,8 +106,13 @@ def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
-def check_shared(workdir: pathlib.Path) -> None:
-    """Checks that all processes see the same workdir: the first one writes a file there, the others look for it.
+def check_shared(folder: pathlib.Path, flag: str = "workdir") -> None:
+    """Checks that all processes see the same directory: the first one writes a file there, the others look for it.
+
+    Processes that exchange data late call this while they are in step: their connections time out otherwise.
+
+    Args:
+      folder: created if missing. flag: that names it, for the message.
 
     Raises:
       StartupError: in every process; names those that do not see the file.
@@ -117,10 +122,10 @@ def check_shared(workdir: pathlib.Path) -> None:
     from jax.experimental import multihost_utils
 
     token = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
-    file = workdir / f".probe-{bytes(np.asarray(token)).hex()}"
+    file = folder / f".probe-{bytes(np.asarray(token)).hex()}"
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for left in workdir.glob(".probe-*"):  # by a process that was killed, or whose disk was full
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".probe-*"):  # by a process that was killed, or whose disk was full
             left.unlink(missing_ok=True)
         file.write_bytes(b"-")
     multihost_utils.sync_global_devices("the probe is written")
@@ -133,8 +138,8 @@ def check_shared(workdir: pathlib.Path) -> None:
     if not seen.all():
         blind = ", ".join(map(str, np.flatnonzero(~seen).tolist()))
         raise StartupError(
-            f"process {blind} of {len(seen)} does not see the workdir {workdir} of process 0: it is a directory of its "
-            "own there. Give --workdir on a disk that all hosts share, or on an object store (gs://…)"
+            f"process {blind} of {len(seen)} does not see the {flag} {folder} of process 0: it is a directory of its "
+            f"own there. Give --{flag} on a disk that all hosts share, or on an object store (gs://…)"
         )
 
 

@@ -50,7 +50,8 @@ def assess() -> None:
     began = time.perf_counter()
     found = run(FLAGS.drawings, FLAGS.judge, FLAGS.output)
     if left := found["remaining"]:
-        raise DataError(f"{left} drawings have no verdict yet; run the same command again to assess them")
+        kinds = ", ".join(f"{kind} {number}" for kind, number in found["failed"].items())
+        raise DataError(f"{left} drawings have no verdict ({kinds}); {found['remedy']}. build works without them, too")
     if missing := found["not_drawn"]:
         raise DataError(f"{missing} images are not drawn yet; run self_enhance generate again, then this command")
     mark_done(verdict_folder(Drawings(storage.path(FLAGS.drawings)), FLAGS.output), began)

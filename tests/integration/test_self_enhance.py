@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from helpers import command, opened, tiny_dict
+from helpers import command, opened, start_processes, tiny_dict, write_drawings
 
 from unimm_jax import resolve
 from unimm_jax.data import tasks
@@ -105,6 +106,48 @@ def test_wrong_commands_end_in_one_line(run, drawn, tmp_path):
     done = command("self_enhance", "assess", f"--drawings={tmp_path}", "--judge=scenes")
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "has no header.json; draw images with" in done.stderr
+
+
+OWN_DIRECTORIES = """
+import sys
+sys.path.insert(0, "tests")
+from helpers import write_drawings
+from unimm_jax import distributed
+from unimm_jax.enhancement.assessing import assess
+from unimm_jax.errors import StartupError
+from unimm_jax.inference.pretokenization import pretokenize
+
+root = sys.argv[1]
+distributed.start()
+distributed.PROBE_SECONDS = 0.5
+for step in (
+    lambda: pretokenize(root + "/tokenizer", root + "/records", "", "", 400, 32),
+    lambda: write_drawings(distributed.pathlib.Path(root) / "more"),
+    lambda: assess(root + "/drawings", "scenes"),
+    lambda: assess(root + "/drawings", "scenes", root + "/verdicts"),
+):
+    try:
+        step()
+    except StartupError as error:
+        print("caught:", error)
+"""
+
+
+def test_processes_with_directories_of_their_own_stop_at_the_start(tmp_path):
+    """As on hosts whose disks are not shared, with copies of the drawings on each."""
+    roots = [tmp_path / "host0", tmp_path / "host1"]
+    for root in roots:
+        write_drawings(root / "drawings", 3)
+    processes = start_processes([[sys.executable, "-c", OWN_DIRECTORIES, str(root)] for root in roots])
+    said = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for root, (text, _) in zip(roots, said, strict=True):
+        lines = [line for line in text.splitlines() if line.startswith("caught:")]
+        flags = (("output", "records"), ("output", "more"), ("drawings", "drawings/verdicts"), ("output", "verdicts"))
+        for line, (flag, folder) in zip(lines, flags, strict=True):
+            assert f"process 1 of 2 does not see the {flag} {root}/{folder} of process 0" in line
+            assert f"Give --{flag} on a disk" in line
+    assert not list(tmp_path.rglob("verdicts-*"))
 
 
 def test_the_evaluator_runs_on_a_trained_model(run, tmp_path, monkeypatch):

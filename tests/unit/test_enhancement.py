@@ -20,7 +20,7 @@ from unimm_jax.enhancement.drawings import Drawings, DrawingSettings, draw_block
 from unimm_jax.enhancement.judge_scenes import verdict_on
 from unimm_jax.enhancement.verdicts import CORRECTION, Verdict, from_text, question
 from unimm_jax.errors import ConfigError, DataError, UserError
-from unimm_jax.evals import complete, score_table
+from unimm_jax.evals import complete, report_page, score_table
 from unimm_jax.evals.assessments import Assessments, AssessmentsOptions, caption
 from unimm_jax.evals.base import Context
 from unimm_jax.evals.scene_detector import detect
@@ -85,6 +85,7 @@ def test_processes_share_the_blocks(tmp_path, monkeypatch):
     write_drawings(tmp_path / "one", 20)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr(drawings.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(drawings.distributed, "check_shared", lambda folder, flag: None)
     for process, blocks in ((1, [1]), (0, [0, 1, 2])):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
         assert write_drawings(tmp_path / "two", 20)[0].complete() == blocks
@@ -175,6 +176,24 @@ def test_duplicates_and_drawings_without_a_verdict_are_counted(assessed, tmp_pat
     assert (summary["duplicates"], summary["without_verdict"], summary["assessed"]) == (1, 1, 28)
 
 
+def test_verdicts_that_a_model_cannot_write_are_left_out(assessed, tmp_path, capsys):
+    """The fake tokenizer counts words; the categories have ten."""
+    folder, _, items = assessed
+    journal = folder / "verdicts" / "verdicts-0.jsonl"
+    found = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row, words in zip(found, (86, 87, 5000), strict=False):
+        row["seen"] = " ".join(["x"] * words)
+    journal.write_text("".join(json.dumps(row) + "\n" for row in found))
+    summary = build(str(folder), "records", str(tmp_path / "out"))
+    assert (summary["assessed"], summary["too_long"], summary["without_verdict"]) == (28, 2, 0)
+    assert "2 with a verdict of more than 96 tokens" in capsys.readouterr().out
+    left = [json.loads(line)["drawing"] for line in (tmp_path / "out" / "documents.jsonl").read_text().splitlines()]
+    assert sorted(item.index for item in items if item.index not in left) == sorted(r["index"] for r in found[1:3])
+    journal.write_text("".join(json.dumps(row | {"seen": "x " * 87}) + "\n" for row in found))
+    with pytest.raises(DataError, match="no document is left: all 30 verdicts have more than 96 tokens"):
+        build(str(folder), "records", str(tmp_path / "none"))
+
+
 def test_what_does_not_belong_together_is_refused(assessed, tmp_path):
     folder, stored, _ = assessed
     with pytest.raises(DataError, match="has no header.json; assess the drawings with"):
@@ -190,6 +209,11 @@ def test_what_does_not_belong_together_is_refused(assessed, tmp_path):
     with pytest.raises(DataError, match="are not of the records in records"):
         build(str(folder), "records", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_says_which_seconds_are_of_the_last_start():
+    parts = report_page.time_table({"drawings": 3.0, "stage3": 4.0}, {"stage3": {"compile": 1.0}})
+    assert "the other stages count the last one, so what an interrupted start took is missing" in parts[-1]
 
 
 # ---- Evaluator -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""The judge behind an endpoint, against a server on loopback that misbehaves as the tests say."""
+"""The judge behind an endpoint, against a server on loopback that misbehaves as the tests say.
+
+pytest -m slow tests/unit/test_judge_endpoint.py    # a process that waits for another one, in 50 s
+"""
 
 import base64
 import http.server
@@ -13,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, free_port, paint, write_drawings
+from helpers import ROOT, free_port, paint, start_processes, write_drawings
 from PIL import Image
 
 from unimm_jax.enhancement import drawings, judge_endpoint
@@ -234,6 +237,7 @@ def test_slow_replies_time_out(serve):
         ((403, {}, b""), "refuses the key"),
         ((404, {}, b"no such model"), "or no model 'm' .404 Not Found: no such model"),
         ((302, {"Location": "http://127.0.0.1:1/v2"}, b""), "redirects to 'http://127.0.0.1:1/v2'; give the URL"),
+        ((307, {"Location": "http://[::1"}, b""), r"redirects to 'http://\[::1'; give the URL"),
     ],
 )
 def test_errors_of_the_user_stop_the_run_at_once(serve, drawn, monkeypatch, answer, message):
@@ -319,6 +323,47 @@ def test_a_run_that_is_killed_is_resumed(serve, drawn):
     assert sorted(row["index"] for row in rows(drawn)) == list(range(20))
 
 
+def assess_by_two(drawn, judge):
+    """Two processes of one run, to their end: (exit status, lines of errors) of each."""
+    words = [sys.executable, "-m", "unimm_jax.self_enhance", "assess", f"--drawings={drawn.path}", f"--judge={judge}"]
+    processes = start_processes([words] * 2, **PROXY)
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    return [(process.returncode, text.splitlines()) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_another_one_for_long(serve, drawn):
+    """It once gave up when the other one ended more than 30 s later."""
+    late = {item.prompt for item in drawn.block(1)} - {item.prompt for b in (0, 2) for item in drawn.block(b)}
+
+    def script(n, body):
+        if json.loads(body["messages"][1]["content"][0]["text"])["caption"] in late:
+            time.sleep(40)
+        return reply()
+
+    server = serve(script)
+    found = assess_by_two(drawn, server.describe(workers=8))
+    assert [status for status, _ in found] == [0, 0], found
+    assert max(server.times) - min(server.times) < 30 and late
+    assert assess(str(drawn.path), server.describe())["assessed"] == len(server.bodies) == 20
+
+
+def test_a_process_that_stops_lets_the_other_one_finish(serve, drawn):
+    """A damaged image in the block of process 1, while process 0 waits for replies."""
+    image = drawn.path / drawn.block(1)[0].image
+    whole = image.read_bytes()
+    image.write_bytes(whole[:50])
+    server = serve(lambda n, body: time.sleep(0.5) or reply())
+    found = assess_by_two(drawn, server.describe(workers=2))
+    assert [status for status, _ in found] == [1, 1], found
+    (first,), (second,) = [[line for line in lines if line.startswith("error: ")] for _, lines in found]
+    assert first == second and f"{image} is damaged" in first and "run the command again to continue" in first
+    stored = [len((drawn.path / "verdicts" / f"verdicts-{i}.jsonl").read_text().splitlines()) for i in (0, 1)]
+    assert stored[0] == 12 and sum(stored) == len(server.bodies)  # every reply
+    image.write_bytes(whole)
+    assert assess(str(drawn.path), server.describe())["assessed"] == len(server.bodies) == 20
+
+
 def test_the_limit_of_the_cost_is_not_exceeded(serve, drawn):
     """A request costs 0.012 dollars here; the limit counts all runs."""
     server = serve(lambda n, body: reply())
@@ -355,6 +400,19 @@ def test_half_a_character_in_a_reply_is_malformed(serve):
             once(serve(lambda n, body, answer=answer: reply(answer)), retries=0)
 
 
+@pytest.mark.parametrize("tokens", [(10**399, 1), (1, 10**399), (10**9, 1), (-1, 1), (1.5, 1), (True, 1)])
+def test_numbers_of_tokens_that_cannot_be_are_estimated(serve, tokens):
+    judge = open_judge(serve(lambda n, body: reply(tokens=tokens)).describe(retries=0, price_in=2))
+    assert judge.assess(ITEM, paint(ITEM.prompt)).good and 0.003 < judge.spent < 0.01
+    assert once(serve(lambda n, body: reply(tokens=tokens)), retries=0).good  # without prices
+
+
+def test_a_wrong_proxy_is_a_failed_connection(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http:/host")
+    with pytest.raises(JudgeError, match="connection failed: http://host/v1: proxy URL with no authority"):
+        open_judge("endpoint:http://host/v1,model=m,retries=1100,backoff=0").assess(ITEM, paint(ITEM.prompt))
+
+
 @pytest.mark.parametrize("wait", ["0", "-5", "Wed, 21 Oct 2015 07:28:00 GMT"])
 def test_an_endpoint_that_asks_for_no_wait_gets_the_backoff(serve, wait):
     server = serve(lambda n, body: (429, {"Retry-After": wait}, b"") if n < 2 else reply())
@@ -365,7 +423,16 @@ def test_an_endpoint_that_asks_for_no_wait_gets_the_backoff(serve, wait):
 
 @pytest.mark.parametrize(
     "url",
-    ["http://a..b/v1", "http://[::1/v1", "http://a b/v1", "http://a:99999/v1", "http://u@a/v1", "a/v1", "http:///v1"],
+    [
+        "http://a..b/v1",
+        "http://[::1/v1",
+        "http://a b/v1",
+        "http://a:99999/v1",
+        "http://u@a/v1",
+        "a/v1",
+        "http:///v1",
+        "http://a/vé",
+    ],
 )
 def test_wrong_urls_are_refused_before_anything_is_sent(url):
     with pytest.raises(DataError, match="needs a URL such as https://host/v1"):
@@ -399,6 +466,16 @@ def test_requests_are_spaced_by_the_rate(serve, drawn):
     for _ in range(2):
         pace.wait(waits.append)
     assert [round(wait) for wait in waits] == [0, 1, 2, 10, 11]
+
+
+@pytest.mark.parametrize("options", [dict(requests_per_minute=1e-9), dict(timeout=1e300)])
+def test_waits_may_be_longer_than_a_clock_can_count(serve, options):
+    server = serve(lambda n, body: reply() if n == 0 else (500, {}, b""))
+    judge = open_judge(server.describe(**options))
+    assert judge.assess(ITEM, paint(ITEM.prompt)).good
+    threading.Timer(0.3, judge.close).start()
+    with pytest.raises(JudgeError, match="stopped|server error"):
+        judge.assess(ITEM, paint(ITEM.prompt))
 
 
 def test_a_hold_moves_a_turn_that_a_thread_already_waits_for():

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, paint, write_drawings
+from helpers import ROOT, command, paint, write_drawings
 
 from unimm_jax.data import scenes
 from unimm_jax.data.scene_language import parse
@@ -139,7 +139,7 @@ def test_the_scenes_judge_assesses_every_drawing_once(drawn, capsys):
     assert sorted(row["index"] for row in found) == list(range(20))
     assert "verdicts: 20 of 20 drawings" in capsys.readouterr().out
     assert assess(str(drawn.path), "scenes") == summary and len(rows(drawn.path / "verdicts")) == 20
-    with pytest.raises(DataError, match=r"holds verdicts of another run \(judge, name differ"):
+    with pytest.raises(DataError, match=r"holds verdicts of another run \(judge, path differ"):
         assess(str(drawn.path), "file:" + str(drawn.path / "verdicts" / "verdicts-0.jsonl"))
 
 
@@ -167,6 +167,28 @@ def test_failures_between_verdicts_do_not_stop_the_run(drawn, monkeypatch):
     monkeypatch.setattr(ScriptedJudge, "workers", 1)
     _, summary = run(drawn, monkeypatch, fails_on_odd, patience=2)
     assert summary["assessed"] == 10 and summary["failed"] == {"timed out": 10}
+
+
+def test_drawings_on_which_the_judge_always_fails_come_last(drawn, monkeypatch):
+    """They once came first in later runs and used up its patience, before any other drawing was assessed."""
+    stops = [14]
+
+    def fails_on_even(index):
+        if index in stops:
+            stops.remove(index)
+            raise DataError("interrupted")
+        if index % 2:
+            return GOOD
+        raise JudgeError("refused")
+
+    monkeypatch.setattr(ScriptedJudge, "workers", 1)
+    _, error = run(drawn, monkeypatch, fails_on_even, patience=3)
+    assert str(error).startswith("interrupted")
+    judge, summary = run(drawn, monkeypatch, fails_on_even, patience=3)
+    assert summary["assessed"] == 10 and summary["failed"] == {"refused": 10}
+    assert judge.calls[-7:] == list(range(0, 14, 2))
+    judge, summary = run(drawn, monkeypatch, fails_on_even, patience=3)
+    assert judge.calls == list(range(0, 20, 2)) and summary["remaining"] == 10
 
 
 def test_a_dead_judge_stops_the_run_and_what_ends_meanwhile_is_saved(drawn, monkeypatch):
@@ -242,6 +264,8 @@ def test_blocks_are_split_over_processes(drawn, monkeypatch):
     lines, calls = [], []
 
     def gather(line):  # the second process gets the first one's counts, too
+        if line == b'""':  # no reason to stop
+            return [line, line]
         lines.append(line)
         return lines
 
@@ -251,6 +275,7 @@ def test_blocks_are_split_over_processes(drawn, monkeypatch):
         return GOOD
 
     monkeypatch.setattr(assessing.distributed, "gather", gather)
+    monkeypatch.setattr(assessing.distributed, "check_shared", lambda folder, flag: None)
     for process in (0, 1):
         monkeypatch.setattr("jax.process_index", lambda process=process: process)
         judge, summary = run(drawn, monkeypatch, verdict)
@@ -259,12 +284,24 @@ def test_blocks_are_split_over_processes(drawn, monkeypatch):
     assert summary["failed"] == {"server error": 1, "timed out": 2} and summary["remaining"] == 3
 
 
-def test_prompts_of_other_data_are_counted_and_named(drawn, monkeypatch):
+def test_a_bug_in_one_process_keeps_its_traceback_and_stops_the_others(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(assessing.distributed, "gather", lambda line: [line, b'"ZeroDivisionError()"'])
+    with pytest.raises(ZeroDivisionError), assessing.raised_by_all():
+        raise ZeroDivisionError
+    with pytest.raises(DataError, match=r"^ZeroDivisionError\(\)$"), assessing.raised_by_all():
+        pass
+    with pytest.raises(DataError, match=r"^the key is refused; ZeroDivisionError\(\)$"), assessing.raised_by_all():
+        raise DataError("the key is refused")
+
+
+def test_prompts_of_other_data_are_counted_and_named(drawn, monkeypatch, capsys):
     file = drawn.path / "blocks" / "000000.jsonl"
     line, *rest = file.read_text().splitlines()
     file.write_text("\n".join([json.dumps(json.loads(line) | {"prompt": "a cat"}), *rest]))
     summary = assess(str(drawn.path), "scenes")
     assert summary["failed"] == {"prompt not of the scenes": 1} and summary["remaining"] == 1
+    assert "1 drawings have none; it can assess only prompts of the scenes: draw with" in capsys.readouterr().out
     _, error = run(write_drawings(drawn.path.parent / "more", 3)[0], monkeypatch, _never)
     assert "none of the 3 drawings in" in str(error) and "(3 × unable)" in str(error)
 
@@ -276,7 +313,7 @@ def _never(index):
 # ---- Files and descriptions ------------------------------------------------------------------------------------------
 
 
-def test_a_file_gives_verdicts_by_index_or_by_key_and_prompt(drawn, tmp_path):
+def test_a_file_gives_verdicts_by_index_or_by_key_and_prompt(drawn, tmp_path, capsys):
     items = [drawing for block in drawn.complete() for drawing in drawn.block(block)]
     plain = dict(seen="x", object=True, count={"ok": False, "reason": "two"}, color=True, spatial=True)
     names = [{"index": items[0].index}, dict(key=items[1].key, prompt=items[1].prompt), {"index": 999}]
@@ -286,9 +323,28 @@ def test_a_file_gives_verdicts_by_index_or_by_key_and_prompt(drawn, tmp_path):
     assert (summary["assessed"], summary["bad"], summary["wrong"]["count"]) == (2, 2, 2)
     assert summary["failed"] == {"no verdict in the file": 18}
     assert rows(tmp_path / "out")[0]["count"] == {"ok": False, "reason": "two"}
+    assert summary["unused"] == 1 and "verdicts: 1 that the judge was given are of no image" in capsys.readouterr().out
     several = write_drawings(tmp_path / "several", 3, samples=2)[0]
     with pytest.raises(DataError, match="there are several of each; give an index"):
         assess(str(several.path), f"file:{file}", str(tmp_path / "more"))
+
+
+def test_a_file_may_grow_but_verdicts_of_two_files_do_not_mix(drawn, tmp_path):
+    lines = [json.dumps({"index": i, "seen": "x"} | dict.fromkeys(CATEGORIES, True)) + "\n" for i in range(20)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name, count in (("a", 8), ("b", 20)):
+        (tmp_path / name / "people.jsonl").write_text("".join(lines[:count]))
+    words = [f"--drawings={drawn.path}", f"--judge=file:{tmp_path}/a/people.jsonl"]
+    done = command("self_enhance", "assess", *words)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        "error: 12 drawings have no verdict (no verdict in the file 12); add their verdicts to the file and run the "
+        "command again. build works without them, too"
+    )
+    with pytest.raises(DataError, match=r"holds verdicts of another run \(path differ"):
+        assess(str(drawn.path), f"file:{tmp_path}/b/people.jsonl")
+    (tmp_path / "a" / "people.jsonl").write_text("".join(lines))
+    assert assess(str(drawn.path), f"file:{tmp_path}/a/../a/people.jsonl")["assessed"] == 20
 
 
 def test_the_journal_of_another_judge_is_a_file_of_verdicts(drawn, tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import pathlib
@@ -13,10 +14,10 @@ import jax
 from unimm_jax import distributed, storage
 from unimm_jax.enhancement.drawings import Drawing, Drawings
 from unimm_jax.enhancement.files import claim, read_header
-from unimm_jax.enhancement.journal import Journal, read_verdicts, total_spent
+from unimm_jax.enhancement.journal import Journal, read_failures, read_verdicts, total_spent
 from unimm_jax.enhancement.judges import STOPPED, Judge, open_judge
 from unimm_jax.enhancement.verdicts import CATEGORIES, Verdict
-from unimm_jax.errors import DataError, JudgeError
+from unimm_jax.errors import DataError, JudgeError, UserError
 from unimm_jax.progress import Progress
 
 FOLDER = "verdicts"  # in the directory of the drawings, where no other is given
@@ -24,10 +25,10 @@ AGAIN = "all verdicts so far are saved; run the command again to continue"
 
 
 def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
-    """Assesses the drawings that have no verdict yet, and returns the counts that it prints.
+    """Assesses the drawings that have no verdict yet. Returns the counts that it prints, and the judge's remedy.
 
-    Blocks are split over the processes as in `drawings.draw`. Drawings on which the judge fails are counted, and the
-    next run tries them again.
+    Blocks are split over the processes as in `drawings.draw`. A process that must stop waits for the others, then all
+    stop. Drawings on which the judge fails are counted, and the next run tries them again, after all others.
 
     Args:
       drawings: directory that `draw` wrote; blocks that are not complete are left out.
@@ -36,22 +37,16 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     Raises:
       DataError: no drawings, a wrong judge, verdicts of another judge in `output`, too many failures in a row, or no
         image can be assessed (a refused key, the limit of the cost). All verdicts so far are on disk.
+      StartupError: processes do not see the same directory.
     """
-    found = Drawings(storage.path(drawings))
+    with raised_by_all():
+        found, who = Drawings(storage.path(drawings)), open_judge(judge)
     folder = verdict_folder(found, output)
-    who = open_judge(judge)
-    identity = dict(drawings=found.identity, **who.identity())
-    folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(folder, jax.process_index())  # first: it locks out another run
-    try:
-        claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
-        others = max(total_spent(folder) - journal.spent, 0.0)
-        who.start(found.header, journal.spent, others, jax.process_count())
-        done = set(read_verdicts(folder))
-        failed = Run(who, journal, found, done).finish()
-    finally:
-        journal.close()
-    counts = distributed.gather(json.dumps(failed).encode())  # when all processes have ended
+    distributed.check_shared(folder, "output" if output else "drawings")
+    failed: collections.Counter[str] = collections.Counter()
+    with raised_by_all():
+        failed = _assess_share(found, who, folder)
+    counts = distributed.gather(json.dumps(failed).encode())
     failed = sum((collections.Counter(json.loads(line)) for line in counts), collections.Counter())
     verdicts, spent = read_verdicts(folder), total_spent(folder)
     size = found.header["block"]
@@ -59,13 +54,49 @@ def assess(drawings: str, judge: str, output: str = "") -> dict[str, Any]:
     summary = counts_of(verdicts) | {"remaining": drawn - len(verdicts), "not_drawn": len(found) - drawn}
     summary |= {"failed": dict(sorted(failed.items()))}
     summary |= {"spent": round(spent, 4)} if spent else {}
+    summary |= {"unused": unused} if (unused := who.given - len(verdicts)) > 0 else {}
     if not verdicts:
         kinds = ", ".join(f"{number} × {kind}" for kind, number in failed.items()) or "no block is complete"
         raise DataError(f"none of the {len(found)} drawings in {drawings} was assessed ({kinds})")
     if jax.process_index() == 0:
         storage.write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
-        print("\n".join(lines_of(summary, len(found))), flush=True)
-    return summary
+        print("\n".join(lines_of(summary, len(found), who.remedy)), flush=True)
+    return summary | {"remedy": who.remedy}
+
+
+@contextlib.contextmanager
+def raised_by_all() -> Iterator[None]:
+    """What one of several processes raises in the block ends all of them, after all have left the block.
+
+    Raises:
+      DataError: in every process, with the reasons of all. A process that has found a bug raises that instead.
+    """
+    error, reason = None, ""
+    try:
+        yield
+    except Exception as caught:
+        error, reason = caught, str(caught) if isinstance(caught, UserError) else repr(caught)
+        if jax.process_count() > 1:
+            print(f"process {jax.process_index()} stops when the others have ended, too: {reason}", flush=True)
+    reasons = [json.loads(line) for line in distributed.gather(json.dumps(reason).encode())]
+    if error is not None and (len(reasons) == 1 or not isinstance(error, UserError)):
+        raise error
+    if any(reasons):
+        raise DataError("; ".join(dict.fromkeys(filter(None, reasons))))
+
+
+def _assess_share(drawings: Drawings, judge: Judge, folder: pathlib.Path) -> collections.Counter[str]:
+    """Assesses the drawings of this process that have no verdict: number of failures by kind; see `assess`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder, jax.process_index())  # first: it locks out another run
+    try:
+        identity = dict(drawings=drawings.identity, **judge.identity())
+        claim(folder, identity, "verdicts", is_empty=not read_verdicts(folder))
+        others = max(total_spent(folder) - journal.spent, 0.0)
+        judge.start(drawings.header, journal.spent, others, jax.process_count())
+        return Run(judge, journal, drawings, set(read_verdicts(folder)), read_failures(folder)).finish()
+    finally:
+        journal.close()
 
 
 def verdict_folder(drawings: Drawings, verdicts: str) -> pathlib.Path:
@@ -91,10 +122,13 @@ class Run:
 
     Args (constructor):
       judge: started. journal: gets the verdicts. drawings: to assess. done: indices of those that have a verdict.
+      failed_before: of those on which the judge failed in earlier runs. They come last, and their failures do not
+        count for its patience: there may be many on which it always fails.
     """
 
-    def __init__(self, judge: Judge, journal: Journal, drawings: Drawings, done: set[int]):
-        self.judge, self.journal, self.drawings, self.done = judge, journal, drawings, done
+    def __init__(self, judge: Judge, journal: Journal, drawings: Drawings, done: set[int], failed_before: set[int]):
+        self.judge, self.journal, self.drawings = judge, journal, drawings
+        self.done, self.failed_before = done, failed_before
         self.failed: collections.Counter[str] = collections.Counter()
         self._in_a_row, self._written = 0, 0
         size = drawings.header["block"]
@@ -134,8 +168,16 @@ class Run:
         return self.failed
 
     def _todo(self) -> Iterator[Drawing]:
+        again = []
         for block in self._blocks:
-            yield from (drawing for drawing in self.drawings.block(block) if drawing.index not in self.done)
+            for drawing in self.drawings.block(block):
+                if drawing.index in self.done:
+                    continue
+                if drawing.index in self.failed_before:
+                    again.append(drawing)
+                else:
+                    yield drawing
+        yield from again
 
     def _one(self, drawing: Drawing) -> Verdict:
         return self.judge.assess(drawing, self.drawings.image(drawing))
@@ -146,9 +188,12 @@ class Run:
             verdict = future.result()
         except JudgeError as error:
             self._fail(drawing, error)
-            self._in_a_row += 1
-            if self._in_a_row == self.judge.patience:
-                raise DataError(f"the judge failed {self._in_a_row} times in a row, the last time: {error}") from None
+            if drawing.index not in self.failed_before:
+                self._in_a_row += 1
+                if self._in_a_row == self.judge.patience:
+                    raise DataError(
+                        f"the judge failed {self._in_a_row} times in a row, the last time: {error}"
+                    ) from None
         else:
             self._write(drawing, verdict)
             self._in_a_row = 0
@@ -178,8 +223,8 @@ def counts_of(verdicts: Mapping[int, Verdict]) -> dict[str, Any]:
     return {"assessed": len(verdicts), "good": good, "bad": len(verdicts) - good, "wrong": wrong}
 
 
-def lines_of(summary: Mapping[str, Any], total: int) -> list[str]:
-    """The counts of `assess` as lines of text."""
+def lines_of(summary: Mapping[str, Any], total: int, remedy: str) -> list[str]:
+    """The counts of `assess` as lines of text; see `Judge.remedy`."""
     wrong = ", ".join(f"{name} {number}" for name, number in summary["wrong"].items())
     found = f"{summary['good']} good, {summary['bad']} bad (wrong: {wrong})"
     lines = [f"verdicts: {summary['assessed']} of {total} drawings, {found}"]
@@ -187,7 +232,9 @@ def lines_of(summary: Mapping[str, Any], total: int) -> list[str]:
         kinds = ", ".join(f"{kind} {number}" for kind, number in summary["failed"].items())
         lines.append(f"verdicts: {sum(summary['failed'].values())} failures in this run ({kinds})")
     if summary["remaining"]:
-        lines.append(f"verdicts: {summary['remaining']} drawings have none; run the command again to try them")
+        lines.append(f"verdicts: {summary['remaining']} drawings have none; {remedy}")
+    if "unused" in summary:
+        lines.append(f"verdicts: {summary['unused']} that the judge was given are of no image that is drawn")
     if summary["not_drawn"]:
         lines.append(f"verdicts: {summary['not_drawn']} images are not drawn yet; run self_enhance generate again")
     return lines + ([f"verdicts: {summary['spent']:.4f} dollars spent"] if "spent" in summary else [])

@@ -14,7 +14,7 @@ from unimm_jax.data.records import Records
 from unimm_jax.enhancement.assessing import counts_of, verdicts_on
 from unimm_jax.enhancement.drawings import Drawing, Drawings, contents_of
 from unimm_jax.enhancement.files import HEADER, claim, digest_of, hashed
-from unimm_jax.enhancement.verdicts import CORRECTION, Verdict, question
+from unimm_jax.enhancement.verdicts import CORRECTION, MAX_TOKENS, Verdict, question
 from unimm_jax.errors import DataError
 
 DOCUMENTS = "documents.jsonl"
@@ -25,7 +25,8 @@ def build(drawings: str, records: str, output: str, verdicts: str = "", max_bad_
     """Writes `documents.jsonl` and its images, and returns the counts that it prints.
 
     A good image gives a turn with the image and a question, and the verdict as answer. A bad image gives the same, then
-    a turn that asks for a correction, and the real image of the caption as answer. `pretokenize` reads the result as
+    a turn that asks for a correction, and the real image of the caption as answer. Verdicts whose text has more than
+    `MAX_TOKENS` tokens are left out: a model writes no more. `pretokenize` reads the result as
     `chat:OUTPUT/documents.jsonl`. The result is a function of the arguments. Does nothing if it is there.
 
     Args:
@@ -65,7 +66,8 @@ def build(drawings: str, records: str, output: str, verdicts: str = "", max_bad_
     print(
         f"documents: {summary['assessed']} in {folder / DOCUMENTS}, {summary['good']} good, {summary['bad']} bad "
         f"(wrong: {wrong}); left out: {summary['duplicates']} duplicates, {summary['surplus']} surplus bad images, "
-        f"{summary['without_verdict']} drawings without a verdict"
+        f"{summary['without_verdict']} drawings without a verdict, {summary.get('too_long', 0)} with a verdict of more "
+        f"than {MAX_TOKENS} tokens"
     )
     return summary
 
@@ -77,16 +79,21 @@ def write(
     (folder / "images").mkdir(parents=True)
     seen: set[bytes] = set()
     kept: list[Drawing] = []
-    duplicates = 0
+    duplicates, too_long = 0, 0
     for block in drawings.complete():
         for drawing in drawings.block(block):
             if drawing.index not in verdicts:
+                continue
+            if len(stored.text_tokenizer.encode(verdicts[drawing.index].to_text())) > MAX_TOKENS:
+                too_long += 1
                 continue
             look = hashlib.sha256(drawing.prompt.encode() + b"\0" + drawings.encoded(drawing)).digest()
             duplicates += look in seen
             if look not in seen:
                 kept.append(drawing)
                 seen.add(look)
+    if not kept and too_long:
+        raise DataError(f"no document is left: all {too_long} verdicts have more than {MAX_TOKENS} tokens")
     if not kept:
         raise DataError(f"none of the drawings in {drawings.path} has a verdict; assess them first")
     chosen = _without_surplus(kept, verdicts, max_bad_share)
@@ -103,7 +110,7 @@ def write(
             row = document(drawing, verdicts[drawing.index], image, real)
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     summary = counts_of({drawing.index: verdicts[drawing.index] for drawing in chosen})
-    summary |= {"duplicates": duplicates, "surplus": len(kept) - len(chosen)}
+    summary |= {"duplicates": duplicates, "surplus": len(kept) - len(chosen), "too_long": too_long}
     summary |= {"without_verdict": len(drawings) - len(verdicts)}
     storage.write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from unimm_jax import checkpoint as checkpoints
-from unimm_jax import storage
+from unimm_jax import distributed, storage
 from unimm_jax.data import transforms
 from unimm_jax.data.records import Records
 from unimm_jax.data.sources import source_number, split_sources
@@ -157,6 +157,7 @@ def draw(checkpoint: str, records: str, output: str, settings: DrawingSettings, 
     Raises:
       CheckpointError: no such model, or no decoder beside it.
       DataError: no records, none with captions, or drawings of another run in `output`.
+      StartupError: processes do not see the same `output`.
     """
     _ = settings.sampling  # raises for wrong settings before anything is loaded
     stored = Records.open(storage.path(records))
@@ -205,6 +206,7 @@ def draw_blocks(
     Args:
       chosen: (record, index of the text) of each text; see `select`. identity: of what the drawings depend on.
     """
+    distributed.check_shared(folder, "output")
     count = len(chosen) * settings.samples
     blocks = -(-count // BLOCK)
     claim(folder, identity | dict(drawings=count, block=BLOCK, blocks=blocks), "drawings")

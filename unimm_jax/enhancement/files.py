@@ -60,7 +60,10 @@ def claim(folder: pathlib.Path, identity: dict[str, Any], what: str, is_empty: b
 
 
 def mark_done(folder: pathlib.Path, began: float) -> None:
-    """Writes done.json with the seconds since `began` (of `time.perf_counter`), unless an earlier run did."""
+    """Writes done.json with the seconds since `began` (of `time.perf_counter`), unless an earlier run did.
+
+    Those of starts that were interrupted are not counted.
+    """
     if jax.process_index() == 0 and not storage.kind(folder / "done.json"):
         storage.write_whole(
             folder / "done.json", json.dumps({"seconds": round(time.perf_counter() - began, 1)}).encode()

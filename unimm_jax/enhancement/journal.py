@@ -121,6 +121,15 @@ def read_verdicts(folder: pathlib.Path) -> dict[int, Verdict]:
     return found
 
 
+def read_failures(folder: pathlib.Path) -> set[int]:
+    """Indices of the drawings that have a failure in a journal of a directory, with or without a later verdict.
+
+    Raises:
+      DataError: a line is damaged.
+    """
+    return {row["index"] for file in _journals(folder) for row in _rows(file) if "failed" in row and "index" in row}
+
+
 def is_verdict(row: dict[str, Any]) -> bool:
     """Whether a line of a journal is a verdict: neither a failure nor an amount alone."""
     return "failed" not in row and row.keys() != {"spent"}

@@ -44,6 +44,7 @@ KEYS = ("UNIMM_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables
 MAX_WAIT = 600.0  # seconds between two attempts
 MAX_REPLY = 4 * 2**20  # bytes
 IMAGE_TOKENS = 1500  # of an image, where the endpoint does not count tokens
+MAX_COUNT = 10**9  # of the tokens of a request; a larger count of an endpoint is not taken for one
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -104,10 +105,12 @@ class _FailedAttemptError(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would take the key to another host."""
+    """Does not follow redirects, which would take the key to another host, and does not read where they lead."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def http_error_302(self, *_: Any) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # type: ignore[assignment]
 
 
 class EndpointJudge(Judge):
@@ -170,7 +173,7 @@ class EndpointJudge(Judge):
         failure = _FailedAttemptError(STOPPED, "")
         for attempt in range(self.options.retries + 1):
             if attempt:
-                wait = self.options.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                wait = self.options.backoff * 2 ** min(attempt - 1, 60) * random.uniform(0.5, 1.5)
                 self._sleep(min(wait, MAX_WAIT))  # at least: an endpoint may ask for 0 seconds
             self._pace.wait(self._sleep)
             try:
@@ -219,7 +222,7 @@ class EndpointJudge(Judge):
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
-        seconds = self.options.timeout
+        seconds = min(self.options.timeout, threading.TIMEOUT_MAX)
         deadline, is_paid = time.monotonic() + seconds, False
         try:
             with self._opener.open(request, timeout=seconds) as response:
@@ -227,7 +230,7 @@ class EndpointJudge(Judge):
                 return _read(response, deadline)
         except urllib.error.HTTPError as error:
             raise self._refused(error, deadline) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a wrong proxy or header
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 said = f"no reply of {self.url} in {seconds:g} s"
@@ -261,7 +264,7 @@ class EndpointJudge(Judge):
         return line.replace(self._key, "***") if self._key else line
 
     def _sleep(self, seconds: float) -> None:
-        if self._stopped.wait(max(seconds, 0.0)):
+        if self._stopped.wait(min(max(seconds, 0.0), threading.TIMEOUT_MAX)):
             raise JudgeError(STOPPED)
 
     def _cost(self, letters_in: int, letters_out: int) -> float:
@@ -273,7 +276,7 @@ class EndpointJudge(Judge):
         found = [
             usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
         ]
-        if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found):
+        if all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_COUNT for n in found):
             return self._cost(4 * found[0], 4 * found[1])  # type: ignore[operator]
         return self._cost(len(RUBRIC) + 4 * IMAGE_TOKENS, len(content))
 
@@ -352,7 +355,7 @@ def _is_base_url(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").encode("idna").decode()
-        others = parts.username or parts.query or parts.fragment or (parts.port or 1) < 1
+        others = parts.username or parts.query or parts.fragment or (parts.port or 1) < 1 or not parts.path.isascii()
     except ValueError:  # also a port above 65535, and UnicodeError
         return False
     return parts.scheme in ("http", "https") and re.fullmatch(r"[A-Za-z0-9._:-]+", host) is not None and not others

@@ -24,6 +24,8 @@ class FileJudge(Judge):
       DataError: the file cannot be read, or a line is not a verdict or names a drawing again.
     """
 
+    remedy = "add their verdicts to the file and run the command again"
+
     def __init__(self, path: str):
         self.file = storage.path(path)
         self.verdicts: dict[int | tuple[str, str], Verdict] = {}
@@ -39,6 +41,7 @@ class FileJudge(Judge):
                 self.verdicts[name] = from_json(row)
             except DataError as error:
                 raise DataError(f"{self.file}, row {number + 1}: {error}") from None
+        self.given = len(self.verdicts)
 
     @classmethod
     def open(cls, rest: str) -> "FileJudge":
@@ -48,8 +51,8 @@ class FileJudge(Judge):
         return cls(rest)
 
     def identity(self) -> dict[str, Any]:
-        """See `Judge.identity`."""
-        return {"judge": "file", "name": self.file.name}
+        """See `Judge.identity`. Lines can be added to a file, so its contents are not part of it."""
+        return {"judge": "file", "path": str(self.file if storage.is_remote(self.file) else self.file.resolve())}
 
     def start(self, header: Mapping[str, Any], spent: float, others: float, processes: int) -> None:
         """See `Judge.start`."""

@@ -18,6 +18,8 @@ from unimm_jax.evals.scene_detector import Detection, detect
 class SceneJudge(Judge):
     """Judges images of captions and prompts of `data.scenes`."""
 
+    remedy = "it can assess only prompts of the scenes: draw with generate --source=scenes"
+
     @classmethod
     def open(cls, rest: str) -> "SceneJudge":
         """See `Judge.open`; there are no options."""

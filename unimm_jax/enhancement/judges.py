@@ -29,12 +29,16 @@ class Judge:
     Attributes:
       workers: number of images that are assessed at the same time, by threads.
       patience: number of failures in a row after which a run stops; 0 is never.
+      remedy: what gives verdicts on the images on which the judge failed, for messages.
+      given: number of verdicts that the judge has, where it looks them up.
       spent: dollars of this process, over all runs.
       note_spent: called with `spent` after an attempt that was paid and gave no verdict; from any thread.
     """
 
     workers: int = 1
     patience: int = 0
+    remedy: str = "run the command again to try them"
+    given: int = 0
     spent: float = 0.0
     note_spent: Callable[[float], None] = staticmethod(lambda dollars: None)
 

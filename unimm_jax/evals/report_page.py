@@ -411,7 +411,7 @@ def curve(name: str, training: Points, held_out: Points) -> str:
 
 
 def time_table(seconds: dict[str, float], spent: dict[str, dict[str, float]]) -> list[str]:
-    """Seconds per stage, with bars.
+    """Seconds per stage, with bars. Stages other than training have those of their last start.
 
     Args:
       spent: training stage → what → seconds other than on steps.
@@ -434,7 +434,8 @@ def time_table(seconds: dict[str, float], spent: dict[str, dict[str, float]]) ->
     rows.append(f'<tr><th>all</th><th class="n">{sum(seconds.values()):.0f}</th></tr>')
     note = (
         '<p class="note">Seconds of each stage, and what training spent them on. "prepare" opens the data and makes or '
-        'reads the parameters, "compile" is that of the train step, "input" waits for batches.</p>'
+        'reads the parameters, "compile" is that of the train step, "input" waits for batches. Training counts '
+        "all its starts; the other stages count the last one, so what an interrupted start took is missing.</p>"
     )
     return ["<h2>Time</h2>", f"<table>{head}{''.join(rows)}</table>", note]
 

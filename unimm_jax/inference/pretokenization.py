@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unimm_jax import sharding, storage, text_tokenizer
+from unimm_jax import distributed, sharding, storage, text_tokenizer
 from unimm_jax.checkpoint import find, read_meta
 from unimm_jax.config import Config
 from unimm_jax.data import pipeline
@@ -63,10 +63,12 @@ def pretokenize(
     Raises:
       CheckpointError: no tokenizer. DataError: no data, records of another tokenizer in `output`, or records in `reuse`
         that are of other tokenizers, of an earlier version, or begin with another source.
+      StartupError: processes do not see the same `output`.
     """
     started = time.perf_counter()
-    tokenizer = load_image_tokenizer(image_tokenizer)
     folder = storage.path(output)
+    distributed.check_shared(folder, "output")
+    tokenizer = load_image_tokenizer(image_tokenizer)
     data = tokenizer.config.data
     sources = sources or data.sources
     datasets = _open(sources, data, "train")
