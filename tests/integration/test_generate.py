@@ -11,7 +11,7 @@ from unimm_jax.data import scenes, tasks, transforms
 from unimm_jax.data.documents import Text
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference import requests, sampling
-from unimm_jax.inference.generator import Generator, Prompt, place_images
+from unimm_jax.inference.generator import Generator, Prompt, place_images, with_start
 from unimm_jax.inference.interleaved import continue_document, document_prompt
 from unimm_jax.inference.loading import load_model
 from unimm_jax.inference.sampling import NEG_INF, Sampling, image_mask, sample_token
@@ -341,6 +341,17 @@ def test_documents_go_on_with_texts_and_images_in_turn(generator, monkeypatch):
     assert continue_document(generator, [["a"]], max_images=0) == [["x"]]
     with pytest.raises(UserError, match="neither text nor image"):
         continue_document(generator, [["a"], [""]])
+
+
+def test_a_document_without_room_for_an_image_ends(generator, monkeypatch):
+    texts = ["a", "a circle and a square and a cross"]
+    long = document_prompt(texts[1:])
+    monkeypatch.setattr(generator, "prompt_length", int(generator._rendered([long])[1].sum()))
+    assert generator.fits(long) and not generator.fits(with_start(long))
+    asked = script(generator, monkeypatch, [("", True)] * 2, [("", False)] * 2)
+    found = continue_document(generator, [[text] for text in texts], max_images=2)
+    assert [len(parts) for parts in found] == [1, 0] and found[0][0].shape == (64, 64, 3)
+    assert [streams for streams, _ in asked][0] == [0, 1] and all(1 not in streams for streams, _ in asked[1:])
 
 
 def test_a_document_does_not_depend_on_when_others_end(generator, monkeypatch):

@@ -17,7 +17,7 @@ from unimm_jax.data.documents import Text
 from unimm_jax.data.records import Records
 from unimm_jax.errors import ConfigError, DataError, UserError
 from unimm_jax.evals.runner import evaluate
-from unimm_jax.inference.generator import Generator, Prompt
+from unimm_jax.inference.generator import Generator, Prompt, with_start
 from unimm_jax.inference.loading import load_model, stage_config
 from unimm_jax.inference.pretokenization import pretokenize
 from unimm_jax.inference.sampling import GREEDY, Sampling
@@ -194,11 +194,110 @@ def test_prompts_are_rendered_as_in_training(sliced, monkeypatch):
     assert g.continue_with_text([prompt])[0] == g.generate_text([image], ["how many circles?"])[0]
 
 
-def test_the_exported_model_reads_the_same_slices(sliced, tmp_path):
+def with_data(config, **settings):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
+
+
+def test_slices_of_a_prompt_that_do_not_fit_a_row_are_left_out_as_in_training(sliced, monkeypatch):
+    g = Generator(load_model(sliced / "stage3"), batch=2)
+    large = scenes.render(scenes.draw_scene(5, "test", 0), 192)
+    one, two = g.prompt_of([large, "what is it?"]), g.prompt_of([large, large, "what is it?"])
+    assert [len(views) for views in g._rendered([one, two])[3]] == [10, 2]  # of 12 views and 256 tokens
+    tokens = int(g._rendered([one])[1].sum())
+    monkeypatch.setattr(g, "prompt_length", 100)
+    assert g.fits(two) and not g.fits(one)
+    assert len(g.continue_with_text([two])) == 1
+    monkeypatch.setattr(g, "prompt_length", 256)
+    for limits, count in ((dict(seq_len=tokens), 10), (dict(seq_len=tokens - 1), 1), (dict(images_per_row=9), 1)):
+        monkeypatch.setattr(g, "config", with_data(g.model.config, **limits))
+        assert len(g._rendered([one])[3][0]) == count
+    # the prompt of an example whose slices do not fit
+    plan = opened(with_data(g.config, records=str(sliced / "records")))[0].rows.plan
+    examples = [e for step in range(6) for row in plan.rows(step) for e in row if e.task == "question"]
+    example = next(e for e in examples if packing.loses_slices(plan.records, e, plan.packing, plan.layout))
+    wanted, item = packing.build_example(plan.records, example, plan.packing, plan.layout), plan.records[example.record]
+    document = packing.document_of(plan.records, example, plan.packing, plan.layout)
+    asked = item.texts[next(segment.text for segment in document if isinstance(segment, Text))]
+    whole = np.asarray(transforms.decode_image(item.images[0]))
+    tokens, valid, index, (views,), _ = g._rendered([Prompt(tasks.question_prompt(asked, g.task_settings), [whole])])
+    n = int(valid.sum())
+    assert whole.shape == (192, 192, 3) and np.array_equal(views, wanted.images)
+    assert tokens[valid].tolist() == wanted.tokens.ids[:n].tolist()
+    assert index[valid].tolist() == wanted.tokens.feature[:n].tolist()
+
+
+@pytest.fixture(scope="module")
+def exported(sliced, tmp_path_factory):
+    """The exported model of `sliced`, its processor and its directory."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    export(str(sliced / "stage3"), str(tmp_path / "out"), verify=False)
-    model = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    out = tmp_path_factory.mktemp("exported") / "out"
+    export(str(sliced / "stage3"), str(out), verify=False)
+    model = transformers.AutoModel.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
+    return model, transformers.AutoProcessor.from_pretrained(out, trust_remote_code=True), out
+
+
+def test_the_exported_model_leaves_out_the_same_slices(sliced, exported, monkeypatch):
+    model, processor, _ = exported
+    g = Generator(load_model(sliced / "stage3"), batch=4, prompt_length=512)
+    rng = np.random.default_rng(0)
+    wide, square, small = (
+        rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in ((300, 70), (192, 192), (64, 64))
+    )
+    parts = [[square, square, "what is it?"], [wide, small, "is there a cross?"], [square, "is it red?"]]
+    in_pil = [[part if isinstance(part, str) else Image.fromarray(part) for part in each] for each in parts]
+    message = lambda each: [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in each]
+    chats = [[{"role": "user", "content": message(each)}] for each in parts]
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    images = [part for each in in_pil for part in each if not isinstance(part, str)]
+    prompts = [g.prompt_of(each) for each in parts]
+    tokens = g._rendered(prompts)[1].sum(-1).tolist()
+    assert (processor.seq_len, processor.images_per_row) == (256, 12)
+    for fit in ("stretch", "crop"):  # the whole image of one with slices is always stretched
+        cases = [((256, 12), [2, 7, 10]), ((tokens[2], 20), [2, 7, 10]), ((tokens[2] - 1, 20), [2, 7, 1])]
+        cases += [((tokens[1] - 1, 20), [2, 2, 1]), ((256, 9), [2, 7, 1])]
+        for limits, counts in cases:
+            monkeypatch.setattr(g, "fit", fit)
+            monkeypatch.setattr(g, "config", with_data(g.model.config, seq_len=limits[0], images_per_row=limits[1]))
+            for each in (processor, model.processor):
+                monkeypatch.setattr(each, "fit", fit)
+                monkeypatch.setattr(each, "seq_len", limits[0])
+                monkeypatch.setattr(each, "images_per_row", limits[1])
+            _, valid, _, views, _ = g._rendered(prompts)
+            inputs = processor(images, texts)
+            assert [len(each) for each in views] == counts
+            assert np.array_equal(inputs["pixel_values"].numpy(), np.concatenate(views))
+            placed = inputs["attention_mask"].sum(-1) + 16 * np.array(counts)
+            assert placed.tolist() == valid.sum(-1).tolist()
+    found = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    answers = processor.batch_decode(found, skip_special_tokens=True)
+    assert [answer.strip() for answer in answers] == [answer.strip() for answer in g.continue_with_text(prompts)]
+    found = model.compose_image_tokens(in_pil, temperature=0)
+    wanted = g.continue_with_image([g.image_prompt_of(each) for each in parts], GREEDY)
+    assert found == [row[: len(ids)].tolist() for ids, row in zip(found, wanted, strict=True)]
+    embedded = []
+    for each in in_pil:
+        seen = model.seen([part for part in each if not isinstance(part, str)])
+        embedded.append(model.embed_parts(model.processor.image_prompt(each), seen))
+    composed = [with_start(g.image_prompt_of(each)) for each in parts]
+    assert [x.shape[1] for x in embedded] == g._rendered(composed)[1].sum(-1).tolist()
+
+
+def test_exports_that_do_not_know_the_size_of_a_row_read_all_slices(exported, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(exported[2], tmp_path / "old")
+    file = tmp_path / "old" / "processor_config.json"
+    settings = json.loads(file.read_text())
+    assert (settings.pop("seq_len"), settings.pop("images_per_row")) == (256, 12)
+    file.write_text(json.dumps(settings))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "old", trust_remote_code=True)
+    image = Image.fromarray(np.zeros((192, 192, 3), np.uint8))
+    assert len(processor([image] * 2, [processor.ask("what is it?")] * 2)["pixel_values"]) == 20
+    assert processor.fits_row(10**6, 10**3)
+
+
+def test_the_exported_model_reads_the_same_slices(sliced, exported):
+    torch = pytest.importorskip("torch")
+    model, processor, _ = exported
     g = Generator(load_model(sliced / "stage3"), batch=4, prompt_length=256)
     sizes = ((192, 192), (64, 64), (100, 180), (300, 70))
     pixels = [np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in sizes]

@@ -15,6 +15,7 @@ from unimm_jax.data.documents import (
     Layout,
     Special,
     Text,
+    fits_row,
     input_views,
     length,
     prompt_images,
@@ -123,6 +124,13 @@ def test_the_length_of_every_document_is_that_of_its_rendering(record, layout, o
         for (_, view), (_, following) in zip(row.inputs, row.inputs[1:], strict=False):
             assert following in (0, view + 1)  # slices follow the whole image, in order
     assert applied
+
+
+def test_a_document_fits_a_row_by_its_tokens_and_its_views():
+    layout = Layout(Vocabulary(TOKENIZER.num_rows, CODES), TOKENIZER, 4, view_features=4)
+    document = with_slices((ImageIn(0), Text(0), ImageIn(1)), [2, 0])  # 4 views of 6 tokens, and a text of 3
+    for seq_len, views, wanted in ((27, 4, True), (26, 4, False), (27, 3, False), (99, 99, True)):
+        assert fits_row(document, [3], [16, 16], layout, seq_len, views) is wanted
 
 
 @settings(max_examples=200, deadline=None)

@@ -203,6 +203,22 @@ def length(
     return total
 
 
+def fits_row(
+    document: Document,
+    text_counts: Sequence[int] | np.ndarray,
+    kept: Sequence[int] | np.ndarray,
+    layout: Layout,
+    seq_len: int,
+    images_per_row: int,
+) -> bool:
+    """Whether a document fits a row of training. If one with slices does not, its images are read as a whole.
+
+    Args:
+      text_counts, kept: see `length`. seq_len, images_per_row: maximum number of tokens and of input views.
+    """
+    return len(input_views(document)) <= images_per_row and length(document, text_counts, kept, layout) <= seq_len
+
+
 def _codes_of(kept: int, layout: Layout) -> int:
     """Number of codes of an image with so many kept patches."""
     return int(kept) if layout.max_codes is None else min(int(kept), layout.max_codes)

@@ -10,6 +10,7 @@ from unimm_jax.data.documents import (
     ImageOut,
     Layout,
     Tokens,
+    fits_row,
     input_views,
     length,
     render,
@@ -129,9 +130,8 @@ def _document_and_slices(records: Records, example: Example, packing: PackingCon
 
 def _fits(records: Records, example: Example, document: Document, packing: PackingConfig, layout: Layout) -> bool:
     """Whether a document of an example fits a row."""
-    if len(input_views(document)) > packing.images_per_row:
-        return False
-    return _tokens(records, example, document, layout) <= packing.seq_len
+    texts, kept = records.texts[example.record], records.kept[example.record]
+    return fits_row(document, texts, kept, layout, packing.seq_len, packing.images_per_row)
 
 
 def _tokens(records: Records, example: Example, document: Document, layout: Layout) -> int:

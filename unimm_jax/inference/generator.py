@@ -1,7 +1,6 @@
 """Generates images from prompts and text about images."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,14 @@ from unimm_jax.data.documents import (
     ImageCodes,
     ImageOut,
     ImageStart,
+    fits_row,
+    input_views,
     length,
     prompt_images,
     render,
     with_slices,
 )
-from unimm_jax.data.slices import Grid, choose_grid, views
+from unimm_jax.data.slices import choose_grid, count_slices, views
 from unimm_jax.data.transforms import decode_image, to_pixels
 from unimm_jax.errors import CheckpointError, UserError
 from unimm_jax.inference.loading import LoadedTokenizer, Model, load_companions
@@ -35,7 +36,8 @@ class Prompt:
     """A document to continue, whose texts are strings, and its images, each uint8 [H, W, 3].
 
     Attributes:
-      slices: also read images in slices that are larger than the model reads, if it was trained on slices.
+      slices: also read images in slices that are larger than the model reads, if it was trained on slices. As in
+        training, all images are read as a whole if the prompt with slices does not fit a row.
     """
 
     document: Document
@@ -127,7 +129,7 @@ class Generator:
         if len(free) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, and {len(free)} without condition")
         asked = [*prompts, *free] if sampling.guidance != 1 else prompts
-        return self._continue([_with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts), streams)
+        return self._continue([with_start(prompt) for prompt in asked], True, sampling, seed, len(prompts), streams)
 
     def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image token ids → (codes int32 [N, P], keep boolean [N, P])."""
@@ -433,8 +435,9 @@ class Generator:
             reads = prompt_images(prompt.document)
             if reads != tuple(range(end - at)):
                 raise UserError(f"a prompt has {end - at} images and reads {len(reads)}")
-            found = [self._views(image, prompt) for image in prompt.images]
-            document = with_slices(prompt.document, [len(x) - 1 for x in found])
+            document = self._with_slices(prompt, masks[at:end].sum(-1))
+            sliced = {image for image, view in input_views(document) if view}
+            found = [self._views(image, i in sliced) for i, image in enumerate(prompt.images)]
             rows.append(row := render(document, (), masks[at:end], codes[at:end], self.layout))
             seen.append([found[image][view] for image, view in row.inputs])
             kept.append([self._mask(masks[at + image]) for image, _ in row.inputs])
@@ -468,24 +471,31 @@ class Generator:
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt has at most `prompt_length` tokens."""
         kept = [self.max_codes] * len(prompt.images)
-        document = with_slices(prompt.document, [self._slices(image, prompt) for image in prompt.images])
-        return length(document, (), kept, self.layout) <= self.prompt_length
+        return length(self._with_slices(prompt, kept), (), kept, self.layout) <= self.prompt_length
 
-    def _grid(self, image: np.ndarray, prompt: Prompt) -> Grid | None:
+    def _with_slices(self, prompt: Prompt, kept: Sequence[int] | np.ndarray) -> Document:
+        """The document of a prompt with the slices of its images, or without if they do not fit a row of training.
+
+        Args:
+          kept: number of kept patches of each image.
+        """
         data = self.config.data
-        limit = data.max_slices if prompt.slices else 0
-        return choose_grid(image.shape[1], image.shape[0], data.image_size, limit, data.slice_grids)
+        if not (prompt.slices and data.max_slices):
+            return prompt.document
+        sizes = [(image.shape[1], image.shape[0]) for image in prompt.images]
+        document = with_slices(prompt.document, count_slices(sizes, data.image_size, data.max_slices, data.slice_grids))
+        fits = fits_row(document, (), kept, self.layout, data.seq_len, data.images_per_row)
+        return document if fits else prompt.document
 
-    def _slices(self, image: np.ndarray, prompt: Prompt) -> int:
-        """Number of slices in which a prompt's image uint8 [H, W, 3] is read."""
-        return math.prod(self._grid(image, prompt) or (0,))
-
-    def _views(self, image: np.ndarray, prompt: Prompt) -> list[np.ndarray]:
+    def _views(self, image: np.ndarray, is_sliced: bool) -> list[np.ndarray]:
         """The views of a prompt's image uint8 [H, W, 3] that the model reads."""
-        side = self.config.data.image_size
+        data = self.config.data
+        side = data.image_size
         if image.shape == (side, side, 3):
             return [image]
-        return views(Image.fromarray(image), side, self._grid(image, prompt), self.fit)
+        limit = data.max_slices if is_sliced else 0
+        grid = choose_grid(image.shape[1], image.shape[0], side, limit, data.slice_grids)
+        return views(Image.fromarray(image), side, grid, self.fit)
 
     def _mask(self, keep_P: np.ndarray) -> np.ndarray:
         """The keep mask of a view whose image has the given one."""
@@ -519,7 +529,8 @@ def numbered(parts: Sequence[np.ndarray | str]) -> tuple[list[int | str], list[n
     return [part if isinstance(part, str) else next(places) for part in parts], images
 
 
-def _with_start(prompt: Prompt) -> Prompt:
+def with_start(prompt: Prompt) -> Prompt:
+    """A prompt that ends with [IMG]."""
     if prompt.document and isinstance(prompt.document[-1], ImageStart):
         return prompt
     return dataclasses.replace(prompt, document=(*prompt.document, ImageStart()))

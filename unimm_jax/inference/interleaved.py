@@ -7,7 +7,7 @@ import numpy as np
 
 from unimm_jax.data import tasks
 from unimm_jax.errors import UserError
-from unimm_jax.inference.generator import Generator, Prompt, numbered
+from unimm_jax.inference.generator import Generator, Prompt, numbered, with_start
 from unimm_jax.inference.sampling import GREEDY, SAMPLED, Sampling
 
 Parts = list[str | np.ndarray]  # texts, and images uint8 [H, W, 3]
@@ -87,15 +87,15 @@ def continue_document(
     while active := [draft for draft in active if len(draft.added) < max_parts]:
         active = _write(generator, active, text_sampling, seed)
         active = [draft for draft in active if draft.images_added < max_images and len(draft.added) < max_parts]
-        if active:
-            _draw(generator, active, image_sampling, seed + 1, decoder)
+        active = _draw(generator, active, image_sampling, seed + 1, decoder)
         seed += 2  # texts and images of each round have a seed of their own
     return [draft.added for draft in drafts]
 
 
 def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int) -> list[Draft]:
     """Adds the next text of each document, if it has one. Returns the documents that go on with an image."""
-    drafts = _that_fit(generator, drafts)
+    # a document that is too long as it was given raises an error
+    drafts = [draft for draft in drafts if not draft.added or generator.fits(document_prompt(draft.parts))]
     if not drafts:
         return []
     streams = [draft.stream for draft in drafts]
@@ -106,18 +106,14 @@ def _write(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: 
     return [draft for draft, (_, starts_image) in zip(drafts, found, strict=True) if starts_image]
 
 
-def _that_fit(generator: Generator, drafts: list[Draft]) -> list[Draft]:
-    """The documents that are not too long for the generator, or that are only as long as they were given."""
-    return [draft for draft in drafts if not draft.added or generator.fits(document_prompt(draft.parts))]
-
-
-def _draw(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int, decoder: str) -> None:
-    """Adds an image to each document."""
-    drafts = _that_fit(generator, drafts)
+def _draw(generator: Generator, drafts: list[Draft], sampling: Sampling, seed: int, decoder: str) -> list[Draft]:
+    """Adds an image to each document that has room for its [IMG]. Returns these documents; the others end."""
+    drafts = [draft for draft in drafts if generator.fits(with_start(document_prompt(draft.parts)))]
     if not drafts:
-        return
+        return []
     prompts, streams = [document_prompt(draft.parts) for draft in drafts], [draft.stream for draft in drafts]
     codes = generator.codes(generator.continue_with_image(prompts, sampling, seed, streams=streams))
     images = generator.decode(*codes, decoder, seed)
     for draft, image, read in zip(drafts, images, generator.input_size(images), strict=True):
         draft.add(image, read)
+    return drafts

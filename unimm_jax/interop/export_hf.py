@@ -101,7 +101,8 @@ def export_hf(source: Source, folder: pathlib.Path, dtype: np.dtype | None, veri
     (folder / "config.json").write_text(json.dumps(published, indent=1))
     write_text_tokenizer(folder, text_tokenizer, v)
     data = generator.config.data
-    reading = dict(fit=generator.fit, max_slices=data.max_slices, slice_grids=data.slice_grids)
+    reading: dict[str, Any] = dict(fit=generator.fit, max_slices=data.max_slices, slice_grids=data.slice_grids)
+    reading |= dict(seq_len=data.seq_len, images_per_row=data.images_per_row)
     sides = data.image_size, generator.header["image_size"]
     write_processor(folder, generator.layout, sides, generator.task_settings, **reading)
     write_card(folder, source, MODEL_USAGE, "transformers")
@@ -269,7 +270,8 @@ def write_processor(
     Args:
       sides: of the images that the model and its image tokenizer read, in pixels.
       tasks: how conversations and prompts are laid out.
-      reading: `fit`, `max_slices` and `slice_grids` of the processor, if other than its defaults.
+      reading: `fit`, `max_slices`, `slice_grids`, `seq_len` and `images_per_row` of the processor, if other than its
+        defaults.
     """
     v, text_tokenizer = layout.vocabulary, layout.text_tokenizer
     settings = {

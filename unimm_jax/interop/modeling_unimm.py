@@ -34,9 +34,13 @@ OWN_OPTIONS = {
 
 
 class Seen(NamedTuple):
-    """An image of a prompt: views uint8 [V, S, S, 3] (the whole, then its slices), keep mask [P] and codes [P]."""
+    """An image of a prompt: views uint8 [V, S, S, 3] (the whole, then its slices), keep mask [P] and codes [P].
+
+    `whole` is its only view where slices do not fit, uint8 [1, S, S, 3].
+    """
 
     views: Tensor
+    whole: Tensor
     keep: Tensor
     codes: Tensor
 
@@ -147,13 +151,16 @@ class UniMM(nn.Module):
         return self.embed_placed(placed, where, images, keep)
 
     def embed_parts(self, segments: Sequence[Sequence[str]], images: Sequence[Seen]) -> Tensor:
-        """Segments of a prompt and its images → [1, T, D]."""
-        views = [len(image.views) for image in images]
+        """Segments of a prompt and its images → [1, T, D]. All are read as a whole if slices do not fit a row."""
         keep, codes = ([getattr(image, name) for image in images] for name in ("keep", "codes"))
-        ids, where = self.processor.lay_out(segments, keep, codes, views)
-        read = images[: sum(segment[0] == "image" for segment in segments)]  # the others need no features
-        pixels = [view for image in read for view in image.views]
-        return self.embed_placed(ids, where, pixels, [image.keep for image in read for _ in image.views])
+        count = sum(segment[0] == "image" for segment in segments)  # the others need no features
+        for views in ([image.views for image in images], [image.whole for image in images]):
+            ids, where = self.processor.lay_out(segments, keep, codes, [*map(len, views)])
+            pixels = [view for each in views[:count] for view in each]
+            masks = [mask for mask, each in zip(keep, views[:count], strict=False) for _ in each]
+            if self.processor.fits_row(len(ids), len(pixels)):
+                break
+        return self.embed_placed(ids, where, pixels, masks)
 
     def embed_placed(
         self,
@@ -272,8 +279,8 @@ class UniMM(nn.Module):
     def seen(self, images: Any) -> list[Seen]:
         """Images of any kind that the processor takes, as prompts have them."""
         images = self.processor.flat_images(images)
-        views = [self.processor.views(image) for image in images]
-        return [Seen(*image) for image in zip(views, *self.tokenize(images), strict=True)]
+        views, wholes = ([*map(read, images)] for read in (self.processor.views, self.processor.whole))
+        return [Seen(*image) for image in zip(views, wholes, *self.tokenize(images), strict=True)]
 
     def write_image(
         self,
@@ -494,11 +501,10 @@ class UniMM(nn.Module):
         for turn in range(len(asked[0])):
             last = images if turn == 0 else self.input_size(results[-1])
             seen.append(self.seen(last))
-            wholes = self.processor(last)["pixel_values"]  # without slices
             found = []
-            for each, whole, *history in zip(asked, wholes, *seen, strict=True):
+            for each, *history in zip(asked, *seen, strict=True):
                 prompt = self.embed_parts(self.processor.edit_prompt(each[: turn + 1]), history)
-                source = history[-1]._replace(views=whole[None])
+                source = history[-1]._replace(views=history[-1].whole)  # without slices
                 free = None if guidance == 1 else self.unconditional_edit(source)
                 found.append(self.write_image(prompt, free, guidance, **sampling))
             results.append(self.decode(*self.codes(found), decoder))

@@ -177,6 +177,7 @@ class UniMMProcessor(ProcessorMixin):
       fit: how a PIL image becomes a square: "stretch", or "crop" for the centered square.
       max_slices: of an image that is larger than `image_size`; 0 if images are read as a whole only.
       slice_grids: the rule for their grid, see `choose_grid`.
+      seq_len, images_per_row: maximum number of tokens and of views for slices, those of a row of training; 0 for all.
       chat_template: `chat_template.jinja`.
     """
 
@@ -202,6 +203,8 @@ class UniMMProcessor(ProcessorMixin):
         fit: str = "stretch",
         max_slices: int = 0,
         slice_grids: str = "illume",
+        seq_len: int = 0,
+        images_per_row: int = 0,
         chat_template: str | None = None,
     ):
         self.image_size, self.code_size = image_size, code_size
@@ -212,6 +215,7 @@ class UniMMProcessor(ProcessorMixin):
         self.text_vocabulary, self.is_literal = text_vocabulary, is_literal
         self.image_prompts, self.fit = image_prompts, fit
         self.max_slices, self.slice_grids = max_slices, slice_grids
+        self.seq_len, self.images_per_row = seq_len, images_per_row
         super().__init__(tokenizer, chat_template=chat_template)
 
     @functools.cached_property
@@ -360,7 +364,7 @@ class UniMMProcessor(ProcessorMixin):
         Args:
           images: all images of the texts in order: PIL images, paths, URLs, uint8 arrays or tensors [H, W, 3], or lists
             of them. Without images, only the ids are given. With texts, PIL images that are larger than `image_size`
-            are followed by their slices, if the model reads slices.
+            are followed by their slices, if the model reads slices and those of a text fit a row of training.
           text: one or several results of `apply_chat_template(..., tokenize=False)`.
           return_tensors: "pt", "np", or None for ids as lists.
 
@@ -376,15 +380,19 @@ class UniMMProcessor(ProcessorMixin):
         prompts = [read_segments(item) for item in texts]
         data: dict[str, Any] = {}
         pixels = None
-        if images is not None:
-            views = [self.views(image) if prompts else self.whole(image) for image in self.flat_images(images)]
-            wanted = sum(prompt.count(["image"]) for prompt in prompts)
-            if prompts and len(views) != wanted:
-                raise ValueError(f"the texts have {wanted} images, and {len(views)} are given")
-            pixels, counts = joined(views), iter(map(len, views))
-            prompts = [[part for s in p for part in ([s] * next(counts) if s == ["image"] else [s])] for p in prompts]
-        if prompts:
+        if images is None:
             rows = [self.encode(prompt) for prompt in prompts]
+        else:
+            given = self.flat_images(images)
+            counts = [prompt.count(["image"]) for prompt in prompts]
+            if prompts and len(given) != sum(counts):
+                raise ValueError(f"the texts have {sum(counts)} images, and {len(given)} are given")
+            rest = iter(given)
+            own = [[next(rest) for _ in range(count)] for count in counts]
+            read = [self._read(*pair) for pair in zip(prompts, own, strict=True)]
+            rows = [ids for ids, _ in read]
+            pixels = joined([each for _, views in read for each in views] if prompts else [*map(self.whole, given)])
+        if rows:
             length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
             pad = self.eos if pad is None else pad
             data["input_ids"] = [[pad] * (length - len(row)) + row for row in rows]
@@ -392,6 +400,21 @@ class UniMMProcessor(ProcessorMixin):
         if pixels is not None:
             data["pixel_values"] = pixels if return_tensors == "pt" else pixels.numpy()
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _read(self, prompt: Sequence[list[str]], images: Sequence[Any]) -> tuple[list[int], list[Tensor]]:
+        """Ids of a prompt, [IMG] [/IMG] for each view, and the views of each image; no slices if they do not fit."""
+        for views_of in (self.views, self.whole):
+            views = [views_of(image) for image in images]
+            counts = iter(map(len, views))
+            ids = self.encode([part for s in prompt for part in ([s] * next(counts) if s == ["image"] else [s])])
+            number = sum(map(len, views))
+            if self.fits_row(len(ids) + number * self.view_features, number):
+                break
+        return ids, views
+
+    def fits_row(self, tokens: int, views: int) -> bool:
+        """Whether a prompt fits a row of training. If one with slices does not, its images are read as a whole."""
+        return tokens <= (self.seq_len or tokens) and views <= (self.images_per_row or views)
 
     def whole(self, image: Any) -> Tensor:
         """An image of any accepted kind as a whole: uint8 [1, S, S, 3]."""
