@@ -227,6 +227,8 @@ def _lost_process(error: BaseException) -> str | None:
     jax = sys.modules.get("jax")
     if jax is None or jax.process_count() == 1:
         return None
+    if isinstance(error, TimeoutError) and error.__cause__ is not None:
+        error = error.__cause__  # Orbax's, when processes wait for each other after a save
     cause = next(iter(str(error).splitlines()), "")
     # dispatch raises a ValueError where a collective fails at once
     is_collective = isinstance(error, ValueError) and re.match(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED): ", cause)

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=experiment.local_path, default=pathlib.Path("runs/faults"))
     parser.add_argument("--processes", type=int, nargs="+", choices=sorted(PROCESSES), default=sorted(PROCESSES))
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these points alone, of the same plan")
     flags = parser.parse_args()
     from benchmarks.faults.campaign import Campaign
     from unimm_jax import process
@@ -50,7 +51,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns about each state that is read without its step
     settings = dict(seed=flags.seed, processes=flags.processes, commit=commit())
     output = experiment.prepare(flags.output, "faults", False, **settings)
-    ended = Campaign(output, flags.seed, flags.points, flags.processes).run()
+    ended = Campaign(output, flags.seed, flags.points, flags.processes, flags.only).run()
     print((output / "results.md").read_text())
     if set(ended) != {"equal"}:
         counted = ", ".join(f"{count} {result}" for result, count in sorted(ended.items()))

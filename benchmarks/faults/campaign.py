@@ -21,11 +21,15 @@ class Campaign:
     """A plan, and the results of the points that have been run. An interrupted campaign continues.
 
     Args (constructor):
-      output: directory of the campaign. seed, points, processes: of the plan.
+      output: directory of the campaign. seed, points, processes: of the plan. only: numbers of the points to run, all if
+        None.
     """
 
-    def __init__(self, output: pathlib.Path, seed: int, points: int, processes: Sequence[int]):
-        self.output, self.plan = output, draw_all(seed, points, processes)
+    def __init__(
+        self, output: pathlib.Path, seed: int, points: int, processes: Sequence[int], only: Sequence[int] | None = None
+    ):
+        plan = draw_all(seed, points, processes)
+        self.output, self.plan = output, [p for p in plan if only is None or p.number in only]
         self.file = output / "points.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.results: dict[int, Row] = {row["number"]: row for row in map(json.loads, lines)}

@@ -152,6 +152,19 @@ def test_a_collective_that_fails_when_it_is_dispatched(monkeypatch, error, is_lo
     assert process._lost_process(error) is None
 
 
+def test_a_process_that_is_lost_while_others_save(monkeypatch):
+    errors = types.SimpleNamespace(JaxRuntimeError=type("JaxRuntimeError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(errors=errors, process_count=lambda: 2))
+    error = TimeoutError("Timed out while waiting for async_write_complete barrier.")
+    assert process._lost_process(error) is None
+    error.__cause__ = errors.JaxRuntimeError(
+        "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE\nmore"
+    )
+    assert "has ended or cannot be reached (INTERNAL: Barrier failed" in process._lost_process(error)
+    error.__cause__ = OSError("no route to host")
+    assert process._lost_process(error) is None
+
+
 def test_what_tensorstore_prints_after_a_failed_write_is_dropped(monkeypatch):
     monkeypatch.delenv("UNIMM_TRACEBACK", raising=False)
     shown = []
