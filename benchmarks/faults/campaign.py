@@ -21,8 +21,8 @@ class Campaign:
     """A plan, and the results of the points that have been run. An interrupted campaign continues.
 
     Args (constructor):
-      output: directory of the campaign. seed, points, processes: of the plan. only: numbers of the points to run, all if
-        None.
+      output: directory of the campaign. seed, points, processes: of the plan. only: numbers of the points to run,
+        all if None.
     """
 
     def __init__(
