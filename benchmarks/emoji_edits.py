@@ -9,9 +9,8 @@ The concepts of the two are disjoint.
 
 `score` edits the images of a directory and compares squared errors of pixels. *Concept* is the share of the results
 that are nearer to their target than to the targets of 15 other edits into the same style (by chance: 0.0625). *Style*
-is the share that are nearer to their target than to their source. The same scores are given for the source
-itself, and for the target decoded from its own codes, an upper bound. `--images` draws sources, results and targets of
-32 edits.
+is the share that are nearer to their target than to their source. The same scores are given for the source itself, and
+for the target decoded from its own codes, an upper bound. `--images` draws sources, results and targets of 32 edits.
 """
 
 import argparse

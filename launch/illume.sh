@@ -5,8 +5,8 @@
 #   bash launch/illume.sh
 #
 # Environment variables: RUN (output directory), SEED, PYTHON (for a new .venv) and EXTRAS (extras of the package to
-# install). After an interruption, run the
-# same command again: it resumes. When everything is done, it prints the scores only.
+# install). After an interruption, run the same command again: it resumes. When everything is done, it prints the scores
+# only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/illume} SIZE=laptop-illume SEED=${SEED:-0}

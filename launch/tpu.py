@@ -147,6 +147,12 @@ class Settings:
         """Names of the TPU VMs, one for each slice."""
         return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
 
+    def line(self, action: str) -> str:
+        """The command line of this launcher that does something else with the same TPU."""
+        words = ["python launch/tpu.py", action, self.name, f"--zone={self.zone}"]
+        words += [f"--project={self.project}"] if self.project else []
+        return " ".join([*words, *([f"--slices={self.slices}"] if self.slices > 1 else [])])
+
 
 def say(text: str) -> None:
     """Prints a line with the time of day."""
@@ -441,8 +447,7 @@ class Tpu:
             for node in self.settings.nodes:
                 self.copy(file, node)
                 if OTHER in self.ssh(node, start_script(self.settings.command)):
-                    remedy = f"python launch/tpu.py stop {self.settings.name} --zone={self.settings.zone}"
-                    raise Busy(f"another command is running on {node}; stop it with: {remedy}")
+                    raise Busy(f"another command is running on {node}; stop it with: {self.settings.line('stop')}")
 
     def stop(self) -> None:
         """Stops the command on every host where it is running."""
@@ -733,12 +738,12 @@ def _leave(tpu: Tpu, delete: bool, text: str, active: float, error: Exception | 
             raise
         say(f"the TPU could not be deleted: {second}")
     if isinstance(error, Unreachable) and not active:
-        say(f"if there is a TPU, it is charged for: python launch/tpu.py delete {s.name} --zone={s.zone}")
+        say(f"if there is a TPU, it is charged for: {s.line('delete')}")
     if not s.dry_run and (active or error is None):
         chips = s.kind.chips * s.slices
         say(f"{text}, of which {hours:.2f} h on {chips} chips: {hours * chips:.1f} chip-hours")
         if not delete:
-            say(f"the TPU is still there and is charged for: python launch/tpu.py delete {s.name} --zone={s.zone}")
+            say(f"the TPU is still there and is charged for: {s.line('delete')}")
 
 
 def parser() -> argparse.ArgumentParser:

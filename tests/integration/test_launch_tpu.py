@@ -374,6 +374,12 @@ def test_another_command_is_not_taken_for_the_one_that_runs(stub, tmp_path):
     assert done.returncode == 0 and (tmp_path / "second").exists(), done.stdout
 
 
+def test_lines_for_the_same_tpu_name_its_slices_and_project():
+    flags = ["up", "run", "--zone=z", "--slices=2", "--project=p"]
+    settings = tpu.settings_of(tpu.parser().parse_args(flags), ["true"])
+    assert settings.line("stop") == "python launch/tpu.py stop run --zone=z --project=p --slices=2"
+
+
 def test_a_log_can_have_any_bytes(stub):
     done = up(stub, command=("bash", "-c", r"printf 'a\xffb\nc\n'"))
     assert done.returncode == 0 and "a\ufffdb\nc\n" in done.stdout, done.stdout
